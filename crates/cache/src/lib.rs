@@ -1,0 +1,1 @@
+//! The build cache: records and the keys that find them.

@@ -1,0 +1,1 @@
+//! Requests composed of the other parts: load, save, run, build.

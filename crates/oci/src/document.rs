@@ -1,0 +1,578 @@
+use std::collections::BTreeMap;
+
+use oci_spec::image as spec;
+use serde::de::DeserializeOwned;
+
+use crate::{BlobDigest, DiffId, DigestError, ErrorKind, ImageId, MediaClass, MediaType, classify};
+
+/// Limits on documents, so that a hostile one costs little.
+pub mod limits {
+    /// Bytes of a manifest or an index. containerd refuses more than 4·1048·1048 (`MaxManifestSize`,
+    /// after CVE-2023-25153); registries commonly stop at 4 MiB.
+    pub const MANIFEST_BYTES_MAX: u64 = 4 * 1024 * 1024;
+    /// Bytes of an image config. The largest seen in public images are below 1 MiB.
+    pub const CONFIG_BYTES_MAX: u64 = 8 * 1024 * 1024;
+    /// Layers of an image. The kernel stacks 500 overlay directories; far deeper images are squashed
+    /// by their builders, and each layer costs a mount slot.
+    pub const LAYERS_MAX: usize = 1000;
+    /// Manifests listed by one index.
+    pub const INDEX_ENTRIES_MAX: usize = 10_000;
+}
+
+/// Why a document is refused.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DocumentError {
+    /// Not the JSON that the document's specification asks for.
+    #[error("{what} {digest} is not valid")]
+    Json {
+        /// What it should have been.
+        what: &'static str,
+        /// Which one.
+        digest: BlobDigest,
+        /// Where it goes wrong.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// A digest in it does not parse.
+    #[error("{what} {digest} holds a bad digest")]
+    Digest {
+        /// What the document is.
+        what: &'static str,
+        /// Which one.
+        digest: BlobDigest,
+        /// What is wrong with the digest inside.
+        #[source]
+        source: DigestError,
+    },
+    /// A rule that JSON can't express is broken.
+    #[error("{what} {digest}: {rule}")]
+    Rule {
+        /// What the document is.
+        what: &'static str,
+        /// Which one.
+        digest: BlobDigest,
+        /// The broken rule.
+        rule: String,
+    },
+    /// A limit was passed.
+    #[error("{what} has {actual} {unit}, the limit {limit} is {maximum}")]
+    Limit {
+        /// What the document is.
+        what: &'static str,
+        /// How many it has.
+        actual: u64,
+        /// Of what.
+        unit: &'static str,
+        /// The limit's name.
+        limit: &'static str,
+        /// The limit's value.
+        maximum: u64,
+    },
+}
+
+impl DocumentError {
+    /// What a caller can do about it.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Limit { .. } => ErrorKind::Limit,
+            _ => ErrorKind::InvalidInput,
+        }
+    }
+}
+
+/// Media type, digest and size of a blob elsewhere.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Descriptor {
+    /// What the blob is.
+    pub media_type: MediaType,
+    /// Which blob it is.
+    pub digest: BlobDigest,
+    /// Its length.
+    pub size_bytes: u64,
+    /// Free-form notes, sorted by key.
+    pub annotations: BTreeMap<String, String>,
+    /// What the image runs on, where an index says so.
+    pub platform: Option<Platform>,
+}
+
+impl Descriptor {
+    /// A descriptor without annotations or platform.
+    pub fn new(media_type: MediaType, digest: BlobDigest, size_bytes: u64) -> Self {
+        Self { media_type, digest, size_bytes, annotations: BTreeMap::new(), platform: None }
+    }
+
+    fn parse(spec: &spec::Descriptor) -> Result<Self, DigestError> {
+        Ok(Self {
+            media_type: spec.media_type().clone(),
+            digest: spec.digest().to_string().parse()?,
+            size_bytes: spec.size(),
+            annotations: spec.annotations().iter().flatten().map(|(k, v)| (k.clone(), v.clone())).collect(),
+            platform: spec.platform().as_ref().map(Platform::from_spec),
+        })
+    }
+
+    /// As it stands in a manifest or an index; keys come out sorted, so equal descriptors give equal bytes.
+    pub fn to_json(&self) -> serde_json::Value {
+        let mut json = serde_json::json!({
+            "mediaType": self.media_type.to_string(),
+            "digest": self.digest.to_string(),
+            "size": self.size_bytes,
+        });
+        if !self.annotations.is_empty() {
+            json["annotations"] = serde_json::json!(self.annotations);
+        }
+        if let Some(platform) = &self.platform {
+            json["platform"] = platform.to_json();
+        }
+        json
+    }
+}
+
+/// What an image runs on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Platform {
+    /// GOOS.
+    pub os: String,
+    /// GOARCH.
+    pub architecture: String,
+    /// GOARM and its like: `v7`, `v8`.
+    pub variant: Option<String>,
+}
+
+impl Platform {
+    /// The platform that this program was built for, in Go's words.
+    pub fn host() -> Self {
+        let architecture = match std::env::consts::ARCH {
+            "x86_64" => "amd64",
+            "aarch64" => "arm64",
+            "x86" => "386",
+            "powerpc64" => "ppc64le",
+            other => other,
+        };
+        Self { os: "linux".into(), architecture: architecture.into(), variant: None }
+    }
+
+    fn from_spec(spec: &spec::Platform) -> Self {
+        Self {
+            os: spec.os().to_string(),
+            architecture: spec.architecture().to_string(),
+            variant: spec.variant().clone(),
+        }
+    }
+
+    fn to_json(&self) -> serde_json::Value {
+        let mut json = serde_json::json!({"os": self.os, "architecture": self.architecture});
+        if let Some(variant) = &self.variant {
+            json["variant"] = variant.as_str().into();
+        }
+        json
+    }
+
+    /// Whether an image for `self` runs where `wanted` is asked for. A variant counts only when both name one.
+    pub fn serves(&self, wanted: &Platform) -> bool {
+        self.os == wanted.os
+            && self.architecture == wanted.architecture
+            && (self.variant.is_none() || wanted.variant.is_none() || self.variant == wanted.variant)
+    }
+}
+
+impl std::fmt::Display for Platform {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}/{}", self.os, self.architecture)?;
+        self.variant.iter().try_for_each(|variant| write!(f, "/{variant}"))
+    }
+}
+
+/// A parsed document with the bytes that it was parsed from. The bytes are its identity; the value is never
+/// written back.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Document<T> {
+    raw: Vec<u8>,
+    digest: BlobDigest,
+    value: T,
+}
+
+impl<T> Document<T> {
+    /// The bytes as received.
+    pub fn raw(&self) -> &[u8] {
+        &self.raw
+    }
+
+    /// The digest of those bytes.
+    pub fn digest(&self) -> BlobDigest {
+        self.digest
+    }
+
+    /// What the bytes say, in the specification's types.
+    pub fn value(&self) -> &T {
+        &self.value
+    }
+}
+
+/// Parses JSON for a document whose identity is its bytes. Stricter than JSON: a key that appears twice, in any case
+/// variant, is refused, because readers in other languages disagree on which one counts (hazards J02, J03).
+fn parse_json<T: DeserializeOwned>(what: &'static str, raw: &[u8], limit: Limit) -> Result<Document<T>, DocumentError> {
+    let digest = BlobDigest::of(raw);
+    limit.check(what, raw.len() as u64)?;
+    let json = |source| DocumentError::Json { what, digest, source };
+    let _: UniqueKeys = serde_json::from_slice(raw).map_err(json)?;
+    let value = serde_json::from_slice(raw).map_err(json)?;
+    Ok(Document { raw: raw.to_vec(), digest, value })
+}
+
+/// Any JSON value in which no object names a key twice.
+struct UniqueKeys;
+
+impl<'de> serde::Deserialize<'de> for UniqueKeys {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Visitor;
+        impl<'de> serde::de::Visitor<'de> for Visitor {
+            type Value = UniqueKeys;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("JSON")
+            }
+            fn visit_bool<E>(self, _: bool) -> Result<UniqueKeys, E> {
+                Ok(UniqueKeys)
+            }
+            fn visit_i64<E>(self, _: i64) -> Result<UniqueKeys, E> {
+                Ok(UniqueKeys)
+            }
+            fn visit_u64<E>(self, _: u64) -> Result<UniqueKeys, E> {
+                Ok(UniqueKeys)
+            }
+            fn visit_f64<E>(self, _: f64) -> Result<UniqueKeys, E> {
+                Ok(UniqueKeys)
+            }
+            fn visit_str<E>(self, _: &str) -> Result<UniqueKeys, E> {
+                Ok(UniqueKeys)
+            }
+            fn visit_unit<E>(self) -> Result<UniqueKeys, E> {
+                Ok(UniqueKeys)
+            }
+            fn visit_seq<A: serde::de::SeqAccess<'de>>(self, mut seq: A) -> Result<UniqueKeys, A::Error> {
+                while seq.next_element::<UniqueKeys>()?.is_some() {}
+                Ok(UniqueKeys)
+            }
+            fn visit_map<A: serde::de::MapAccess<'de>>(self, mut map: A) -> Result<UniqueKeys, A::Error> {
+                let mut seen = std::collections::HashSet::new();
+                while let Some(key) = map.next_key::<String>()? {
+                    let UniqueKeys = map.next_value()?;
+                    if let Some(key) = seen.replace(key.clone()) {
+                        return Err(serde::de::Error::custom(format_args!("key {key:?} appears twice")));
+                    }
+                }
+                Ok(UniqueKeys)
+            }
+        }
+        deserializer.deserialize_any(Visitor)
+    }
+}
+
+/// A named maximum.
+struct Limit {
+    name: &'static str,
+    unit: &'static str,
+    maximum: u64,
+}
+
+impl Limit {
+    const MANIFEST: Self = Self { name: "MANIFEST_BYTES_MAX", unit: "bytes", maximum: limits::MANIFEST_BYTES_MAX };
+    const CONFIG: Self = Self { name: "CONFIG_BYTES_MAX", unit: "bytes", maximum: limits::CONFIG_BYTES_MAX };
+    const LAYERS: Self = Self { name: "LAYERS_MAX", unit: "layers", maximum: limits::LAYERS_MAX as u64 };
+    const INDEX: Self =
+        Self { name: "INDEX_ENTRIES_MAX", unit: "manifests", maximum: limits::INDEX_ENTRIES_MAX as u64 };
+
+    fn check(&self, what: &'static str, actual: u64) -> Result<(), DocumentError> {
+        if actual > self.maximum {
+            return Err(DocumentError::Limit {
+                what,
+                actual,
+                unit: self.unit,
+                limit: self.name,
+                maximum: self.maximum,
+            });
+        }
+        Ok(())
+    }
+}
+
+/// Image manifest: one config and the layers, bottom first.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Manifest {
+    document: Document<spec::ImageManifest>,
+    config: Descriptor,
+    layers: Vec<Descriptor>,
+}
+
+/// The keys that tell a manifest from an index; a document with both means different images to different readers
+/// (CVE-2021-41190).
+#[derive(serde::Deserialize)]
+struct ShapeProbe {
+    manifests: Option<serde::de::IgnoredAny>,
+    layers: Option<serde::de::IgnoredAny>,
+    #[serde(rename = "mediaType")]
+    media_type: Option<String>,
+}
+
+fn check_shape(what: &'static str, raw: &[u8], wanted: MediaClass) -> Result<(), DocumentError> {
+    let document = parse_json::<ShapeProbe>(what, raw, Limit::MANIFEST)?;
+    let rule = |rule: String| Err(DocumentError::Rule { what, digest: document.digest, rule });
+    let probe = &document.value;
+    if probe.manifests.is_some() && probe.layers.is_some() {
+        return rule("has both `manifests` and `layers`, so it is ambiguous what it is".into());
+    }
+    match &probe.media_type {
+        Some(named) if classify(&MediaType::from(named.as_str())) != Some(wanted) => {
+            rule(format!("calls itself {named:?}"))
+        }
+        _ => Ok(()),
+    }
+}
+
+impl Manifest {
+    /// Parses a manifest of either family.
+    ///
+    /// # Errors
+    /// Any [`DocumentError`]; the config and every layer must have a media type that we know.
+    pub fn parse(raw: &[u8]) -> Result<Self, DocumentError> {
+        const WHAT: &str = "image manifest";
+        check_shape(WHAT, raw, MediaClass::Manifest)?;
+        let document: Document<spec::ImageManifest> = parse_json(WHAT, raw, Limit::MANIFEST)?;
+        Limit::LAYERS.check(WHAT, document.value.layers().len() as u64)?;
+        let digest = document.digest;
+        let descriptor =
+            |spec| Descriptor::parse(spec).map_err(|source| DocumentError::Digest { what: WHAT, digest, source });
+        let config = descriptor(document.value.config())?;
+        let layers = document.value.layers().iter().map(descriptor).collect::<Result<Vec<_>, _>>()?;
+        if let Some(odd) = layers.iter().find(|l| !matches!(classify(&l.media_type), Some(MediaClass::Layer(_)))) {
+            let rule =
+                format!("layer {} has media type {:?}, which is not supported", odd.digest, odd.media_type.to_string());
+            return Err(DocumentError::Rule { what: WHAT, digest, rule });
+        }
+        Ok(Self { document, config, layers })
+    }
+
+    /// Makes an OCI manifest: the same arguments always give the same bytes.
+    pub fn build(config: &Descriptor, layers: &[Descriptor]) -> Self {
+        let json = serde_json::json!({
+            "schemaVersion": 2,
+            "mediaType": MediaType::ImageManifest.to_string(),
+            "config": config.to_json(),
+            "layers": layers.iter().map(Descriptor::to_json).collect::<Vec<_>>(),
+        });
+        Self::parse(json.to_string().as_bytes()).expect("because a manifest of our own is valid")
+    }
+
+    /// The document with its raw bytes.
+    pub fn document(&self) -> &Document<spec::ImageManifest> {
+        &self.document
+    }
+
+    /// The image's config.
+    pub fn config(&self) -> &Descriptor {
+        &self.config
+    }
+
+    /// The layers, bottom first.
+    pub fn layers(&self) -> &[Descriptor] {
+        &self.layers
+    }
+
+    /// A descriptor of this manifest itself.
+    pub fn descriptor(&self) -> Descriptor {
+        let media_type = self.document.value.media_type().clone().unwrap_or(MediaType::ImageManifest);
+        Descriptor::new(media_type, self.document.digest, self.document.raw.len() as u64)
+    }
+}
+
+/// Image index: manifests of several platforms or names, or further indexes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Index {
+    document: Document<spec::ImageIndex>,
+    manifests: Vec<Descriptor>,
+}
+
+impl Index {
+    /// Parses an index of either family.
+    ///
+    /// # Errors
+    /// Any [`DocumentError`].
+    pub fn parse(raw: &[u8]) -> Result<Self, DocumentError> {
+        const WHAT: &str = "image index";
+        check_shape(WHAT, raw, MediaClass::Index)?;
+        let document: Document<spec::ImageIndex> = parse_json(WHAT, raw, Limit::MANIFEST)?;
+        Limit::INDEX.check(WHAT, document.value.manifests().len() as u64)?;
+        let digest = document.digest;
+        let manifests = document
+            .value
+            .manifests()
+            .iter()
+            .map(|spec| Descriptor::parse(spec).map_err(|source| DocumentError::Digest { what: WHAT, digest, source }))
+            .collect::<Result<Vec<_>, _>>()?;
+        Ok(Self { document, manifests })
+    }
+
+    /// Makes an OCI index: the same arguments always give the same bytes.
+    pub fn build(manifests: &[Descriptor]) -> Self {
+        let json = serde_json::json!({
+            "schemaVersion": 2,
+            "mediaType": MediaType::ImageIndex.to_string(),
+            "manifests": manifests.iter().map(Descriptor::to_json).collect::<Vec<_>>(),
+        });
+        Self::parse(json.to_string().as_bytes()).expect("because an index of our own is valid")
+    }
+
+    /// The document with its raw bytes.
+    pub fn document(&self) -> &Document<spec::ImageIndex> {
+        &self.document
+    }
+
+    /// What it lists, in its order.
+    pub fn manifests(&self) -> &[Descriptor] {
+        &self.manifests
+    }
+}
+
+/// Image config: how to run it, its history, and the diff IDs of its layers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ImageConfig {
+    document: Document<spec::ImageConfiguration>,
+    diff_ids: Vec<DiffId>,
+}
+
+impl ImageConfig {
+    /// Parses a config of either family.
+    ///
+    /// # Errors
+    /// Any [`DocumentError`]; more non-empty history entries than diff IDs are refused, since indexing layers by
+    /// history would run past the end.
+    pub fn parse(raw: &[u8]) -> Result<Self, DocumentError> {
+        const WHAT: &str = "image config";
+        let document: Document<spec::ImageConfiguration> = parse_json(WHAT, raw, Limit::CONFIG)?;
+        let digest = document.digest;
+        let diff_ids = document
+            .value
+            .rootfs()
+            .diff_ids()
+            .iter()
+            .map(|text| text.parse().map_err(|source| DocumentError::Digest { what: WHAT, digest, source }))
+            .collect::<Result<Vec<DiffId>, _>>()?;
+        Limit::LAYERS.check(WHAT, diff_ids.len() as u64)?;
+        let history = document.value.history().iter().flatten();
+        let filled = history.filter(|entry| !entry.empty_layer().unwrap_or(false)).count();
+        if filled > diff_ids.len() {
+            let rule = format!("history names {filled} layers, diff_ids only {}", diff_ids.len());
+            return Err(DocumentError::Rule { what: WHAT, digest, rule });
+        }
+        Ok(Self { document, diff_ids })
+    }
+
+    /// The document with its raw bytes.
+    pub fn document(&self) -> &Document<spec::ImageConfiguration> {
+        &self.document
+    }
+
+    /// The image ID: the digest of the config's bytes.
+    pub fn id(&self) -> ImageId {
+        ImageId::from_bytes(*self.document.digest.as_bytes())
+    }
+
+    /// Diff IDs of the layers, bottom first.
+    pub fn diff_ids(&self) -> &[DiffId] {
+        &self.diff_ids
+    }
+
+    /// What the image runs on.
+    pub fn platform(&self) -> Platform {
+        let value = &self.document.value;
+        Platform {
+            os: value.os().to_string(),
+            architecture: value.architecture().to_string(),
+            variant: value.variant().clone(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const DIGEST: &str = "sha256:ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
+
+    fn manifest(extra: &str) -> String {
+        format!(
+            r#"{{"schemaVersion":2,{extra}"config":{{"mediaType":"application/vnd.oci.image.config.v1+json","digest":"{DIGEST}","size":3}},"layers":[]}}"#
+        )
+    }
+
+    #[test]
+    fn identity_is_the_bytes_received() {
+        let spaced = manifest("").replace(',', " ,\n");
+        let parsed = Manifest::parse(spaced.as_bytes()).unwrap();
+        assert_eq!(parsed.document().raw(), spaced.as_bytes());
+        assert_eq!(parsed.descriptor().digest, BlobDigest::of(spaced.as_bytes()));
+        assert_ne!(parsed.descriptor().digest, Manifest::parse(manifest("").as_bytes()).unwrap().descriptor().digest);
+    }
+
+    #[test]
+    fn j01_ambiguous_documents_are_refused() {
+        let both = manifest(r#""manifests":[],"#);
+        assert!(matches!(Manifest::parse(both.as_bytes()), Err(DocumentError::Rule { .. })));
+        assert!(matches!(Index::parse(both.as_bytes()), Err(DocumentError::Rule { .. })));
+        let liar = manifest(r#""mediaType":"application/vnd.oci.image.index.v1+json","#);
+        assert!(matches!(Manifest::parse(liar.as_bytes()), Err(DocumentError::Rule { .. })));
+    }
+
+    #[test]
+    fn j02_duplicate_keys_are_refused_at_any_depth() {
+        let twice = manifest("").replace(r#""size":3"#, r#""size":3,"size":4"#);
+        let error = Manifest::parse(twice.as_bytes()).unwrap_err();
+        assert!(matches!(error, DocumentError::Json { .. }));
+    }
+
+    #[test]
+    fn j04_trailing_bytes_and_byte_order_marks_are_refused() {
+        assert!(Manifest::parse(format!("{}x", manifest("")).as_bytes()).is_err());
+        assert!(Manifest::parse(format!("\u{feff}{}", manifest("")).as_bytes()).is_err());
+        assert!(Manifest::parse("[".repeat(100_000).as_bytes()).is_err());
+    }
+
+    #[test]
+    fn unknown_layer_media_type_is_named() {
+        let odd = manifest("")
+            .replace("[]", &format!(r#"[{{"mediaType":"application/x-odd","digest":"{DIGEST}","size":1}}]"#));
+        let text = Manifest::parse(odd.as_bytes()).unwrap_err().to_string();
+        assert!(text.contains("application/x-odd") && text.contains(DIGEST), "{text}");
+    }
+
+    #[test]
+    fn j07_a_negative_size_is_refused() {
+        assert!(Manifest::parse(manifest("").replace(r#""size":3"#, r#""size":-3"#).as_bytes()).is_err());
+    }
+
+    #[test]
+    fn j11_more_history_than_layers_is_refused() {
+        let config = r#"{"architecture":"amd64","os":"linux","rootfs":{"type":"layers","diff_ids":[]},"history":[{"created_by":"x"}]}"#;
+        assert!(matches!(ImageConfig::parse(config.as_bytes()), Err(DocumentError::Rule { .. })));
+        let empty = config.replace(r#""created_by":"x""#, r#""created_by":"x","empty_layer":true"#);
+        assert!(ImageConfig::parse(empty.as_bytes()).is_ok());
+    }
+
+    #[test]
+    fn b09_an_oversized_manifest_is_refused_by_name() {
+        let big = format!("{}{}", manifest(""), " ".repeat(limits::MANIFEST_BYTES_MAX as usize));
+        let text = Manifest::parse(big.as_bytes()).unwrap_err().to_string();
+        assert!(text.contains("MANIFEST_BYTES_MAX"), "{text}");
+    }
+
+    #[test]
+    fn what_we_build_is_stable_and_parses() {
+        let config = Descriptor::new(MediaType::ImageConfig, DIGEST.parse().unwrap(), 3);
+        let built = Manifest::build(&config, &[]);
+        assert_eq!(built.document().raw(), Manifest::build(&config, &[]).document().raw());
+        assert_eq!(built.config(), &config);
+        assert_eq!(Index::build(&[built.descriptor()]).manifests(), &[built.descriptor()]);
+    }
+}

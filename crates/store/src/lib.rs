@@ -1,0 +1,1 @@
+//! The store: content, catalogue, leases, garbage collection, layers, snapshots and mounts.
