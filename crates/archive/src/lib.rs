@@ -2,10 +2,9 @@
 
 mod apply;
 pub mod compress;
-mod index;
+pub mod hash;
 pub mod limits;
-mod root;
-mod sys;
+pub mod prefetch;
 pub mod tar;
 pub mod tarsplit;
 pub mod tree;
