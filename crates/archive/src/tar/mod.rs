@@ -2,7 +2,10 @@
 
 mod entry;
 mod error;
+mod header;
+mod pax;
 mod reader;
+mod sparse;
 mod writer;
 
 pub use entry::{Device, Entry, EntryKind, EntryPath, Escaped, SparseRun, Timestamp};
