@@ -152,7 +152,7 @@ mod tests {
     #[test]
     fn t07_malformed_records_are_refused() {
         for bad in [
-            &b"6 a=b\n"[..],
+            &b"7 a=b\n"[..],
             b"5 a=\n\n",
             b"999 path=x\n",
             b"0 path=x\n",
