@@ -2,16 +2,23 @@
 
 mod apply;
 pub mod compress;
+mod diff;
 pub mod hash;
 pub mod limits;
 pub mod prefetch;
 pub mod tar;
 pub mod tarsplit;
+#[cfg(test)]
+mod testing;
 pub mod tree;
+mod unpack;
 pub mod whiteout;
 mod xattr;
 
 pub use apply::{Applied, ApplyError, ApplyStyle, BaseNeed, Refusal, apply};
+pub use diff::{DiffError, diff_trees, layer_to_tar};
 pub use index::{DirIndex, IndexError, Usage};
 pub use limits::{LimitExceeded, Limits};
 pub use root::Root;
+pub use seal::{SealError, Sealed, seal_upper};
+pub use unpack::{UnpackError, Unpacked, unpack};

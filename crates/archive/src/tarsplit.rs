@@ -85,6 +85,12 @@ pub enum Unfaithful {
         /// The later entry.
         path: EntryPath,
     },
+    /// An entry with content that no tree gets, such as AUFS's own files.
+    #[error("{path} has content and is not extracted")]
+    NotExtracted {
+        /// The entry.
+        path: EntryPath,
+    },
 }
 
 /// A finished recording.

@@ -183,12 +183,6 @@ impl Descent {
     pub(crate) fn depth(&self) -> usize {
         self.levels.len()
     }
-
-    /// Where it stands.
-    pub(crate) fn path(&self) -> EntryPath {
-        // Names come from the kernel, so the path is clean as it is.
-        EntryPath::clean(&self.path).unwrap_or_default()
-    }
 }
 
 impl From<OwnedFd> for Descent {
@@ -400,7 +394,8 @@ impl<'a> Found<'a> {
             gid: stat.st_gid,
             mtime: sys::mtime(stat),
             size_bytes: stat.st_size as u64,
-            links_count: stat.st_nlink as u64,
+            // 32 bits wide on some architectures.
+            links_count: stat.st_nlink as _,
             inode: (stat.st_dev, stat.st_ino),
             at,
         })
@@ -412,6 +407,16 @@ impl<'a> Found<'a> {
     /// The kernel's.
     pub fn xattrs(&self) -> io::Result<Xattrs> {
         Ok(xattr::read(self.at)?)
+    }
+
+    /// Whether this is how a stored layer hides a name.
+    pub(crate) fn is_whiteout(&self) -> bool {
+        self.kind == Kind::CharDevice(Device { major: 0, minor: 0 })
+    }
+
+    /// Whether this is a directory of a stored layer that hides all that lies below it.
+    pub(crate) fn is_opaque(&self) -> io::Result<bool> {
+        Ok(self.at.get(xattr::OPAQUE)?.as_deref() == Some(b"y"))
     }
 
     /// What a symbolic link says.
@@ -496,6 +501,12 @@ pub struct WalkError {
     /// The kernel's error.
     #[source]
     pub source: io::Error,
+}
+
+impl WalkError {
+    pub(crate) fn at(path: &EntryPath, source: io::Error) -> Self {
+        Self { path: path.clone(), source }
+    }
 }
 
 #[cfg(test)]

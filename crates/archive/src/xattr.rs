@@ -6,6 +6,11 @@ use crate::sys::Subject;
 
 /// How overlayfs marks a directory that hides what lies below it (Documentation/filesystems/overlayfs.rst).
 pub(crate) const OPAQUE: &[u8] = b"trusted.overlay.opaque";
+/// How overlayfs marks a directory that was copied up from a lower layer; empty for "from we don't
+/// know where". Without it, and where only one layer has the directory, overlayfs takes it that
+/// there are no whiteouts to filter out and lists them (`ovl_get_inode` in fs/overlayfs/inode.c):
+/// names that `ls` shows and nobody can open. So a layer's directories with whiteouts carry it.
+pub(crate) const ORIGIN: &[u8] = b"trusted.overlay.origin";
 /// Everything that overlayfs keeps for itself begins so.
 pub(crate) const OVERLAY: &[u8] = b"trusted.overlay.";
 /// The same for mounts with `userxattr`.

@@ -62,10 +62,14 @@ pub(super) struct Dir {
     pub(super) origin: Origin,
     /// Hides what lower layers have in it.
     pub(super) opaque: bool,
+    /// Overlayfs knows that there are whiteouts in it.
+    whiteouts: bool,
     /// Its access control list is handed on to what is created in it.
     pub(super) acl_default: bool,
     /// Names came or went.
     pub(super) touched: bool,
+    /// Some entry of the archive stands in it, if only a mark: the archive says that it is there.
+    named: bool,
     live: bool,
     depth: u64,
     subdirs: HashMap<Box<[u8]>, Node>,
@@ -122,8 +126,10 @@ impl Dirs {
             fd: Some(Rc::new(fd)),
             origin,
             opaque: false,
+            whiteouts: false,
             acl_default,
             touched: false,
+            named: false,
             live: true,
             depth: 0,
             subdirs: HashMap::new(),
@@ -182,12 +188,12 @@ impl Dirs {
         self.dirs[node].added.contains(name)
     }
 
-    /// Whether anything at or below a directory came from this archive.
+    /// Whether the archive says that a directory, or one below it, is there.
     pub(super) fn holds_own(&self, node: Node) -> bool {
         let mut pending = vec![node];
         while let Some(node) = pending.pop() {
             let dir = &self.dirs[node];
-            if !matches!(dir.origin, Origin::Existing { .. }) || !dir.added.is_empty() {
+            if dir.named || !matches!(dir.origin, Origin::Existing { .. }) {
                 return true;
             }
             pending.extend(dir.subdirs.values());
@@ -299,8 +305,10 @@ impl Dirs {
             fd: None,
             origin,
             opaque: false,
+            whiteouts: false,
             acl_default: acl_default.is_some(),
             touched: false,
+            named: false,
             live: true,
             depth,
             subdirs: HashMap::new(),
@@ -379,6 +387,18 @@ impl Dirs {
         Ok(())
     }
 
+    /// Tells overlayfs that a directory of a layer has whiteouts in it.
+    pub(super) fn set_whiteouts(&mut self, node: Node) -> Result<(), ApplyError> {
+        if !self.dirs[node].whiteouts {
+            let fd = self.fd(node)?;
+            Subject::Fd((*fd).as_fd())
+                .set(xattr::ORIGIN, b"")
+                .map_err(|error| io_error("mark as holding whiteouts", &self.path(node))(error))?;
+            self.dirs[node].whiteouts = true;
+        }
+        Ok(())
+    }
+
     /// The directory at `raw`, resolved as if chrooted. `entry` names it in errors.
     ///
     /// Something on the way that is neither a directory nor a link is replaced when directories
@@ -389,19 +409,19 @@ impl Dirs {
         missing: Missing,
         entry: &EntryPath,
     ) -> Result<Option<Node>, ApplyError> {
-        if let Some((path, node)) = &self.last
-            && path == raw
-        {
-            return Ok(Some(*node));
-        }
-        let found = self.walk(raw, missing, entry)?;
-        if let Some(node) = found {
-            let (path, last) = self.last.get_or_insert_default();
-            path.clear();
-            path.extend_from_slice(raw);
-            *last = node;
-        }
-        Ok(found)
+        let node = match &self.last {
+            Some((path, node)) if path == raw => *node,
+            _ => {
+                let Some(node) = self.walk(raw, missing, entry)? else { return Ok(None) };
+                let (path, last) = self.last.get_or_insert_default();
+                path.clear();
+                path.extend_from_slice(raw);
+                *last = node;
+                node
+            }
+        };
+        self.dirs[node].named |= missing == Missing::Create;
+        Ok(Some(node))
     }
 
     fn walk(&mut self, raw: &[u8], missing: Missing, entry: &EntryPath) -> Result<Option<Node>, ApplyError> {

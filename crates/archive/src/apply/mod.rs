@@ -3,7 +3,7 @@
 //! Two styles, one meaning. [`ApplyStyle::Layer`] makes a canonical layer, whatever will lie
 //! below it: what the archive takes away becomes overlayfs' own marks (a character device 0:0
 //! hides a name, the attribute `trusted.overlay.opaque=y` all that lower layers have in a
-//! directory), and directories that no entry describes are *implied*: mode 0755, owner 0:0, time
+//! directory, an empty `trusted.overlay.origin` says that a directory has whiteouts), and directories that no entry describes are *implied*: mode 0755, owner 0:0, time
 //! 0, listed in the [`DirIndex`]. [`ApplyStyle::Merged`] works in a mounted tree and deletes. A
 //! layer over its base, mounted, is the same tree as the archive applied to the base; a lower
 //! link or file where the archive has an undescribed directory is the exception: a layer hides
@@ -58,6 +58,9 @@ pub struct Applied {
     pub usage: Usage,
     /// The implied directories. Empty for [`ApplyStyle::Merged`]: sealing tells.
     pub index: DirIndex,
+    /// The archive hides all that lies below it. Its root carries the mark, but overlayfs merges
+    /// the roots of all its layers whatever they carry: nothing must be mounted below it.
+    pub opaque_root: bool,
     /// Entries of the archive, marks included.
     pub entries: u64,
     /// Extended attributes that were not set: overlayfs' own, host labels, damaged capabilities,
@@ -200,8 +203,8 @@ pub fn apply<R: Read>(
     let mut applier = Applier::new(root, style, limits)?;
     while let Some(entry) = reader.next_entry()? {
         applier.entry(&entry, reader)?;
-        if let Some(path) = applier.take_displaced() {
-            reader.mark_unfaithful(Unfaithful::Replaced { path });
+        if let Some(why) = applier.take_unfaithful() {
+            reader.mark_unfaithful(why);
         }
     }
     applier.finish()
@@ -252,7 +255,7 @@ struct Applier {
     dirs: Dirs,
     style: ApplyStyle,
     usage: Usage,
-    displaced: Option<EntryPath>,
+    not_extracted: Option<EntryPath>,
     entries: u64,
     xattrs_left_out: u64,
     devices_left_out: u64,
@@ -272,15 +275,17 @@ impl Applier {
             dirs,
             style,
             usage: Usage::default(),
-            displaced: None,
+            not_extracted: None,
             entries: 0,
             xattrs_left_out: 0,
             devices_left_out: 0,
         })
     }
 
-    fn take_displaced(&mut self) -> Option<EntryPath> {
-        self.dirs.take_displaced().or(self.displaced.take())
+    /// Content of the archive that the tree does not hold, or no longer where its path leads.
+    fn take_unfaithful(&mut self) -> Option<Unfaithful> {
+        let replaced = self.dirs.take_displaced().map(|path| Unfaithful::Replaced { path });
+        replaced.or(self.not_extracted.take().map(|path| Unfaithful::NotExtracted { path }))
     }
 
     fn entry(&mut self, entry: &Entry, data: &mut dyn Data) -> Result<(), ApplyError> {
@@ -289,7 +294,7 @@ impl Applier {
         let meaning = whiteout::meaning(path).map_err(|_| refuse(path, Refusal::BadMark))?;
         if meaning == Meaning::Ignored {
             if matches!(entry.kind, EntryKind::File { size_bytes: 1.., .. }) {
-                self.displaced = Some(path.clone());
+                self.not_extracted = Some(path.clone());
             }
             return Ok(());
         }
@@ -572,7 +577,7 @@ impl Applier {
             Ok(stat) => {
                 self.dirs.get_mut(dir).touched = true;
                 stat.iter().for_each(|stat| self.usage.add(stat));
-                Ok(())
+                self.dirs.set_whiteouts(dir)
             }
         }
     }
@@ -658,6 +663,7 @@ impl Applier {
         Ok(Applied {
             usage,
             index,
+            opaque_root: self.style == ApplyStyle::Layer && self.dirs.get(ROOT).opaque,
             entries: self.entries,
             xattrs_left_out: self.xattrs_left_out,
             devices_left_out: self.devices_left_out,

@@ -1,0 +1,246 @@
+//! Making the upper directory of an overlay a canonical layer, in place.
+//!
+//! Overlayfs leaves marks that its own next mount understands but that mean nothing to another
+//! stack: handles of origins and counters in attributes, whiteouts of names that only existed meanwhile,
+//! opaque directories over nothing. Sealing takes one walk, which also tells explicit directories
+//! from implied ones and counts what the layer costs. No file is read or copied.
+//!
+//! The directory must be unmounted and nobody else may use it. Sealing again what was sealed, over
+//! the same lower tree, gives the same layer. After a crash the directory is half sealed; uppers of
+//! dead processes are never trusted anyway.
+
+use std::collections::HashSet;
+use std::io;
+use std::os::fd::BorrowedFd;
+
+use plies_oci::ErrorKind;
+use rustix::fs::{AtFlags, FileType, Mode, Stat};
+use rustix::io::Result as SysResult;
+
+use crate::index::{DirIndex, Usage};
+use crate::sys::{self, Subject};
+use crate::tar::EntryPath;
+use crate::tree::{Below, Descent, Names};
+use crate::xattr;
+
+#[cfg(test)]
+mod tests;
+
+const REDIRECT: &[u8] = b"trusted.overlay.redirect";
+const METACOPY: &[u8] = b"trusted.overlay.metacopy";
+/// A whiteout made without a device node (Linux 6.7), in a directory whose opaque mark says `x`.
+const WHITEOUT: &[u8] = b"trusted.overlay.whiteout";
+
+/// What sealing found.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Sealed {
+    /// What the layer costs.
+    pub usage: Usage,
+    /// Its implied directories: those that are in the lower tree with the same owner, mode, time
+    /// and attributes. The root is one of them if nothing was changed about it.
+    pub index: DirIndex,
+}
+
+/// Why an upper directory could not be sealed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SealError {
+    /// A directory or file whose content lies elsewhere in the lower tree. Mount with
+    /// `redirect_dir=off` and `metacopy=off`.
+    #[error("{path} carries {mark}, so the layer does not hold its content")]
+    NotSelfContained {
+        /// Where.
+        path: EntryPath,
+        /// The attribute.
+        mark: &'static str,
+    },
+    /// The file system did not do its part.
+    #[error("seal {path}")]
+    Io {
+        /// Where.
+        path: EntryPath,
+        /// The kernel's error.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl SealError {
+    /// What a caller can do about it.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::NotSelfContained { .. } => ErrorKind::FailedPrecondition,
+            Self::Io { .. } => ErrorKind::Unavailable,
+        }
+    }
+}
+
+/// One directory that is being sealed.
+struct Frame {
+    names: Names,
+    stat: Stat,
+    /// Whiteouts in it may be files with an attribute.
+    xattr_whiteouts: bool,
+    /// Names came or went, so its time has to be set back.
+    changed: bool,
+    /// Whiteouts stayed in it.
+    whiteouts: bool,
+}
+
+/// Makes `upper` a canonical layer over `lower`, the merged tree of the layers below it, if any.
+///
+/// # Errors
+/// [`SealError`]. The directory is still a valid upper then, for another try or a mount.
+pub fn seal_upper(upper: BorrowedFd<'_>, lower: Option<BorrowedFd<'_>>) -> Result<Sealed, SealError> {
+    let mut seal = Seal {
+        upper: Descent::new(upper).map_err(io_error(&EntryPath::root()))?,
+        lower: Below::new(lower).map_err(io_error(&EntryPath::root()))?,
+        here: EntryPath::root(),
+        linked: HashSet::new(),
+        sealed: Sealed::default(),
+    };
+    let mut frames = vec![seal.directory(lower.is_some())?];
+    while let Some(frame) = frames.last_mut() {
+        if let Some((name, _)) = frame.names.advance() {
+            let name = name.to_vec();
+            if let Some(inner) = seal.name(frame, &name)? {
+                frames.push(inner);
+            }
+            continue;
+        }
+        if frame.whiteouts {
+            Subject::Fd(seal.upper.here()).set(xattr::ORIGIN, b"").map_err(io_error(&seal.here))?;
+        }
+        if frame.changed {
+            rustix::fs::futimens(seal.upper.here(), &sys::times(sys::mtime(&frame.stat)))
+                .map_err(io_error(&seal.here))?;
+        }
+        frames.pop();
+        if !frames.is_empty() {
+            let here = seal.here.split().map_or_else(EntryPath::root, |(outer, _)| outer);
+            seal.upper.leave().and_then(|_| seal.lower.leave()).map_err(io_error(&seal.here))?;
+            seal.here = here;
+        }
+    }
+    Ok(seal.sealed)
+}
+
+fn io_error(path: &EntryPath) -> impl FnOnce(rustix::io::Errno) -> SealError + '_ {
+    |error| SealError::Io { path: path.clone(), source: error.into() }
+}
+
+struct Seal {
+    upper: Descent,
+    lower: Below,
+    here: EntryPath,
+    linked: HashSet<(u64, u64)>,
+    sealed: Sealed,
+}
+
+impl Seal {
+    /// Cleans the directory where the walk stands, and says whether it is implied. `has_lower`:
+    /// the lower tree has a directory there.
+    fn directory(&mut self, has_lower: bool) -> Result<Frame, SealError> {
+        let subject = Subject::Fd(self.upper.here());
+        let opaque = self.clean(subject, &self.here)?;
+        let here = self.here.clone();
+        let mut look = || -> SysResult<_> {
+            let upper = self.upper.here();
+            let stat = rustix::fs::fstat(upper)?;
+            let mut implied = false;
+            if has_lower && let Some(lower) = self.lower.here() {
+                implied = is_same(upper, &stat, lower)?;
+            }
+            // An opaque root would hide nothing: overlayfs always merges the roots of its layers.
+            if opaque.as_deref() == Some(b"y") && has_lower && !here.is_root() {
+                let hides = match self.lower.here() {
+                    Some(lower) => !Names::sorted(lower)?.is_empty(),
+                    None => false,
+                };
+                if hides {
+                    self.lower.hide()?;
+                } else {
+                    Subject::Fd(upper).remove(xattr::OPAQUE)?;
+                }
+            } else if opaque.is_some() {
+                Subject::Fd(upper).remove(xattr::OPAQUE)?;
+            }
+            let names = Names::sorted(upper)?;
+            Ok((stat, implied, names))
+        };
+        let (stat, implied, names) = look().map_err(io_error(&here))?;
+        self.sealed.usage.add(&stat);
+        if implied {
+            self.sealed.index.insert(here);
+        }
+        Ok(Frame { names, stat, xattr_whiteouts: opaque.as_deref() == Some(b"x"), changed: false, whiteouts: false })
+    }
+
+    /// Cleans one name of a directory; a frame if it is a directory itself.
+    fn name(&mut self, frame: &mut Frame, name: &[u8]) -> Result<Option<Frame>, SealError> {
+        let path = self.here.join(name);
+        let at = || io_error(&path);
+        let stat = sys::stat_at(self.upper.here(), name).map_err(at())?;
+        if sys::kind(&stat) == FileType::Directory {
+            self.upper.enter(name).map_err(at())?;
+            let has_lower = self.lower.enter(name).map_err(at())?;
+            self.here = path;
+            return self.directory(has_lower).map(Some);
+        }
+        let subject = Subject::At(self.upper.here(), name);
+        let as_file = frame.xattr_whiteouts
+            && sys::kind(&stat) == FileType::RegularFile
+            && stat.st_size == 0
+            && subject.get(WHITEOUT).map_err(at())?.is_some();
+        if as_file || sys::is_whiteout(&stat) {
+            let hides = self.lower.stat(name).map_err(at())?.is_some();
+            let upper = self.upper.here();
+            if as_file || !hides {
+                frame.changed = true;
+                rustix::fs::unlinkat(upper, name, AtFlags::empty()).map_err(at())?;
+            }
+            if as_file && hides {
+                rustix::fs::mknodat(upper, name, FileType::CharacterDevice, Mode::empty(), 0).map_err(at())?;
+            }
+            if !hides {
+                return Ok(None);
+            }
+            frame.whiteouts = true;
+        } else {
+            self.clean(subject, &path)?;
+        }
+        let stat = sys::stat_at(self.upper.here(), name).map_err(at())?;
+        if stat.st_nlink == 1 || self.linked.insert((stat.st_dev, stat.st_ino)) {
+            self.sealed.usage.add(&stat);
+        }
+        Ok(None)
+    }
+
+    /// Removes what overlayfs keeps for itself, the opaque mark aside, whose value it gives.
+    fn clean(&self, subject: Subject<'_>, path: &EntryPath) -> Result<Option<Vec<u8>>, SealError> {
+        let list = subject.list().map_err(io_error(path))?;
+        let mut opaque = None;
+        for name in xattr::names(&list) {
+            for (mark, text) in [(REDIRECT, "trusted.overlay.redirect"), (METACOPY, "trusted.overlay.metacopy")] {
+                if name == mark {
+                    return Err(SealError::NotSelfContained { path: path.clone(), mark: text });
+                }
+            }
+            if name == xattr::OPAQUE {
+                opaque = subject.get(name).map_err(io_error(path))?;
+            } else if name.starts_with(xattr::OVERLAY) || name.starts_with(xattr::USER_OVERLAY) {
+                subject.remove(name).map_err(io_error(path))?;
+            }
+        }
+        Ok(opaque)
+    }
+}
+
+/// Whether nothing was changed about a directory itself.
+fn is_same(upper: BorrowedFd<'_>, stat: &Stat, lower: BorrowedFd<'_>) -> SysResult<bool> {
+    let below = rustix::fs::fstat(lower)?;
+    Ok(sys::mode_bits(stat) == sys::mode_bits(&below)
+        && (stat.st_uid, stat.st_gid) == (below.st_uid, below.st_gid)
+        && sys::mtime(stat) == sys::mtime(&below)
+        && xattr::read(Subject::Fd(upper))? == xattr::read(Subject::Fd(lower))?)
+}
