@@ -261,3 +261,232 @@ impl<W: Write> fmt::Debug for Encoder<W> {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const ONE: NonZeroUsize = NonZeroUsize::MIN;
+
+    fn compress(data: &[u8], compression: Compression, threads: usize) -> Vec<u8> {
+        let mut encoder = Encoder::new(Vec::new(), compression, NonZeroUsize::new(threads).unwrap()).unwrap();
+        encoder.write_all(data).unwrap();
+        encoder.finish().unwrap()
+    }
+
+    fn decompress(data: &[u8], compression: Compression, limits: &Limits) -> io::Result<Vec<u8>> {
+        let mut out = Vec::new();
+        Decoder::new(data, compression, limits)?.read_to_end(&mut out)?;
+        Ok(out)
+    }
+
+    /// Text with matches near and far, of any length.
+    fn text(len: usize) -> Vec<u8> {
+        let mut state = 1_u32;
+        let mut out = Vec::with_capacity(len);
+        while out.len() < len {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            out.extend_from_slice(format!("{} line {} of the text\n", state >> 20, state % 97).as_bytes());
+        }
+        out.truncate(len);
+        out
+    }
+
+    const ALL: [Compression; 3] = [Compression::None, Compression::Gzip, Compression::Zstd];
+    const BOTH: [Compression; 2] = [Compression::Gzip, Compression::Zstd];
+
+    #[test]
+    fn what_is_compressed_comes_back_whatever_the_length() {
+        for compression in ALL {
+            for len in [0, 1, 5, (1 << 20) - 1, 1 << 20, (1 << 20) + 1, (2 << 20) + 12_345] {
+                let data = text(len);
+                let compressed = compress(&data, compression, 2);
+                let back = decompress(&compressed, compression, &Limits::default()).unwrap();
+                assert!(back == data, "{compression:?}, {len} bytes");
+                if compression != Compression::None {
+                    assert_eq!(detect(&compressed[..4]), compression);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn output_does_not_depend_on_threads_or_on_how_it_is_written() {
+        let data = text(5 << 20);
+        for compression in BOTH {
+            let expected = compress(&data, compression, 1);
+            for threads in 2..=4 {
+                assert!(compress(&data, compression, threads) == expected, "{compression:?}, {threads} threads");
+            }
+            let mut encoder = Encoder::new(Vec::new(), compression, ONE).unwrap();
+            for piece in data.chunks(7_777) {
+                encoder.write_all(piece).unwrap();
+                encoder.flush().unwrap();
+            }
+            assert!(encoder.finish().unwrap() == expected, "{compression:?}, in pieces");
+        }
+    }
+
+    #[test]
+    fn a_failing_output_is_an_error_and_no_hang() {
+        struct Full;
+        impl Write for Full {
+            fn write(&mut self, _: &[u8]) -> io::Result<usize> {
+                Err(io::Error::from(io::ErrorKind::StorageFull))
+            }
+            fn flush(&mut self) -> io::Result<()> {
+                Ok(())
+            }
+        }
+        for compression in BOTH {
+            let mut encoder = Encoder::new(Full, compression, ONE).unwrap();
+            let result = encoder.write_all(&text(20 << 20)).and_then(|()| encoder.finish().map(|_| ()));
+            assert_eq!(result.unwrap_err().kind(), io::ErrorKind::StorageFull, "{compression:?}");
+        }
+    }
+
+    #[test]
+    fn gzip_header_tells_nothing_about_the_machine() {
+        assert_eq!(compress(b"x", Compression::Gzip, 1)[..10], [0x1f, 0x8b, 8, 0, 0, 0, 0, 0, 0, 255]);
+    }
+
+    #[test]
+    fn detect_goes_by_magic_numbers() {
+        for (first, compression) in [
+            (&b""[..], Compression::None),
+            (b"\x1f\x8b", Compression::None),
+            (b"\x1f\x8b\x08", Compression::Gzip),
+            (b"\x1f\x8b\x00\x00", Compression::None),
+            (b"\x28\xb5\x2f\xfd", Compression::Zstd),
+            (b"\x50\x2a\x4d\x18", Compression::Zstd),
+            (b"\x5f\x2a\x4d\x18", Compression::Zstd),
+            (b"\x60\x2a\x4d\x18", Compression::None),
+            (b"\xfd7zXZ\0", Compression::None),
+            (b"etc/passwd", Compression::None),
+        ] {
+            assert_eq!(detect(first), compression, "{}", first.escape_ascii());
+        }
+    }
+
+    #[test]
+    fn members_and_frames_are_concatenated() {
+        for compression in BOTH {
+            let mut stream = Vec::new();
+            for part in [&b"one, "[..], b"", b"two"] {
+                stream.extend(compress(part, compression, 1));
+            }
+            assert_eq!(decompress(&stream, compression, &Limits::default()).unwrap(), b"one, two");
+        }
+        let skippable = b"\x53\x2a\x4d\x18\x03\0\0\0abc";
+        let frame = compress(b"data", Compression::Zstd, 1);
+        for stream in [[&skippable[..], &frame].concat(), [&frame[..], skippable, skippable, &frame].concat()] {
+            assert!(decompress(&stream, Compression::Zstd, &Limits::default()).unwrap().starts_with(b"data"));
+        }
+    }
+
+    #[test]
+    fn cut_damaged_and_followed_streams_are_data_loss() {
+        let data = text(2000);
+        for compression in BOTH {
+            let good = compress(&data, compression, 1);
+            let refused = |stream: &[u8], what: &str| {
+                let error = decompress(stream, compression, &Limits::default()).unwrap_err();
+                assert_eq!(DecodeError::kind_of(&error), ErrorKind::DataLoss, "{compression:?}: {what}");
+                let corrupt = error.get_ref().unwrap();
+                assert!(corrupt.source().is_some(), "{corrupt}");
+            };
+            for len in 0..good.len() {
+                refused(&good[..len], &format!("cut to {len} bytes"));
+            }
+            for garbage in [&b"\0"[..], b"garbage", &[0; 512]] {
+                refused(&[&good[..], garbage].concat(), "trailing garbage");
+            }
+            let mut flipped = good.clone();
+            let last = flipped.len() - 5;
+            flipped[last] ^= 1;
+            refused(&flipped, "wrong checksum");
+        }
+    }
+
+    #[test]
+    fn an_error_of_the_source_stays_what_it_is() {
+        struct Broken;
+        impl Read for Broken {
+            fn read(&mut self, _: &mut [u8]) -> io::Result<usize> {
+                Err(io::Error::from(io::ErrorKind::ConnectionReset))
+            }
+        }
+        for compression in ALL {
+            let error = Decoder::new(Broken, compression, &Limits::default()).unwrap().read(&mut [0]).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+            assert_eq!(DecodeError::kind_of(&error), ErrorKind::Unavailable);
+        }
+    }
+
+    fn limit_of(error: &io::Error) -> &'static str {
+        match error.get_ref().and_then(|error| error.downcast_ref()) {
+            Some(DecodeError::Limit(limit)) => limit.limit,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn b01_bombs_hit_the_ratio_after_the_grace() {
+        for compression in BOTH {
+            let mut encoder = Encoder::new(Vec::new(), compression, ONE).unwrap();
+            io::copy(&mut io::repeat(0).take(80 << 20), &mut encoder).unwrap();
+            let bomb = encoder.finish().unwrap();
+            let limits = Limits::default();
+            let mut decoder = Decoder::new(bomb.as_slice(), compression, &limits).unwrap();
+            let error = io::copy(&mut decoder, &mut io::sink()).unwrap_err();
+            assert_eq!(limit_of(&error), "expansion_ratio");
+            assert_eq!(DecodeError::kind_of(&error), ErrorKind::Limit);
+            let generous = Limits { expansion_ratio: 1_000_000, ..limits };
+            let mut decoder = Decoder::new(bomb.as_slice(), compression, &generous).unwrap();
+            assert_eq!(io::copy(&mut decoder, &mut io::sink()).unwrap(), 80 << 20);
+        }
+    }
+
+    #[test]
+    fn b01_output_is_bounded_in_all() {
+        let limits = Limits { unpacked_bytes: 1000, ..Limits::default() };
+        for compression in ALL {
+            let fits = compress(&text(1000), compression, 1);
+            assert_eq!(decompress(&fits, compression, &limits).unwrap().len(), 1000);
+            let over = compress(&text(1001), compression, 1);
+            assert_eq!(limit_of(&decompress(&over, compression, &limits).unwrap_err()), "unpacked_bytes");
+        }
+    }
+
+    #[test]
+    fn b03_many_empty_members_are_linear_and_flat() {
+        let stream = compress(b"", Compression::Gzip, 1).repeat(100_000);
+        assert_eq!(decompress(&stream, Compression::Gzip, &Limits::default()).unwrap(), b"");
+    }
+
+    #[test]
+    fn b04_large_windows_are_refused() {
+        // A frame header without a size: descriptor 0, then the window's exponent (RFC 8878, 3.1.1.1.2).
+        for (log, accepted) in [(27, true), (28, false), (31, false)] {
+            let mut frame = b"\x28\xb5\x2f\xfd\x00".to_vec();
+            frame.push((log - 10) << 3);
+            frame.extend_from_slice(b"\x19\0\0abc"); // one last, raw block of 3 bytes
+            assert_eq!(decompress(&frame, Compression::Zstd, &Limits::default()).is_ok(), accepted, "2^{log}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn damaged_streams_never_panic(at in 0..600_usize, byte in any::<u8>(), cut in 0..600_usize) {
+            for compression in BOTH {
+                let mut stream = compress(&text(1500), compression, 1);
+                let at = at % stream.len();
+                stream[at] = byte;
+                stream.truncate(stream.len().max(cut));
+                let _either_way = decompress(&stream, compression, &Limits::default());
+            }
+        }
+    }
+}
