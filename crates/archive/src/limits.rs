@@ -8,7 +8,7 @@ use crate::tar::Escaped;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Limits {
     /// Bytes in all extension headers (PAX `x` and `g`, GNU `L` and `K`) that stand before one
-    /// entry. Default 1 MiB, which Go's archive/tar and libarchive allow for a single one.
+    /// entry, with their own headers and padding. Default 1 MiB, which Go's archive/tar and libarchive allow for a single one.
     pub header_bytes: u64,
     /// Bytes in a cleaned path. Default 4095: Linux's `PATH_MAX` less the NUL.
     pub path_bytes: u64,

@@ -1,4 +1,5 @@
 //! Recordings give back the same bytes, and Go reads them as Docker does.
+#![allow(clippy::unwrap_used)] // the exemption for tests does not see their helpers
 
 mod common;
 

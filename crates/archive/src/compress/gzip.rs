@@ -156,7 +156,6 @@ impl<W> fmt::Debug for ParallelGzip<W> {
 }
 
 fn work(queue: &Mutex<Receiver<Job>>, level: Level) {
-    let mut deflate = Compress::new(level, false);
     loop {
         // The lock is held while waiting: whoever has it gets the next job. A panicked worker
         // leaves nothing half done behind it.
@@ -164,13 +163,16 @@ fn work(queue: &Mutex<Receiver<Job>>, level: Level) {
         let Ok(Job { input, dictionary, last, done }) = job else { return };
         let mut crc = Crc::new();
         crc.update(&input);
-        let deflated = deflate_block(&mut deflate, &dictionary, &input, last);
+        let deflated = deflate_block(level, &dictionary, &input, last);
         let _the_writer_was_dropped = done.send(Piece { deflated, crc, input });
     }
 }
 
-fn deflate_block(deflate: &mut Compress, dictionary: &[u8], input: &[u8], last: bool) -> Vec<u8> {
-    deflate.reset();
+fn deflate_block(level: Level, dictionary: &[u8], input: &[u8], last: bool) -> Vec<u8> {
+    // Not one compressor for all, with reset(): in zlib-rs 0.6.8 that leaves the old window, and
+    // set_dictionary hashes one byte of it too many. Rarely, a match is lost by that, and then the
+    // output would depend on which thread got which block.
+    let mut deflate = Compress::new(level, false);
     if !dictionary.is_empty() {
         deflate.set_dictionary(dictionary).expect("because a raw stream takes a dictionary at its beginning");
     }
@@ -192,5 +194,41 @@ fn deflate_block(deflate: &mut Compress, dictionary: &[u8], input: &[u8], last: 
             return out;
         }
         out.reserve(out.capacity().max(4096));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_depend_on_their_window_and_block_only() {
+        // The dictionary's last three bytes are hashed with the one behind them in the window. If
+        // that were left over from the block before (where the dictionary's first byte stood), the
+        // text of those four would not be found in the dictionary any more.
+        let mut state = 1_u32;
+        let mut noise = |len: usize| -> Vec<u8> {
+            let next = |_| {
+                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                (state >> 24) as u8
+            };
+            (0..len).map(next).collect()
+        };
+        let mut first = noise(BLOCK_BYTES);
+        let (start, end) = (BLOCK_BYTES - WINDOW_BYTES, BLOCK_BYTES - 3);
+        let text = [&first[end..], &first[start..=start], &noise(40)].concat();
+        first[start + 1000..][..text.len()].copy_from_slice(&text);
+        let second = [noise(100), text, noise(100)].concat();
+
+        let mut gzip = ParallelGzip::new(Vec::new(), 6, NonZeroUsize::MIN);
+        gzip.write_all(&first).unwrap();
+        gzip.write_all(&second).unwrap();
+        let out = gzip.finish().unwrap();
+        let level = Level::new(6);
+        let pieces = [
+            deflate_block(level, &[], &first, false),
+            deflate_block(level, &first[BLOCK_BYTES - WINDOW_BYTES..], &second, true),
+        ];
+        assert!(out[HEADER.len()..out.len() - 8] == pieces.concat());
     }
 }

@@ -1,4 +1,7 @@
-//! The tar format.
+//! The tar format: a strict [`Reader`], a deterministic [`Writer`], and the [`Entry`] between them.
+//!
+//! Formats read: v7, ustar, PAX (`x`, and `g` without effect), GNU (`L`, `K`, base-256 numbers), star's
+//! prefix, and the four sparse formats. Written: ustar with PAX where that does not suffice.
 
 mod entry;
 mod error;

@@ -26,8 +26,7 @@ impl Records {
         let mut map = Vec::new();
         let mut numbers = 0_usize;
         while !rest.is_empty() {
-            let (key, value);
-            (key, value, rest) = record(rest)?;
+            let (key, value) = record(&mut rest)?;
             if key == SPARSE_OFFSET || key == SPARSE_NUMBYTES {
                 let expected = if numbers.is_multiple_of(2) { SPARSE_OFFSET } else { SPARSE_NUMBYTES };
                 if key != expected || value.contains(&b',') {
@@ -76,7 +75,7 @@ fn is_decisive(key: &[u8]) -> bool {
 }
 
 /// Takes one `"<length> <key>=<value>\n"` off the front; the length counts the whole record.
-fn record(rest: &[u8]) -> Result<(&[u8], &[u8], &[u8]), &'static str> {
+fn record<'a>(rest: &mut &'a [u8]) -> Result<(&'a [u8], &'a [u8]), &'static str> {
     const MALFORMED: &str = "malformed PAX record";
     // 20 digits hold any length; don't search a megabyte for a space.
     let digits = rest.iter().take(21).position(|byte| *byte == b' ').ok_or(MALFORMED)?;
@@ -88,7 +87,7 @@ fn record(rest: &[u8]) -> Result<(&[u8], &[u8], &[u8]), &'static str> {
     if len > rest.len() || len < digits + 4 {
         return Err(MALFORMED);
     }
-    let (whole, rest) = rest.split_at(len);
+    let (whole, after) = rest.split_at(len);
     let body = whole[digits + 1..].strip_suffix(b"\n").ok_or(MALFORMED)?;
     let equals = body.iter().position(|byte| *byte == b'=').ok_or(MALFORMED)?;
     let (key, value) = (&body[..equals], &body[equals + 1..]);
@@ -100,7 +99,8 @@ fn record(rest: &[u8]) -> Result<(&[u8], &[u8], &[u8]), &'static str> {
     if key.contains(&0) || (text && value.contains(&0)) {
         return Err("NUL in a PAX record");
     }
-    Ok((key, value, rest))
+    *rest = after;
+    Ok((key, value))
 }
 
 /// A decimal number with an optional sign, as Go's `strconv.ParseInt` takes it.

@@ -80,6 +80,9 @@ pub struct Finished<R> {
     pub entries_count: u64,
 }
 
+/// Names and values, sorted by name.
+type Xattrs = Vec<(Vec<u8>, Vec<u8>)>;
+
 /// The extension headers before an entry.
 #[derive(Debug, Default)]
 struct Extensions {
@@ -561,7 +564,7 @@ impl<R: Read> Reader<R> {
         Ok(link)
     }
 
-    fn xattrs(&self, path: &EntryPath, pax: &Records) -> Result<Vec<(Vec<u8>, Vec<u8>)>, TarError> {
+    fn xattrs(&self, path: &EntryPath, pax: &Records) -> Result<Xattrs, TarError> {
         let check = |limit, max, value, what| LimitExceeded::check(limit, max, value, what, Some(path.as_bytes()));
         let mut xattrs = Vec::new();
         for (name, value) in pax.xattrs() {
