@@ -110,3 +110,119 @@ impl<R: Read> Read for Progress<'_, R> {
         Ok(n)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::num::NonZeroUsize;
+    use std::os::fd::AsFd;
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    use super::*;
+    use crate::Root;
+    use crate::compress::Encoder;
+    use crate::tar::EntryPath;
+    use crate::tarsplit::assemble;
+    use crate::testing::*;
+
+    fn compressed(bytes: &[u8], compression: Compression) -> Vec<u8> {
+        let mut encoder = Encoder::new(Vec::new(), compression, NonZeroUsize::MIN).unwrap();
+        encoder.write_all(bytes).unwrap();
+        encoder.finish().unwrap()
+    }
+
+    fn run(place: &Place, blob: &[u8], compression: Compression) -> Result<Unpacked, UnpackError> {
+        let (root, limits) = (open(&place.root()), Limits::default());
+        let output = Output::Memory(Vec::new());
+        unpack(blob, compression, root.as_fd(), ApplyStyle::Layer, &limits, output, &|_| {})
+    }
+
+    #[test]
+    fn privileged_a_blob_becomes_a_layer_and_its_archive_comes_back() {
+        if skip_unprivileged() {
+            return;
+        }
+        let items = [
+            dir("etc"),
+            file("etc/a", "content"),
+            hard_link("etc/b", "etc/a"),
+            symlink("lib", "usr/lib"),
+            file("usr/lib/big", &"x".repeat(300_000)),
+            file("lib/through", "a link"),
+            file("etc/.wh.gone", ""),
+            file("empty", ""),
+        ];
+        let mut tar = archive(&items);
+        // Bytes behind the end marker belong to the diff ID.
+        tar.extend([0; 1024]);
+        for compression in [Compression::None, Compression::Gzip, Compression::Zstd] {
+            let blob = compressed(&tar, compression);
+            let place = Place::new();
+            let (root, limits) = (open(&place.root()), Limits::default());
+            let told = AtomicU64::new(0);
+            let unpacked = unpack(
+                blob.as_slice(),
+                compression,
+                root.as_fd(),
+                ApplyStyle::Layer,
+                &limits,
+                Output::Memory(Vec::new()),
+                &|done| told.store(done, Ordering::Relaxed),
+            )
+            .unwrap();
+            assert_eq!(told.into_inner(), blob.len() as u64);
+            assert_eq!(unpacked.unpacked_bytes, tar.len() as u64);
+            assert_eq!(unpacked.applied.entries, 8);
+            let mut hasher = plies_oci::Sha256Hasher::default();
+            hasher.update(&tar);
+            assert_eq!(unpacked.diff_id, DiffId::from_bytes(hasher.finish()));
+
+            assert!(unpacked.tar_split.unfaithful.is_none());
+            let Output::Memory(tar_split) = unpacked.tar_split.output else { panic!("asked for memory") };
+            let tree = Root::new(&root).unwrap();
+            let mut again = Vec::new();
+            let open_file = |name: &[u8], _| {
+                let path = EntryPath::clean(name).map_err(io::Error::other)?;
+                tree.open_file(&path).map(std::fs::File::from)
+            };
+            assemble(tar_split.as_slice(), open_file, &mut again).unwrap();
+            assert!(again == tar, "{compression:?}");
+        }
+    }
+
+    #[test]
+    fn privileged_t13_a_cut_blob_is_an_error_at_any_length() {
+        if skip_unprivileged() {
+            return;
+        }
+        let tar = archive(&[file("a", "1"), file("b", &"2".repeat(1_000))]);
+        let blob = compressed(&tar, Compression::Gzip);
+        for length in 0..blob.len() {
+            run(&Place::new(), &blob[..length], Compression::Gzip).unwrap_err();
+        }
+        for length in (0..tar.len() - 1_024).step_by(97) {
+            run(&Place::new(), &tar[..length], Compression::None).unwrap_err();
+        }
+    }
+
+    #[test]
+    fn privileged_a_failing_blob_ends_the_threads_and_tells_why() {
+        if skip_unprivileged() {
+            return;
+        }
+        struct Endless;
+        impl Read for Endless {
+            fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+                buf.fill(b'x');
+                Ok(buf.len())
+            }
+        }
+        let place = Place::new();
+        let root = open(&place.root());
+        let limits = Limits::default();
+        let output = Output::Memory(Vec::new());
+        let error =
+            unpack(Endless, Compression::None, root.as_fd(), ApplyStyle::Layer, &limits, output, &|_| {}).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidInput);
+    }
+}

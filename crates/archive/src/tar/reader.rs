@@ -534,7 +534,9 @@ impl<R: Read> Reader<R> {
         let (mut depth, mut longest) = (0, 0);
         for component in path.components() {
             depth += 1;
-            longest = longest.max(component.len() as u64);
+            // A whiteout has the length of the name that it takes away, which the file system allowed.
+            let name = component.strip_prefix(b".wh.").unwrap_or(component);
+            longest = longest.max(name.len() as u64);
         }
         LimitExceeded::check("path_depth", self.limits.path_depth, depth, "depth", Some(bytes))?;
         LimitExceeded::check("component_bytes", self.limits.component_bytes, longest, "component", Some(bytes))?;
