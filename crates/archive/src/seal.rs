@@ -2,7 +2,7 @@
 //!
 //! Overlayfs leaves marks that its own next mount understands but that mean nothing to another
 //! stack: handles of origins and counters in attributes, whiteouts of names that only existed meanwhile,
-//! opaque directories over nothing. Sealing takes one walk, which also tells explicit directories
+//! opaque directories over nothing, directories in which nothing changed after all. Sealing takes one walk, which also tells explicit directories
 //! from implied ones and counts what the layer costs. No file is read or copied.
 //!
 //! The directory must be unmounted and nobody else may use it. Sealing again what was sealed, over
@@ -85,6 +85,10 @@ struct Frame {
     changed: bool,
     /// Whiteouts stayed in it.
     whiteouts: bool,
+    /// Nothing about it differs from the lower tree's.
+    implied: bool,
+    /// It says something: it hides, it is not implied, or something stayed in it.
+    needed: bool,
 }
 
 /// Makes `upper` a canonical layer over `lower`, the merged tree of the layers below it, if any.
@@ -108,18 +112,11 @@ pub fn seal_upper(upper: BorrowedFd<'_>, lower: Option<BorrowedFd<'_>>) -> Resul
             }
             continue;
         }
-        if frame.whiteouts {
-            Subject::Fd(seal.upper.here()).set(xattr::ORIGIN, b"").map_err(io_error(&seal.here))?;
-        }
-        if frame.changed {
-            rustix::fs::futimens(seal.upper.here(), &sys::times(sys::mtime(&frame.stat)))
-                .map_err(io_error(&seal.here))?;
-        }
-        frames.pop();
-        if !frames.is_empty() {
-            let here = seal.here.split().map_or_else(EntryPath::root, |(outer, _)| outer);
-            seal.upper.leave().and_then(|_| seal.lower.leave()).map_err(io_error(&seal.here))?;
-            seal.here = here;
+        let frame = frames.pop().expect("because it was just there");
+        let needed = seal.leave(&frame)?;
+        if let Some(outer) = frames.last_mut() {
+            outer.needed |= needed;
+            outer.changed |= !needed;
         }
     }
     Ok(seal.sealed)
@@ -147,13 +144,13 @@ impl Seal {
         let mut look = || -> SysResult<_> {
             let upper = self.upper.here();
             let stat = rustix::fs::fstat(upper)?;
-            let mut implied = false;
+            let (mut implied, mut hides) = (false, false);
             if has_lower && let Some(lower) = self.lower.here() {
                 implied = is_same(upper, &stat, lower)?;
             }
             // An opaque root would hide nothing: overlayfs always merges the roots of its layers.
             if opaque.as_deref() == Some(b"y") && has_lower && !here.is_root() {
-                let hides = match self.lower.here() {
+                hides = match self.lower.here() {
                     Some(lower) => !Names::sorted(lower)?.is_empty(),
                     None => false,
                 };
@@ -166,14 +163,53 @@ impl Seal {
                 Subject::Fd(upper).remove(xattr::OPAQUE)?;
             }
             let names = Names::sorted(upper)?;
-            Ok((stat, implied, names))
+            Ok((stat, implied, hides, names))
         };
-        let (stat, implied, names) = look().map_err(io_error(&here))?;
-        self.sealed.usage.add(&stat);
-        if implied {
-            self.sealed.index.insert(here);
+        let (stat, implied, hides, names) = look().map_err(io_error(&here))?;
+        Ok(Frame {
+            names,
+            stat,
+            xattr_whiteouts: opaque.as_deref() == Some(b"x"),
+            changed: false,
+            whiteouts: false,
+            implied,
+            needed: hides || !implied || here.is_root(),
+        })
+    }
+
+    /// Finishes a directory and steps back up; says whether it stayed. One that changes nothing
+    /// goes: an archive could not even name it.
+    fn leave(&mut self, frame: &Frame) -> Result<bool, SealError> {
+        let upper = self.upper.here();
+        let finish = || -> SysResult<_> {
+            if frame.whiteouts {
+                Subject::Fd(upper).set(xattr::ORIGIN, b"")?;
+            }
+            if frame.changed && frame.needed {
+                rustix::fs::futimens(upper, &sys::times(sys::mtime(&frame.stat)))?;
+            }
+            rustix::fs::fstat(upper)
+        };
+        let stat = finish().map_err(io_error(&self.here))?;
+        if frame.needed {
+            self.sealed.usage.add(&stat);
+            if frame.implied {
+                self.sealed.index.insert(self.here.clone());
+            }
         }
-        Ok(Frame { names, stat, xattr_whiteouts: opaque.as_deref() == Some(b"x"), changed: false, whiteouts: false })
+        if let Some((outer, _)) = self.here.split() {
+            let mut step = || {
+                let name = self.upper.leave()?;
+                self.lower.leave()?;
+                if !frame.needed {
+                    rustix::fs::unlinkat(self.upper.here(), &name, AtFlags::REMOVEDIR)?;
+                }
+                Ok(())
+            };
+            step().map_err(io_error(&self.here))?;
+            self.here = outer;
+        }
+        Ok(frame.needed)
     }
 
     /// Cleans one name of a directory; a frame if it is a directory itself.
@@ -209,6 +245,7 @@ impl Seal {
         } else {
             self.clean(subject, &path)?;
         }
+        frame.needed = true;
         let stat = sys::stat_at(self.upper.here(), name).map_err(at())?;
         if stat.st_nlink == 1 || self.linked.insert((stat.st_dev, stat.st_ino)) {
             self.sealed.usage.add(&stat);

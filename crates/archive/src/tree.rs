@@ -1,7 +1,7 @@
 //! Walking trees by directory handle: in byte order, at any depth, with few descriptors open.
 //!
 //! A process may build a tree far deeper than any path can say, so nothing here recurses or joins
-//! path strings for the kernel, and a walk holds the innermost [`HELD`] directories open only.
+//! path strings for the kernel, and a walk holds the innermost few directories open only.
 //! On the way back up a closed one is opened again from the root, component by component and
 //! never through a link; `..` would trust that nobody moved the directory meanwhile.
 

@@ -246,9 +246,10 @@ fn strip_acls(subject: Subject<'_>) -> Result<(), Errno> {
     }
 }
 
-/// Changing the owner drops setuid and setgid, so they are set again even if they were right.
-fn needs_chmod(stat: &Stat, mode: u32, chowned: bool) -> bool {
-    sys::mode_bits(stat) != mode || (chowned && mode & 0o6000 != 0)
+/// Whether the mode must be set, seen from before the owner and the attributes were: another
+/// owner drops setuid and setgid, and an access control list carries permissions of its own.
+fn needs_chmod(stat: &Stat, mode: u32, chowned: bool, xattrs: &[(Vec<u8>, Vec<u8>)]) -> bool {
+    sys::mode_bits(stat) != mode || (chowned && mode & 0o6000 != 0) || !xattrs.is_empty()
 }
 
 struct Applier {
@@ -399,7 +400,7 @@ impl Applier {
             }
             let mut stat = rustix::fs::fstat(fd)?;
             let chowned = own_fd(fd, &stat, entry.uid, entry.gid)?;
-            let chmod = needs_chmod(&stat, entry.mode, chowned);
+            let chmod = needs_chmod(&stat, entry.mode, chowned, &entry.xattrs);
             if !entry.xattrs.is_empty() {
                 self.xattrs_left_out += xattr::write(Subject::Fd(fd), &entry.xattrs, false)?;
                 // They may have taken a block.
@@ -501,7 +502,7 @@ impl Applier {
             }
             let special = sys::kind(&stat) != FileType::RegularFile;
             self.xattrs_left_out += xattr::write(Subject::At(outer, name), &entry.xattrs, special)?;
-            if !is_link && (needs_chmod(&stat, entry.mode, chown) || (new && acl_default)) {
+            if !is_link && (needs_chmod(&stat, entry.mode, chown, &entry.xattrs) || (new && acl_default)) {
                 sys::chmod_at(outer, name, entry.mode)?;
             }
             if sys::mtime(&stat) != entry.mtime {
@@ -530,7 +531,7 @@ impl Applier {
             let stat = rustix::fs::fstat(fd)?;
             let chowned = own_fd(fd, &stat, said.uid, said.gid)?;
             self.xattrs_left_out += xattr::write(Subject::Fd(fd), said.xattrs, false)?;
-            if needs_chmod(&stat, mode, chowned) || !said.xattrs.is_empty() {
+            if needs_chmod(&stat, mode, chowned, said.xattrs) {
                 rustix::fs::fchmod(fd, sys::mode(mode))?;
             }
             Ok(())

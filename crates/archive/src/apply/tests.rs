@@ -824,7 +824,8 @@ fn privileged_t16_the_last_of_equal_names_wins_whatever_its_type() {
     if skip_unprivileged() {
         return;
     }
-    let kinds: [(&str, fn() -> Vec<Item>, &[&str]); 5] = [
+    type Make = fn() -> Vec<Item>;
+    let kinds: [(&str, Make, &[&str]); 5] = [
         ("file", || vec![file("n", "1")], &["n=1"]),
         ("directory", || vec![dir("n"), file("n/x", "1")], &["n/", "n/x=1"]),
         ("symlink", || vec![symlink("n", "t")], &["n->t"]),
@@ -1014,13 +1015,10 @@ fn privileged_displaced_content_is_told_to_the_recorder() {
     let unfaithful = |items: &[Item]| {
         let place = Place::new();
         let mut applier = Applier::new(open(&place.root()).as_fd(), Layer, &Limits::default()).unwrap();
-        items
-            .iter()
-            .filter_map(|item| {
-                applier.entry(&item.entry, &mut Bytes { bytes: item.data.clone(), at: 0, step: 9 }).unwrap();
-                applier.take_unfaithful()
-            })
-            .next()
+        items.iter().find_map(|item| {
+            applier.entry(&item.entry, &mut Bytes { bytes: item.data.clone(), at: 0, step: 9 }).unwrap();
+            applier.take_unfaithful()
+        })
     };
     let replaced = |raw: &str| Some(Unfaithful::Replaced { path: path(raw) });
     assert_eq!(unfaithful(&[file("a", "1"), dir("a")]), replaced("a"));

@@ -145,14 +145,32 @@ fn privileged_marks_over_nothing_go_by_hand_too() {
         set_xattr(&step.upper.join("new"), name, b"y");
     }
     fs::create_dir(step.upper.join("d")).unwrap();
-    fix_up(&step.upper, [path("d")].into_iter(), &step.base);
+    fs::write(step.upper.join("d/x"), "1").unwrap();
     make_whiteout(&step.upper.join("d"), "never was");
     fix_up(&step.upper, [path("d"), EntryPath::root()].into_iter(), &step.base);
     let sealed = step.seal();
-    assert_eq!(shape(&step.upper), ["d/", "f!", "new/", "new/d/"]);
+    assert_eq!(shape(&step.upper), ["d/", "d/x=1", "f!", "new/", "new/d/"]);
     assert_eq!(sealed.index, implied(&["", "d"]), "cleaning set no new time");
     assert_eq!(private_xattrs(&step.upper), ["/ trusted.overlay.origin"]);
     assert!(line(&step.upper, "d").contains(" 7.000000000 "));
+}
+
+#[test]
+fn privileged_directories_in_which_nothing_changed_after_all_go() {
+    if skip_unprivileged() {
+        return;
+    }
+    let step = Step::over(&[dir("a").mtime(7), dir("a/b").mtime(7), dir("c").mtime(7), file("a/f", "1")]);
+    let sealed = step.run(|root| {
+        for mode in [0o700, 0o755] {
+            fs::set_permissions(root.join("a/b"), fs::Permissions::from_mode(mode)).unwrap();
+            fs::set_permissions(root.join("c"), fs::Permissions::from_mode(mode)).unwrap();
+        }
+        fs::set_permissions(root.join("c"), fs::Permissions::from_mode(0o700)).unwrap();
+    });
+    assert_eq!(shape(&step.upper), ["c/"]);
+    assert_eq!(sealed.index, implied(&[""]));
+    assert_eq!(sealed.usage.inodes, 2);
 }
 
 #[test]
