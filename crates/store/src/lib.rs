@@ -1,1 +1,209 @@
 //! The store: content, catalogue, leases, garbage collection, layers, snapshots and mounts.
+//!
+//! Everything on disk under one root directory, and the one catalogue that says what it is:
+//!
+//! ```text
+//! <root>/                         0700
+//! ├── catalog/
+//! │   ├── lock                    advisory lock; pid and command of the holder
+//! │   └── plies.redb              every row (docs/format/catalogue.md)
+//! ├── content/                    an OCI layout's blobs
+//! │   ├── oci-layout
+//! │   ├── blobs/sha256/<hex>      verified bytes, read-only
+//! │   └── ingest/<hex>/{ref,data} bytes on their way in; resumable
+//! ├── layers/
+//! │   ├── <id>/{fs/,index,layer.json,tar-split.json.gz}
+//! │   └── stage/<id>/…            layers nobody sees yet
+//! ├── active/<id>/{fs/,work/}     upper directories
+//! ├── mounts/<id>/                mount points handed out by the store
+//! └── run/                        scratch; emptied at open
+//! ```
+//!
+//! # Invariants
+//! - Bytes before rows, rows deleted before bytes. A crash leaves something whole, or garbage that
+//!   the next open or collection removes; never a row without its bytes.
+//! - A thing becomes visible and held in the same transaction.
+//! - What `write` acknowledged is durable, except holds of process-bound leases and volatile
+//!   actives, which end with the process.
+//! - Opening costs the same for a million rows as for none, after a clean stop. After an unclean
+//!   one it reads the directories once, to find what was on its way.
+//!
+//! # Lock order
+//! Each may be taken while holding those above it, never the other way round:
+//!
+//! 1. `collecting`: one garbage collection at a time.
+//! 2. `publishing` (shared by publishers from rename to commit, exclusive for unlinking): without
+//!    it a collection could unlink a blob that was published again after its row had gone.
+//! 3. the catalogue's gate (taken by `write`, held while a closure runs and while it commits).
+//! 4. `open_ingests`, `mounted`, `session`: leaves; held for a few instructions, except that
+//!    `session` is held over the one commit that begins a session, so it comes before the gate and
+//!    is never asked for inside a closure.
+//!
+//! No lock is held while a caller's code runs, except the gate while its own closure does.
+
+mod catalogue;
+mod content;
+mod error;
+mod gc;
+mod id;
+mod layers;
+mod lease;
+mod lock;
+mod open;
+#[doc(hidden)]
+pub mod shim;
+mod snapshots;
+mod usage;
+
+use std::fmt;
+use std::path::Path;
+use std::sync::Arc;
+
+use catalogue::Urgency;
+pub use catalogue::{CatalogueError, Key, KeyReader, PrefixOf, ReadTx, Row, Rows, Table, Tx};
+pub use content::{
+    Blob, BlobError, BlobInfo, CommitError, Content, Expected, Ingest, IngestError, IngestRef, IngestStatus,
+};
+pub use error::FileError;
+pub use gc::{Collected, GcError, GcMode, GcReport};
+pub use id::{ActiveId, IdError, LayerId, LeaseId, Owner, Resource, SnapshotId, Stamp};
+pub use layers::{FinishedStage, LayerContents, LayerError, LayerInfo, Layers, Stage};
+pub use lease::{Lease, LeaseInfo, LeaseOptions, held_by};
+pub use lock::{Holder, WaitPolicy};
+use open::Inner;
+pub use open::{Clock, OpenError, OpenOptions, Warn};
+pub use snapshots::{ActiveInfo, ActiveOptions, Attach, Mounted, SnapshotError, SnapshotInfo, Snapshots};
+pub use usage::{UsageKind, UsageRow};
+
+/// A store that this process owns. Cloning is cheap; the store closes when the last clone and the
+/// last lease, ingest, stage and mount made from it are gone.
+#[derive(Clone)]
+pub struct Store {
+    inner: Arc<Inner>,
+}
+
+impl Store {
+    /// Opens the store at `root`, making it if there is none.
+    ///
+    /// Drops the leases of processes that are gone, unmounts what they left, and finishes what they
+    /// had begun to delete; after an unclean stop, removes what they had begun to write.
+    ///
+    /// # Errors
+    /// [`OpenError`] tells a store that is missing, owned by another process, too new or corrupt
+    /// apart.
+    pub fn open(root: &Path, options: OpenOptions, wait: WaitPolicy<'_>) -> Result<Self, OpenError> {
+        open::open(root, options, wait)
+    }
+
+    /// The root directory, absolute.
+    pub fn root(&self) -> &Path {
+        &self.inner.root
+    }
+
+    /// The moment, by the injected clock.
+    pub fn now(&self) -> Stamp {
+        self.inner.now()
+    }
+
+    /// Runs `read` on a consistent view of the catalogue.
+    ///
+    /// # Errors
+    /// What `read` returns, or [`CatalogueError`].
+    pub fn read<T, E: From<CatalogueError>>(&self, read: impl FnOnce(&ReadTx) -> Result<T, E>) -> Result<T, E> {
+        self.inner.catalogue.read(read)
+    }
+
+    /// Runs `change` in a write transaction and returns when it is durable. Concurrent writers share
+    /// a commit. `change` leaves nothing if it fails, and may run more than once: it must compute
+    /// its result from the transaction each time.
+    ///
+    /// # Errors
+    /// What `change` returns, or [`CatalogueError`].
+    ///
+    /// # Panics
+    /// If called from within such a closure.
+    pub fn write<T, E: From<CatalogueError>>(&self, change: impl FnMut(&mut Tx<'_>) -> Result<T, E>) -> Result<T, E> {
+        self.inner.catalogue.write(Urgency::Durable, &|| self.inner.now(), change)
+    }
+
+    /// As [`Store::write`], but visible at once and durable only with the next durable write: for
+    /// last-used stamps and the like, which may be lost.
+    ///
+    /// # Errors
+    /// What `change` returns, or [`CatalogueError`].
+    pub fn write_lazily<T, E: From<CatalogueError>>(
+        &self,
+        change: impl FnMut(&mut Tx<'_>) -> Result<T, E>,
+    ) -> Result<T, E> {
+        self.inner.catalogue.write(Urgency::Lazy, &|| self.inner.now(), change)
+    }
+
+    /// Makes a lease.
+    ///
+    /// # Errors
+    /// [`CatalogueError::Database`].
+    pub fn lease(&self, options: LeaseOptions) -> Result<Lease, CatalogueError> {
+        Lease::create(self, options)
+    }
+
+    /// Takes up a lease that was made earlier.
+    ///
+    /// # Errors
+    /// [`CatalogueError::NoSuchLease`].
+    pub fn reopen_lease(&self, id: LeaseId) -> Result<Lease, CatalogueError> {
+        Lease::reopen(self, id)
+    }
+
+    /// All leases, those included that have expired and were not collected yet.
+    ///
+    /// # Errors
+    /// [`CatalogueError`].
+    pub fn leases(&self) -> Result<Vec<LeaseInfo>, CatalogueError> {
+        let rows = self.read(|tx| tx.all(&catalogue::schema::LEASES))?;
+        let info = |(id, row): (LeaseId, catalogue::schema::LeaseRow)| LeaseInfo {
+            id,
+            label: row.label,
+            created: row.created,
+            expires: row.expires,
+        };
+        Ok(rows.into_iter().map(info).collect())
+    }
+
+    /// Blobs and ingests.
+    pub fn content(&self) -> Content<'_> {
+        Content::new(self)
+    }
+
+    /// Layers and stages.
+    pub fn layers(&self) -> Layers<'_> {
+        Layers::new(self)
+    }
+
+    /// Snapshots, actives and mounts.
+    pub fn snapshots(&self) -> Snapshots<'_> {
+        Snapshots::new(self)
+    }
+
+    /// Removes what no lease and no owner holds, directly or over edges; or says what it would.
+    ///
+    /// # Errors
+    /// [`GcError`].
+    pub fn gc(&self, mode: GcMode) -> Result<GcReport, GcError> {
+        let _ = mode;
+        unimplemented!()
+    }
+
+    /// What everything under the root costs, from the rows.
+    ///
+    /// # Errors
+    /// [`IngestError`].
+    pub fn usage(&self) -> Result<Vec<UsageRow>, IngestError> {
+        unimplemented!()
+    }
+}
+
+impl fmt::Debug for Store {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Store").field("root", &self.inner.root).finish_non_exhaustive()
+    }
+}

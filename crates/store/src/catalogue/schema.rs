@@ -1,0 +1,349 @@
+//! The tables of this crate and their rows. docs/format/catalogue.md draws them byte by byte; the
+//! two change together, and a changed row gets a new version.
+//!
+//! ```text
+//! meta              name                     -> number     schema, session, clean
+//! leases            lease                    -> created, expires, label
+//! lease_holds       lease, resource          -> ()
+//! holds             owner, resource          -> ()         permanent
+//! edges             resource, resource       -> ()         the first keeps the second
+//! blobs             digest                   -> size, created
+//! layers            layer                    -> kind, diff ID, chain ID, usage, created, tar_split
+//! layers_by_diff    diff ID, layer           -> ()         self-contained ones
+//! layers_by_chain   chain ID, layer          -> ()         those that need the layers below
+//! snapshots         snapshot                 -> layers, fix-up, created
+//! squashes          digest of a layer list   -> layer      bottoms of deep stacks
+//! actives           active                   -> base, volatile, created, usage
+//! sealing           active                   -> layer      a persistent upper on its way into a layer
+//! trash             resource                 -> size       rows are gone, bytes yet to go
+//! totals            kind                     -> count, size, inodes
+//! ```
+//!
+//! Every put and remove of a counted row goes through the functions here, which keep `totals` and
+//! the two `by_` indexes in step.
+
+use crate::shim::Usage;
+use plies_oci::{BlobDigest, ChainId, DiffId};
+use serde::{Deserialize, Serialize};
+
+use super::{CatalogueError, Key, KeyReader, Row, Rows, Table, Tx};
+use crate::{ActiveId, LayerId, LeaseId, Owner, Resource, SnapshotId, Stamp};
+
+/// The version of all of the above, and of the layout of the directories.
+pub(crate) const SCHEMA: u64 = 1;
+
+pub(crate) const META: Table<String, u64> = Table::new("meta");
+pub(crate) const LEASES: Table<LeaseId, LeaseRow> = Table::new("leases");
+pub(crate) const LEASE_HOLDS: Table<(LeaseId, Resource), ()> = Table::new("lease_holds");
+pub(crate) const HOLDS: Table<(Owner, Resource), ()> = Table::new("holds");
+pub(crate) const EDGES: Table<(Resource, Resource), ()> = Table::new("edges");
+pub(crate) const BLOBS: Table<BlobDigest, BlobRow> = Table::new("blobs");
+pub(crate) const LAYERS: Table<LayerId, LayerRow> = Table::new("layers");
+pub(crate) const LAYERS_BY_DIFF: Table<(DiffId, LayerId), ()> = Table::new("layers_by_diff");
+pub(crate) const LAYERS_BY_CHAIN: Table<(ChainId, LayerId), ()> = Table::new("layers_by_chain");
+pub(crate) const SNAPSHOTS: Table<SnapshotId, SnapshotRow> = Table::new("snapshots");
+pub(crate) const SQUASHES: Table<BlobDigest, LayerId> = Table::new("squashes");
+pub(crate) const ACTIVES: Table<ActiveId, ActiveRow> = Table::new("actives");
+pub(crate) const SEALING: Table<ActiveId, LayerId> = Table::new("sealing");
+pub(crate) const TRASH: Table<Resource, u64> = Table::new("trash");
+pub(crate) const TOTALS: Table<Kind, TotalRow> = Table::new("totals");
+
+/// Key of [`META`]: [`SCHEMA`] when the store was made or migrated.
+pub(crate) const META_SCHEMA: &str = "schema";
+/// Key of [`META`]: how many times a process has begun to write here. The upper half of fresh ids.
+pub(crate) const META_SESSION: &str = "session";
+/// Key of [`META`]: 1 if the last session ended well, 0 while one runs or after it was killed.
+pub(crate) const META_CLEAN: &str = "clean";
+
+/// A lease; without expiry it belongs to the process that holds the store.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct LeaseRow {
+    pub(crate) created: Stamp,
+    pub(crate) expires: Option<Stamp>,
+    pub(crate) label: String,
+}
+
+impl Row for LeaseRow {
+    const VERSION: u8 = 1;
+}
+
+/// A verified blob.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct BlobRow {
+    pub(crate) size_bytes: u64,
+    pub(crate) created: Stamp,
+}
+
+impl Row for BlobRow {
+    const VERSION: u8 = 1;
+}
+
+/// How a layer came to be, and so how it may be found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum LayerKind {
+    /// A canonical difference.
+    Full,
+    /// Directories only, computed for one list of layers. No diff ID; never exported.
+    FixUp,
+    /// Many layers hard-linked into one, to mount stacks deeper than the kernel takes.
+    Squash,
+}
+
+/// A published layer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct LayerRow {
+    pub(crate) kind: LayerKind,
+    pub(crate) diff_id: Option<DiffId>,
+    /// Not self-contained: only good on top of exactly the layers that this chain ID ends with.
+    pub(crate) chain_id: Option<ChainId>,
+    pub(crate) usage: StoredUsage,
+    pub(crate) created: Stamp,
+    /// Whether a tar-split lies beside it.
+    pub(crate) tar_split: bool,
+}
+
+impl Row for LayerRow {
+    const VERSION: u8 = 1;
+}
+
+/// `plies_archive::Usage` as it is stored.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct StoredUsage {
+    pub(crate) size_bytes: u64,
+    pub(crate) inodes: u64,
+    pub(crate) content_bytes: u64,
+}
+
+impl From<Usage> for StoredUsage {
+    fn from(usage: Usage) -> Self {
+        let Usage { size_bytes, inodes, content_bytes } = usage;
+        Self { size_bytes, inodes, content_bytes }
+    }
+}
+
+impl From<StoredUsage> for Usage {
+    fn from(usage: StoredUsage) -> Self {
+        let StoredUsage { size_bytes, inodes, content_bytes } = usage;
+        Self { size_bytes, inodes, content_bytes }
+    }
+}
+
+/// A stack, bottom first.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct SnapshotRow {
+    pub(crate) layers: Vec<LayerId>,
+    pub(crate) fixup: Option<LayerId>,
+    pub(crate) created: Stamp,
+}
+
+impl Row for SnapshotRow {
+    const VERSION: u8 = 1;
+}
+
+/// An upper directory.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct ActiveRow {
+    pub(crate) base: Option<SnapshotId>,
+    pub(crate) volatile: bool,
+    pub(crate) created: Stamp,
+    /// As of the last time somebody measured it.
+    pub(crate) usage: Option<StoredUsage>,
+}
+
+impl Row for ActiveRow {
+    const VERSION: u8 = 1;
+}
+
+impl Row for LayerId {
+    const VERSION: u8 = 1;
+}
+
+/// What is counted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Kind {
+    Blobs = 1,
+    Layers = 2,
+    Actives = 3,
+    Trash = 4,
+}
+
+impl Kind {
+    pub(crate) const ALL: [Kind; 4] = [Kind::Blobs, Kind::Layers, Kind::Actives, Kind::Trash];
+}
+
+impl Key for Kind {
+    fn encode(&self, out: &mut Vec<u8>) {
+        out.push(*self as u8);
+    }
+
+    fn decode(input: &mut KeyReader<'_>) -> Option<Self> {
+        let byte = u8::decode(input)?;
+        Kind::ALL.into_iter().find(|kind| *kind as u8 == byte)
+    }
+}
+
+/// The sum over the rows of one kind.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct TotalRow {
+    pub(crate) count: u64,
+    pub(crate) size_bytes: u64,
+    pub(crate) inodes: u64,
+}
+
+impl Row for TotalRow {
+    const VERSION: u8 = 1;
+}
+
+impl TotalRow {
+    pub(crate) fn one(size_bytes: u64, inodes: u64) -> Self {
+        Self { count: 1, size_bytes, inodes }
+    }
+
+    pub(crate) fn add(&mut self, other: TotalRow) {
+        self.count += other.count;
+        self.size_bytes += other.size_bytes;
+        self.inodes += other.inodes;
+    }
+
+    /// Saturates: a total that lags is re-derivable and reported by the check, and must not stop
+    /// a removal.
+    pub(crate) fn subtract(&mut self, other: TotalRow) {
+        self.count = self.count.saturating_sub(other.count);
+        self.size_bytes = self.size_bytes.saturating_sub(other.size_bytes);
+        self.inodes = self.inodes.saturating_sub(other.inodes);
+    }
+}
+
+impl BlobRow {
+    pub(crate) fn total(&self) -> TotalRow {
+        TotalRow::one(self.size_bytes, 1)
+    }
+}
+
+impl LayerRow {
+    pub(crate) fn total(&self) -> TotalRow {
+        TotalRow::one(self.usage.size_bytes, self.usage.inodes)
+    }
+}
+
+impl ActiveRow {
+    pub(crate) fn total(&self) -> TotalRow {
+        let usage = self.usage.unwrap_or_default();
+        TotalRow::one(usage.size_bytes, usage.inodes)
+    }
+}
+
+/// Whether `resource` has its row.
+pub(crate) fn exists(rows: &impl Rows, resource: Resource) -> Result<bool, CatalogueError> {
+    match resource {
+        Resource::Blob(digest) => rows.contains(&BLOBS, &digest),
+        Resource::Layer(id) => rows.contains(&LAYERS, &id),
+        Resource::Snapshot(id) => rows.contains(&SNAPSHOTS, &id),
+        Resource::Active(id) => rows.contains(&ACTIVES, &id),
+    }
+}
+
+impl Tx<'_> {
+    fn count(&mut self, kind: Kind, put: Option<TotalRow>, removed: Option<TotalRow>) -> Result<(), CatalogueError> {
+        let mut total = self.get(&TOTALS, &kind)?.unwrap_or_default();
+        let before = total;
+        if let Some(removed) = removed {
+            total.subtract(removed);
+        }
+        if let Some(put) = put {
+            total.add(put);
+        }
+        if total != before {
+            self.put(&TOTALS, &kind, &total)?;
+        }
+        Ok(())
+    }
+
+    /// Puts a blob's row unless it is there; true if it was not.
+    pub(crate) fn put_blob(&mut self, digest: BlobDigest, size_bytes: u64) -> Result<bool, CatalogueError> {
+        if self.contains(&BLOBS, &digest)? {
+            return Ok(false);
+        }
+        let row = BlobRow { size_bytes, created: self.now() };
+        self.put(&BLOBS, &digest, &row)?;
+        self.count(Kind::Blobs, Some(row.total()), None)?;
+        Ok(true)
+    }
+
+    /// Puts or replaces a layer's row and keeps its indexes.
+    pub(crate) fn put_layer(&mut self, id: LayerId, row: &LayerRow) -> Result<(), CatalogueError> {
+        let before = self.take_layer(id)?;
+        debug_assert!(before.is_none_or(|before| before.usage == row.usage), "a layer is immutable");
+        self.put(&LAYERS, &id, row)?;
+        match (row.diff_id, row.chain_id) {
+            (_, Some(chain_id)) => self.put(&LAYERS_BY_CHAIN, &(chain_id, id), &())?,
+            (Some(diff_id), None) => self.put(&LAYERS_BY_DIFF, &(diff_id, id), &())?,
+            (None, None) => false,
+        };
+        self.count(Kind::Layers, Some(row.total()), None)
+    }
+
+    pub(crate) fn take_layer(&mut self, id: LayerId) -> Result<Option<LayerRow>, CatalogueError> {
+        let Some(row) = self.get(&LAYERS, &id)? else { return Ok(None) };
+        self.remove(&LAYERS, &id)?;
+        if let Some(chain_id) = row.chain_id {
+            self.remove(&LAYERS_BY_CHAIN, &(chain_id, id))?;
+        }
+        if let Some(diff_id) = row.diff_id {
+            self.remove(&LAYERS_BY_DIFF, &(diff_id, id))?;
+        }
+        self.count(Kind::Layers, None, Some(row.total()))?;
+        Ok(Some(row))
+    }
+
+    /// Puts or replaces an active's row.
+    pub(crate) fn put_active(&mut self, id: ActiveId, row: &ActiveRow) -> Result<(), CatalogueError> {
+        let before = self.get(&ACTIVES, &id)?;
+        self.put(&ACTIVES, &id, row)?;
+        self.count(Kind::Actives, Some(row.total()), before.map(|before| before.total()))
+    }
+
+    /// Moves one resource's row to the trash, with its edges and whatever else names it. Holds are
+    /// not looked at: the caller knows that there are none. Returns the bytes that will be freed.
+    pub(crate) fn discard(&mut self, resource: Resource) -> Result<Option<u64>, CatalogueError> {
+        let size_bytes = match resource {
+            Resource::Blob(digest) => {
+                let Some(row) = self.take(&BLOBS, &digest)? else { return Ok(None) };
+                self.count(Kind::Blobs, None, Some(row.total()))?;
+                row.size_bytes
+            }
+            Resource::Layer(id) => {
+                let Some(row) = self.take_layer(id)? else { return Ok(None) };
+                row.usage.size_bytes
+            }
+            Resource::Active(id) => {
+                let Some(row) = self.take(&ACTIVES, &id)? else { return Ok(None) };
+                self.count(Kind::Actives, None, Some(row.total()))?;
+                row.usage.unwrap_or_default().size_bytes
+            }
+            Resource::Snapshot(id) => {
+                if !self.remove(&SNAPSHOTS, &id)? {
+                    return Ok(None);
+                }
+                0
+            }
+        };
+        for (edge, ()) in self.prefixed(&EDGES, &resource)? {
+            self.remove(&EDGES, &edge)?;
+        }
+        // A snapshot has no bytes of its own.
+        if !matches!(resource, Resource::Snapshot(_)) && self.put(&TRASH, &resource, &size_bytes)? {
+            self.count(Kind::Trash, Some(TotalRow::one(size_bytes, 0)), None)?;
+        }
+        Ok(Some(size_bytes))
+    }
+
+    /// The bytes of `resource` are gone (or it lives again).
+    pub(crate) fn empty_trash(&mut self, resource: Resource) -> Result<(), CatalogueError> {
+        if let Some(size_bytes) = self.take(&TRASH, &resource)? {
+            self.count(Kind::Trash, None, Some(TotalRow::one(size_bytes, 0)))?;
+        }
+        Ok(())
+    }
+}

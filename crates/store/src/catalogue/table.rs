@@ -1,0 +1,451 @@
+use std::fmt;
+use std::marker::PhantomData;
+use std::ops::{Bound, ControlFlow};
+
+use redb::{ReadableDatabase as _, ReadableTable as _, TableDefinition, TableError};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use super::{CatalogueError, Key, KeyReader, PrefixOf};
+
+/// How many rows a scan inside a write transaction takes at a time, so that the table is not held
+/// open while the caller's closure looks into other rows.
+const SCAN_PAGE_ROWS: usize = 256;
+
+/// What a table keeps under a key: postcard after one byte of version.
+pub trait Row: Serialize + DeserializeOwned {
+    /// The version that is written. Rows are never rewritten wholesale: older ones are upgraded
+    /// when they are read.
+    const VERSION: u8;
+
+    /// Makes a row of today from the body of an older version; `None` if that version never was.
+    fn upgrade(version: u8, body: &[u8]) -> Option<Self> {
+        let _ = (version, body);
+        None
+    }
+}
+
+/// A set has keys only.
+impl Row for () {
+    const VERSION: u8 = 0;
+}
+
+impl Row for u64 {
+    const VERSION: u8 = 0;
+}
+
+/// A table by name, with the types of its keys and rows. Tables come into being when first written.
+///
+/// Names carry their crate as a prefix (`cache.records`), since all crates share one catalogue.
+pub struct Table<K, V> {
+    name: &'static str,
+    types: PhantomData<fn() -> (K, V)>,
+}
+
+impl<K, V> Table<K, V> {
+    /// Declares a table.
+    pub const fn new(name: &'static str) -> Self {
+        Self { name, types: PhantomData }
+    }
+
+    /// Its name.
+    pub const fn name(&self) -> &'static str {
+        self.name
+    }
+}
+
+impl<K, V> fmt::Debug for Table<K, V> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Table({})", self.name)
+    }
+}
+
+type Raw = TableDefinition<'static, &'static [u8], &'static [u8]>;
+
+fn raw(name: &'static str) -> Raw {
+    TableDefinition::new(name)
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn damaged(table: &'static str, key: &[u8], what: &'static str) -> CatalogueError {
+    CatalogueError::Damaged { table, key: hex(key), what }
+}
+
+fn encode_row<V: Row>(row: &V) -> Vec<u8> {
+    postcard::to_extend(row, vec![V::VERSION]).expect("because rows are plain data, which postcard always encodes")
+}
+
+fn decode_row<V: Row>(table: &'static str, key: &[u8], bytes: &[u8]) -> Result<V, CatalogueError> {
+    let (version, body) = bytes.split_first().ok_or_else(|| damaged(table, key, "empty value"))?;
+    if *version > V::VERSION {
+        return Err(CatalogueError::RowTooNew { table, found: *version, supported: V::VERSION });
+    }
+    if *version < V::VERSION {
+        return V::upgrade(*version, body).ok_or_else(|| damaged(table, key, "value of an unknown older version"));
+    }
+    match postcard::take_from_bytes(body) {
+        Ok((row, [])) => Ok(row),
+        Ok(_) => Err(damaged(table, key, "bytes after the value")),
+        Err(_) => Err(damaged(table, key, "value does not decode")),
+    }
+}
+
+fn decode_key<K: Key>(table: &'static str, bytes: &[u8]) -> Result<K, CatalogueError> {
+    KeyReader::decode_all(bytes).ok_or_else(|| damaged(table, bytes, "key does not decode"))
+}
+
+/// The first key after all that begin with `prefix`.
+fn after_prefix(prefix: &[u8]) -> Bound<Vec<u8>> {
+    let mut end = prefix.to_vec();
+    while let Some(last) = end.pop() {
+        if last < u8::MAX {
+            end.push(last + 1);
+            return Bound::Excluded(end);
+        }
+    }
+    Bound::Unbounded
+}
+
+type RawBounds = (Bound<Vec<u8>>, Bound<Vec<u8>>);
+type RawVisit<'f> = dyn FnMut(&[u8], &[u8]) -> Result<ControlFlow<()>, CatalogueError> + 'f;
+
+mod sealed {
+    use super::{CatalogueError, RawBounds, RawVisit};
+
+    /// The two primitives; `&mut dyn` keeps them out of the typed code's instantiations.
+    pub trait RawRows {
+        fn raw_get(&self, table: &'static str, key: &[u8]) -> Result<Option<Vec<u8>>, CatalogueError>;
+        fn raw_scan(
+            &self,
+            table: &'static str,
+            bounds: RawBounds,
+            visit: &mut RawVisit<'_>,
+        ) -> Result<(), CatalogueError>;
+    }
+}
+
+/// Reading rows: what [`ReadTx`] and [`Tx`] have in common, so that one function serves both.
+pub trait Rows: sealed::RawRows {
+    /// The row under `key`.
+    ///
+    /// # Errors
+    /// [`CatalogueError`].
+    fn get<K: Key, V: Row>(&self, table: &Table<K, V>, key: &K) -> Result<Option<V>, CatalogueError> {
+        let key = key.to_bytes();
+        self.raw_get(table.name, &key)?.map(|bytes| decode_row(table.name, &key, &bytes)).transpose()
+    }
+
+    /// Whether there is a row under `key`; does not decode it.
+    ///
+    /// # Errors
+    /// [`CatalogueError`].
+    fn contains<K: Key, V: Row>(&self, table: &Table<K, V>, key: &K) -> Result<bool, CatalogueError> {
+        Ok(self.raw_get(table.name, &key.to_bytes())?.is_some())
+    }
+
+    /// Calls `visit` for every row in key order until it breaks. Memory stays constant. In a write
+    /// transaction, `visit` may look at other rows through the same `&Tx`.
+    ///
+    /// # Errors
+    /// [`CatalogueError`].
+    fn scan<K: Key, V: Row>(
+        &self,
+        table: &Table<K, V>,
+        mut visit: impl FnMut(K, V) -> ControlFlow<()>,
+    ) -> Result<(), CatalogueError>
+    where
+        Self: Sized,
+    {
+        scan_within(self, table, (Bound::Unbounded, Bound::Unbounded), &mut visit)
+    }
+
+    /// As [`Rows::scan`], from the key `from` on (inclusive).
+    ///
+    /// # Errors
+    /// [`CatalogueError`].
+    fn scan_from<K: Key, V: Row>(
+        &self,
+        table: &Table<K, V>,
+        from: &K,
+        mut visit: impl FnMut(K, V) -> ControlFlow<()>,
+    ) -> Result<(), CatalogueError>
+    where
+        Self: Sized,
+    {
+        scan_within(self, table, (Bound::Included(from.to_bytes()), Bound::Unbounded), &mut visit)
+    }
+
+    /// As [`Rows::scan`], over the rows whose key begins with `prefix`.
+    ///
+    /// # Errors
+    /// [`CatalogueError`].
+    fn scan_prefix<K: Key, V: Row, P: PrefixOf<K>>(
+        &self,
+        table: &Table<K, V>,
+        prefix: &P,
+        mut visit: impl FnMut(K, V) -> ControlFlow<()>,
+    ) -> Result<(), CatalogueError>
+    where
+        Self: Sized,
+    {
+        let prefix = prefix.to_bytes();
+        let end = after_prefix(&prefix);
+        scan_within(self, table, (Bound::Included(prefix), end), &mut visit)
+    }
+
+    /// All rows whose key begins with `prefix`, in key order. For sets known to be small.
+    ///
+    /// # Errors
+    /// [`CatalogueError`].
+    fn prefixed<K: Key, V: Row, P: PrefixOf<K>>(
+        &self,
+        table: &Table<K, V>,
+        prefix: &P,
+    ) -> Result<Vec<(K, V)>, CatalogueError>
+    where
+        Self: Sized,
+    {
+        let mut rows = Vec::new();
+        self.scan_prefix(table, prefix, |key, row| {
+            rows.push((key, row));
+            ControlFlow::Continue(())
+        })?;
+        Ok(rows)
+    }
+
+    /// All rows in key order. For tables known to be small.
+    ///
+    /// # Errors
+    /// [`CatalogueError`].
+    fn all<K: Key, V: Row>(&self, table: &Table<K, V>) -> Result<Vec<(K, V)>, CatalogueError>
+    where
+        Self: Sized,
+    {
+        let mut rows = Vec::new();
+        self.scan(table, |key, row| {
+            rows.push((key, row));
+            ControlFlow::Continue(())
+        })?;
+        Ok(rows)
+    }
+}
+
+fn scan_within<K: Key, V: Row>(
+    rows: &impl sealed::RawRows,
+    table: &Table<K, V>,
+    bounds: RawBounds,
+    visit: &mut dyn FnMut(K, V) -> ControlFlow<()>,
+) -> Result<(), CatalogueError> {
+    let name = table.name;
+    rows.raw_scan(name, bounds, &mut |key, value| Ok(visit(decode_key(name, key)?, decode_row(name, key, value)?)))
+}
+
+/// A consistent view of the whole catalogue. Writers do not wait for it, nor it for them; but while
+/// it lives, pages that writers replace stay in the file, so keep it short.
+pub struct ReadTx {
+    txn: redb::ReadTransaction,
+}
+
+impl ReadTx {
+    pub(super) fn begin(db: &redb::Database) -> Result<Self, CatalogueError> {
+        let txn = db.begin_read().map_err(|error| CatalogueError::database("begin read")(error.into()))?;
+        Ok(Self { txn })
+    }
+
+    fn open(
+        &self,
+        table: &'static str,
+    ) -> Result<Option<redb::ReadOnlyTable<&'static [u8], &'static [u8]>>, CatalogueError> {
+        match self.txn.open_table(raw(table)) {
+            Ok(table) => Ok(Some(table)),
+            Err(TableError::TableDoesNotExist(_)) => Ok(None),
+            Err(error) => Err(CatalogueError::database("open table")(error.into())),
+        }
+    }
+}
+
+impl fmt::Debug for ReadTx {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("ReadTx")
+    }
+}
+
+impl sealed::RawRows for ReadTx {
+    fn raw_get(&self, table: &'static str, key: &[u8]) -> Result<Option<Vec<u8>>, CatalogueError> {
+        let Some(table) = self.open(table)? else { return Ok(None) };
+        let value = table.get(key).map_err(|error| CatalogueError::database("get")(error.into()))?;
+        Ok(value.map(|value| value.value().to_vec()))
+    }
+
+    fn raw_scan(&self, table: &'static str, bounds: RawBounds, visit: &mut RawVisit<'_>) -> Result<(), CatalogueError> {
+        let Some(table) = self.open(table)? else { return Ok(()) };
+        let failed = |error: redb::StorageError| CatalogueError::database("scan")(error.into());
+        for entry in table.range::<&[u8]>(borrow(&bounds)).map_err(failed)? {
+            let (key, value) = entry.map_err(failed)?;
+            if visit(key.value(), value.value())?.is_break() {
+                break;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Rows for ReadTx {}
+
+fn borrow(bounds: &RawBounds) -> (Bound<&[u8]>, Bound<&[u8]>) {
+    (bounds.0.as_ref().map(Vec::as_slice), bounds.1.as_ref().map(Vec::as_slice))
+}
+
+/// A write transaction, as the closure given to [`crate::Store::write`] sees it: its own changes
+/// and those of the mates that ran before it in the same commit.
+pub struct Tx<'a> {
+    txn: &'a redb::WriteTransaction,
+    now: crate::Stamp,
+    wrote: bool,
+}
+
+impl<'a> Tx<'a> {
+    pub(super) fn new(txn: &'a redb::WriteTransaction, now: crate::Stamp) -> Self {
+        Self { txn, now, wrote: false }
+    }
+
+    /// Whether this closure changed anything.
+    pub(super) fn wrote(&self) -> bool {
+        self.wrote
+    }
+
+    /// The moment at which the closure began, by the store's clock.
+    pub fn now(&self) -> crate::Stamp {
+        self.now
+    }
+
+    fn open(&self, table: &'static str) -> Result<redb::Table<'_, &'static [u8], &'static [u8]>, CatalogueError> {
+        self.txn.open_table(raw(table)).map_err(|error| CatalogueError::database("open table")(error.into()))
+    }
+
+    /// Puts `row` under `key`; true if there was none before.
+    ///
+    /// # Errors
+    /// [`CatalogueError::Database`].
+    pub fn put<K: Key, V: Row>(&mut self, table: &Table<K, V>, key: &K, row: &V) -> Result<bool, CatalogueError> {
+        self.wrote = true;
+        let mut open = self.open(table.name)?;
+        let before = open
+            .insert(key.to_bytes().as_slice(), encode_row(row).as_slice())
+            .map_err(|error| CatalogueError::database("put")(error.into()))?;
+        Ok(before.is_none())
+    }
+
+    /// Removes and returns the row under `key`.
+    ///
+    /// # Errors
+    /// [`CatalogueError`].
+    pub fn take<K: Key, V: Row>(&mut self, table: &Table<K, V>, key: &K) -> Result<Option<V>, CatalogueError> {
+        self.wrote = true;
+        let key = key.to_bytes();
+        let mut open = self.open(table.name)?;
+        let before = open.remove(key.as_slice()).map_err(|error| CatalogueError::database("remove")(error.into()))?;
+        before.map(|before| decode_row(table.name, &key, before.value())).transpose()
+    }
+
+    /// Removes the row under `key` without decoding it; true if there was one.
+    ///
+    /// # Errors
+    /// [`CatalogueError::Database`].
+    pub fn remove<K: Key, V: Row>(&mut self, table: &Table<K, V>, key: &K) -> Result<bool, CatalogueError> {
+        self.wrote = true;
+        let mut open = self.open(table.name)?;
+        let before =
+            open.remove(key.to_bytes().as_slice()).map_err(|error| CatalogueError::database("remove")(error.into()))?;
+        Ok(before.is_some())
+    }
+}
+
+impl fmt::Debug for Tx<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Tx")
+    }
+}
+
+impl sealed::RawRows for Tx<'_> {
+    fn raw_get(&self, table: &'static str, key: &[u8]) -> Result<Option<Vec<u8>>, CatalogueError> {
+        let table = self.open(table)?;
+        let value = table.get(key).map_err(|error| CatalogueError::database("get")(error.into()))?;
+        Ok(value.map(|value| value.value().to_vec()))
+    }
+
+    fn raw_scan(
+        &self,
+        table: &'static str,
+        mut bounds: RawBounds,
+        visit: &mut RawVisit<'_>,
+    ) -> Result<(), CatalogueError> {
+        let failed = |error: redb::StorageError| CatalogueError::database("scan")(error.into());
+        loop {
+            let mut page: Vec<(Vec<u8>, Vec<u8>)> = Vec::with_capacity(SCAN_PAGE_ROWS);
+            {
+                let open = self.open(table)?;
+                for entry in open.range::<&[u8]>(borrow(&bounds)).map_err(failed)?.take(SCAN_PAGE_ROWS) {
+                    let (key, value) = entry.map_err(failed)?;
+                    page.push((key.value().to_vec(), value.value().to_vec()));
+                }
+            }
+            for (key, value) in &page {
+                if visit(key, value)?.is_break() {
+                    return Ok(());
+                }
+            }
+            match page.pop() {
+                Some((last, _)) if page.len() + 1 == SCAN_PAGE_ROWS => bounds.0 = Bound::Excluded(last),
+                _ => return Ok(()),
+            }
+        }
+    }
+}
+
+impl Rows for Tx<'_> {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn prefix_ends_after_its_last_key() {
+        assert_eq!(after_prefix(&[1, 2]), Bound::Excluded(vec![1, 3]));
+        assert_eq!(after_prefix(&[1, 0xff]), Bound::Excluded(vec![2]));
+        assert_eq!(after_prefix(&[0xff, 0xff]), Bound::Unbounded);
+        assert_eq!(after_prefix(&[]), Bound::Unbounded);
+    }
+
+    #[derive(Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+    struct Named {
+        name: String,
+        count: u32,
+    }
+
+    impl Row for Named {
+        const VERSION: u8 = 2;
+
+        fn upgrade(version: u8, body: &[u8]) -> Option<Self> {
+            (version == 1).then_some(())?;
+            Some(Self { name: postcard::from_bytes(body).ok()?, count: 0 })
+        }
+    }
+
+    #[test]
+    fn rows_of_other_versions_are_upgraded_or_refused() {
+        let row = Named { name: "n".into(), count: 3 };
+        let bytes = encode_row(&row);
+        assert_eq!(bytes[0], 2);
+        assert_eq!(decode_row::<Named>("t", &[], &bytes).unwrap(), row);
+        assert_eq!(decode_row::<Named>("t", &[], &[1, 1, b'n']).unwrap(), Named { name: "n".into(), count: 0 });
+        assert!(matches!(decode_row::<Named>("t", &[], &[3]), Err(CatalogueError::RowTooNew { found: 3, .. })));
+        for bad in [&[][..], &[0, 0], &[2, 9], &[2, 1, b'n', 3, 0]] {
+            let error = decode_row::<Named>("t", &[7], bad).unwrap_err();
+            assert_eq!(error.kind(), plies_oci::ErrorKind::DataLoss, "{bad:?}: {error}");
+        }
+    }
+}

@@ -1,0 +1,380 @@
+//! Opening and closing: the lock, the versions, and what a dead process left behind.
+
+use std::collections::HashSet;
+use std::error::Error;
+use std::fmt;
+use std::fs::{self, DirBuilder, File};
+use std::io;
+use std::os::unix::fs::DirBuilderExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, RwLock};
+use std::time::{Duration, SystemTime};
+
+use plies_oci::ErrorKind;
+
+use crate::catalogue::schema::{META, META_CLEAN, META_SCHEMA, META_SESSION, SCHEMA};
+use crate::catalogue::{Catalogue, CatalogueError, Rows as _, Urgency};
+use crate::error::{At as _, FileError};
+use crate::lock::{Holder, LockFailure, StoreLock, WaitPolicy};
+use crate::{ActiveId, Stamp, Store};
+
+/// Tells the time. Injected, since nothing below the engine reads clocks.
+pub type Clock = Arc<dyn Fn() -> SystemTime + Send + Sync>;
+
+/// Told of errors that no caller is there to get: a hold that could not be released by `Drop`.
+pub type Warn = Arc<dyn Fn(&dyn Error) + Send + Sync>;
+
+/// How to open a store.
+#[derive(Clone)]
+pub struct OpenOptions {
+    /// Tells the time.
+    pub clock: Clock,
+    /// What this process calls itself to those who wait for it; one line.
+    pub command: String,
+    /// Told of errors in destructors.
+    pub warn: Warn,
+    /// Make the store if there is none.
+    pub create: bool,
+    /// Memory the catalogue may use for its pages.
+    pub cache_bytes: usize,
+    /// How long an ingest that nobody writes to is kept for resuming.
+    pub ingest_max_age: Duration,
+}
+
+impl OpenOptions {
+    /// Memory for catalogue pages: enough for the upper levels of the trees of a million rows
+    /// (redb 4.5: 421 MiB for a million rows of 190 bytes), and small beside a build.
+    pub const CACHE_BYTES: usize = 32 << 20;
+
+    /// As containerd's lease on an ingest: a day.
+    pub const INGEST_MAX_AGE: Duration = Duration::from_secs(24 * 60 * 60);
+
+    /// The defaults around a clock.
+    pub fn new(clock: Clock) -> Self {
+        Self {
+            clock,
+            command: String::new(),
+            warn: Arc::new(|_| {}),
+            create: true,
+            cache_bytes: Self::CACHE_BYTES,
+            ingest_max_age: Self::INGEST_MAX_AGE,
+        }
+    }
+}
+
+impl fmt::Debug for OpenOptions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("OpenOptions").field("command", &self.command).finish_non_exhaustive()
+    }
+}
+
+/// Why a store could not be opened.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum OpenError {
+    /// There is no store, and none was to be made.
+    #[error("no store at {}", root.display())]
+    Missing {
+        /// Where.
+        root: PathBuf,
+    },
+    /// There is data, but the catalogue that says what it is has gone.
+    #[error("{} holds data but no catalogue", root.display())]
+    CatalogueMissing {
+        /// Where.
+        root: PathBuf,
+    },
+    /// Another process owns it.
+    #[error("the store is in use by {holder}")]
+    InUse {
+        /// Which.
+        holder: Holder,
+    },
+    /// A later version of plies wrote it.
+    #[error("the store has schema {found}, this version knows {supported}: use a newer version")]
+    TooNew {
+        /// Its schema.
+        found: u64,
+        /// The newest known.
+        supported: u64,
+    },
+    /// An earlier version wrote it, and there is no way from there to here.
+    #[error("the store has schema {found}, which is too old to migrate")]
+    TooOld {
+        /// Its schema; 0 if not even the database's own format is known any more.
+        found: u64,
+    },
+    /// The catalogue is not a database that we wrote.
+    #[error("the catalogue {} is corrupt", path.display())]
+    Corrupt {
+        /// The file.
+        path: PathBuf,
+        /// In which way.
+        #[source]
+        source: Box<dyn Error + Send + Sync>,
+    },
+    /// A file of the store.
+    #[error(transparent)]
+    File(#[from] FileError),
+    /// A row.
+    #[error(transparent)]
+    Catalogue(#[from] CatalogueError),
+}
+
+impl OpenError {
+    /// What a caller can do about it.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Missing { .. } => ErrorKind::NotFound,
+            Self::InUse { .. } => ErrorKind::Busy,
+            Self::TooNew { .. } | Self::TooOld { .. } => ErrorKind::FailedPrecondition,
+            Self::CatalogueMissing { .. } | Self::Corrupt { .. } => ErrorKind::DataLoss,
+            Self::File(error) => error.kind(),
+            Self::Catalogue(error) => error.kind(),
+        }
+    }
+}
+
+impl From<LockFailure> for OpenError {
+    fn from(failure: LockFailure) -> Self {
+        match failure {
+            LockFailure::Held(holder) => Self::InUse { holder },
+            LockFailure::File(error) => Self::File(error),
+        }
+    }
+}
+
+/// Paths below the root. Their names are ours (words and hex ids), never anybody's input, so they
+/// are joined as strings; what lies *inside* a layer or an upper is only reached by descriptor.
+#[derive(Debug, Clone)]
+pub(crate) struct Paths {
+    pub(crate) catalog: PathBuf,
+    pub(crate) content: PathBuf,
+    pub(crate) blobs: PathBuf,
+    pub(crate) ingest: PathBuf,
+    pub(crate) layers: PathBuf,
+    pub(crate) stage: PathBuf,
+    pub(crate) active: PathBuf,
+    pub(crate) mounts: PathBuf,
+    pub(crate) run: PathBuf,
+}
+
+impl Paths {
+    fn below(root: &Path) -> Self {
+        Self {
+            catalog: root.join("catalog"),
+            content: root.join("content"),
+            blobs: root.join("content/blobs/sha256"),
+            ingest: root.join("content/ingest"),
+            layers: root.join("layers"),
+            stage: root.join("layers/stage"),
+            active: root.join("active"),
+            mounts: root.join("mounts"),
+            run: root.join("run"),
+        }
+    }
+
+    fn create(&self) -> Result<(), FileError> {
+        for dir in
+            [&self.blobs, &self.ingest, &self.layers, &self.stage, &self.active, &self.mounts, &self.run, &self.catalog]
+        {
+            make_dir(dir)?;
+        }
+        let layout = self.content.join("oci-layout");
+        if !layout.try_exists().at("stat", &layout)? {
+            fs::write(&layout, br#"{"imageLayoutVersion":"1.0.0"}"#).at("write", &layout)?;
+        }
+        Ok(())
+    }
+
+    pub(crate) fn database(&self) -> PathBuf {
+        self.catalog.join("plies.redb")
+    }
+}
+
+/// Makes a directory of the store and its parents, for its owner alone.
+pub(crate) fn make_dir(path: &Path) -> Result<(), FileError> {
+    DirBuilder::new().recursive(true).mode(0o700).create(path).at("create directory", path)
+}
+
+/// Makes names in `path` durable.
+pub(crate) fn sync_dir(path: &Path) -> Result<(), FileError> {
+    File::open(path).and_then(|dir| dir.sync_all()).at("sync directory", path)
+}
+
+/// Where fresh ids come from: the session number and a count.
+#[derive(Debug)]
+pub(crate) struct Session {
+    number: u32,
+    ids: u32,
+}
+
+/// What all clones of a [`Store`] share. Fields drop in order: the database closes before the lock
+/// goes.
+pub(crate) struct Inner {
+    pub(crate) root: PathBuf,
+    pub(crate) paths: Paths,
+    pub(crate) catalogue: Catalogue,
+    pub(crate) options: OpenOptions,
+    /// Begun by the first id asked for; a process that only reads leaves no trace.
+    session: Mutex<Option<Session>>,
+    pub(crate) publishing: RwLock<()>,
+    pub(crate) collecting: Mutex<()>,
+    pub(crate) open_ingests: Mutex<HashSet<[u8; 32]>>,
+    pub(crate) mounted: Mutex<HashSet<ActiveId>>,
+    _lock: StoreLock,
+}
+
+impl Inner {
+    pub(crate) fn now(&self) -> Stamp {
+        (self.options.clock)().into()
+    }
+
+    pub(crate) fn warn(&self, error: &dyn Error) {
+        (self.options.warn)(error);
+    }
+
+    /// An id that was never given out before and never will be again.
+    pub(crate) fn fresh_id(&self) -> Result<[u8; 8], CatalogueError> {
+        let mut session = self.session.lock().expect("because nothing panics while it is held");
+        let session = match &mut *session {
+            Some(session) if session.ids < u32::MAX => session,
+            session => session.insert(Session { number: self.begin_session()?, ids: 0 }),
+        };
+        session.ids += 1;
+        Ok((u64::from(session.number) << 32 | u64::from(session.ids)).to_be_bytes())
+    }
+
+    /// Whether an id was given out by this process.
+    pub(crate) fn is_of_this_session(&self, id: [u8; 8]) -> bool {
+        let session = self.session.lock().expect("because nothing panics while it is held");
+        session.as_ref().is_some_and(|session| id[..4] == session.number.to_be_bytes())
+    }
+
+    /// Marks the store as being written to, durably and before anything is, so that whoever opens it
+    /// after a crash looks for what was on its way.
+    fn begin_session(&self) -> Result<u32, CatalogueError> {
+        self.catalogue.write(Urgency::Durable, &|| self.now(), |tx| {
+            let number = tx.get(&META, &META_SESSION.to_owned())?.unwrap_or(0) + 1;
+            tx.put(&META, &META_SESSION.to_owned(), &number)?;
+            tx.put(&META, &META_CLEAN.to_owned(), &0)?;
+            Ok(u32::try_from(number).expect("because a store does not see 2^32 sessions"))
+        })
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        let begun = self.session.get_mut().is_ok_and(|session| session.is_some());
+        if begun {
+            let ended: Result<(), CatalogueError> =
+                self.catalogue.write(Urgency::Durable, &|| Stamp::default(), |tx| {
+                    tx.put(&META, &META_CLEAN.to_owned(), &1).map(drop)
+                });
+            if let Err(error) = ended {
+                self.warn(&error);
+            }
+        }
+    }
+}
+
+pub(crate) fn open(root: &Path, options: OpenOptions, wait: WaitPolicy<'_>) -> Result<Store, OpenError> {
+    let root = std::path::absolute(root).at("resolve", root)?;
+    let paths = Paths::below(&root);
+    if !options.create && !paths.catalog.try_exists().at("stat", &paths.catalog)? {
+        return Err(OpenError::Missing { root });
+    }
+    make_dir(&paths.catalog)?;
+    let lock = StoreLock::take(&paths.catalog.join("lock"), &options.command, wait)?;
+    let catalogue = open_catalogue(&root, &paths, &options)?;
+    check_schema(&catalogue)?;
+    let inner = Inner {
+        root,
+        paths,
+        catalogue,
+        options,
+        session: Mutex::new(None),
+        publishing: RwLock::new(()),
+        collecting: Mutex::new(()),
+        open_ingests: Mutex::default(),
+        mounted: Mutex::default(),
+        _lock: lock,
+    };
+    let store = Store { inner: Arc::new(inner) };
+    Ok(store)
+}
+
+fn open_catalogue(root: &Path, paths: &Paths, options: &OpenOptions) -> Result<Catalogue, OpenError> {
+    let path = paths.database();
+    if !path.try_exists().at("stat", &path)? {
+        if holds_data(paths)? {
+            return Err(OpenError::CatalogueMissing { root: root.to_owned() });
+        }
+        if !options.create {
+            return Err(OpenError::Missing { root: root.to_owned() });
+        }
+        paths.create()?;
+        create_catalogue(&path, options)?;
+    }
+    Catalogue::open(&path, options.cache_bytes).map_err(|error| match error {
+        redb::DatabaseError::UpgradeRequired(_) => OpenError::TooOld { found: 0 },
+        redb::DatabaseError::Storage(redb::StorageError::Io(error)) if error.kind() != io::ErrorKind::InvalidData => {
+            OpenError::File(FileError::new("open", &path, error))
+        }
+        error => OpenError::Corrupt { path, source: error.into() },
+    })
+}
+
+/// Whether there is something in the store that only a catalogue could explain.
+fn holds_data(paths: &Paths) -> Result<bool, FileError> {
+    for dir in [&paths.blobs, &paths.layers, &paths.active] {
+        match fs::read_dir(dir) {
+            Ok(mut entries) => {
+                if entries.any(|entry| entry.is_ok_and(|entry| entry.file_name() != "stage")) {
+                    return Ok(true);
+                }
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(FileError::new("read directory", dir, error)),
+        }
+    }
+    Ok(false)
+}
+
+/// Under another name until it is whole, so that a crash here leaves no half database to explain.
+fn create_catalogue(path: &Path, options: &OpenOptions) -> Result<(), OpenError> {
+    let new = path.with_extension("new");
+    match fs::remove_file(&new) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            return Err(FileError::new("remove", &new, error).into());
+        }
+        _ => {}
+    }
+    let database = Catalogue::builder(options.cache_bytes)
+        .create(&new)
+        .map_err(|error| CatalogueError::database("create")(error.into()))?;
+    let catalogue = Catalogue::new(database);
+    catalogue.write(Urgency::Durable, &Stamp::default, |tx| {
+        tx.put(&META, &META_SCHEMA.to_owned(), &SCHEMA)?;
+        tx.put(&META, &META_CLEAN.to_owned(), &1)?;
+        Ok::<_, CatalogueError>(())
+    })?;
+    drop(catalogue);
+    fs::rename(&new, path).at("rename", &new)?;
+    let dir = path.parent().expect("because the catalogue lies in a directory of the store");
+    sync_dir(dir)?;
+    sync_dir(dir.parent().expect("because that lies in the root"))?;
+    Ok(())
+}
+
+fn check_schema(catalogue: &Catalogue) -> Result<(), OpenError> {
+    let found = catalogue.read(|tx| tx.get(&META, &META_SCHEMA.to_owned()))?;
+    match found {
+        Some(SCHEMA) => Ok(()),
+        Some(found) if found > SCHEMA => Err(OpenError::TooNew { found, supported: SCHEMA }),
+        Some(found) => Err(OpenError::TooOld { found }),
+        None => {
+            Err(CatalogueError::Damaged { table: META.name(), key: String::new(), what: "no schema version" }.into())
+        }
+    }
+}
