@@ -290,6 +290,12 @@ impl<'a> Content<'a> {
         Ok(there)
     }
 
+    /// Whether somebody in this process is writing to it.
+    pub(crate) fn is_open(&self, ingest: &IngestRef) -> bool {
+        let open = self.store.inner.open_ingests.lock().unwrap_or_else(PoisonError::into_inner);
+        open.contains(&ingest.hash())
+    }
+
     /// Turns several ingests into blobs with one sync of the file system, one of the directory and
     /// one transaction, held by `lease`. All or none become visible.
     ///
@@ -412,7 +418,7 @@ impl Drop for Claim {
     }
 }
 
-pub(crate) fn remove_ingest(dir: &Path) -> Result<(), FileError> {
+fn remove_ingest(dir: &Path) -> Result<(), FileError> {
     match fs::remove_dir_all(dir) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(FileError::new("remove", dir, error)),
         _ => Ok(()),
@@ -625,14 +631,19 @@ fn commit_all(
         sync_dir(&paths.blobs)?;
     }
     // The point of no return: from here the blobs are visible and held.
-    store.write(|tx| {
+    let published = store.write(|tx| {
         for ((ingest, _), digest) in ingests.iter().zip(&digests) {
             tx.put_blob(*digest, ingest.offset_bytes)?;
             tx.lease_hold(lease.id(), *digest)?;
         }
         Ok::<_, CatalogueError>(())
-    })?;
+    });
     drop(publishing);
+    if let Err(error) = published {
+        // What was renamed has no row, or has one after all: the next open looks.
+        store.inner.leave_unclean();
+        return Err(error.into());
+    }
 
     for (ingest, _) in &mut ingests {
         ingest.spent = true;

@@ -45,6 +45,10 @@ macro_rules! id_newtype {
             pub(crate) const fn from_bytes(bytes: [u8; $len]) -> Self {
                 Self(bytes)
             }
+
+            pub(crate) const fn as_bytes(&self) -> &[u8; $len] {
+                &self.0
+            }
         }
 
         impl fmt::Display for $name {

@@ -1,14 +1,43 @@
 //! Layers: immutable filesystem differences, a directory each.
-use std::fs::File;
-use std::os::fd::{BorrowedFd, OwnedFd};
+//!
+//! ```text
+//! layers/<id>/fs/                 the tree: whiteouts are character devices 0:0, opaque
+//!                                 directories have trusted.overlay.opaque=y
+//! layers/<id>/index               which directories are implied (docs/format/layer.md)
+//! layers/<id>/layer.json          the row again, so that the catalogue can be rebuilt
+//! layers/<id>/tar-split.json.gz   optional: how to put the tar together again
+//! layers/stage/<id>/…             the same, seen by nobody
+//! ```
+//!
+//! A stage belongs to the process that made it and goes with it: the next open removes all. To
+//! publish is: sidecars, one sync of the file system for the whole group, renames, one sync of
+//! `layers/`, one transaction. A crash before the last leaves directories without rows, which the
+//! next open removes.
 
-use plies_archive::tar::EntryPath;
-use plies_oci::{ChainId, DiffId, ErrorKind};
+use std::fs::{self, DirBuilder, File};
+use std::io::{self, Write as _};
+use std::ops::ControlFlow;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
 
-use crate::catalogue::CatalogueError;
-use crate::error::FileError;
-use crate::shim::{DirIndex, Usage};
-use crate::{LayerId, Lease, Stamp, Store};
+use plies_oci::{BlobDigest, ChainId, DiffId, ErrorKind};
+use serde::{Deserialize, Serialize};
+
+use crate::catalogue::schema::{LAYERS, LAYERS_BY_CHAIN, LAYERS_BY_DIFF, LayerKind, LayerRow, SQUASHES, StoredUsage};
+use crate::catalogue::{CatalogueError, Rows, Tx};
+use crate::error::{At as _, FileError};
+use crate::open::sync_dir;
+use crate::{LayerId, Lease, Stamp, Store, tree};
+use plies_archive::{DirIndex, Usage};
+
+const TREE: &str = "fs";
+const INDEX: &str = "index";
+const SIDECAR: &str = "layer.json";
+const TAR_SPLIT: &str = "tar-split.json.gz";
+
+/// Version of the sidecar; docs/format/catalogue.md.
+const SIDECAR_VERSION: u32 = 1;
 
 /// Why an operation on layers failed.
 #[derive(Debug, thiserror::Error)]
@@ -65,7 +94,7 @@ pub struct LayerContents {
     /// Digest of its tar, if it came from one.
     pub diff_id: Option<DiffId>,
     /// `Some` if it is not self-contained (a hard link into a lower layer, a directory over a
-    /// lower symlink): the chain that it completes, and below which alone it may be used.
+    /// lower symlink): the chain that it completes, by which alone it is found again.
     pub chain_id: Option<ChainId>,
     /// What it costs on disk.
     pub usage: Usage,
@@ -88,8 +117,55 @@ pub struct LayerInfo {
     pub created: Stamp,
     /// Whether its tar can be put together again byte by byte.
     pub has_tar_split: bool,
-    /// Made by the store (a fix-up or a squash): no difference of anybody's, never exported.
+    /// Made by the store (a fix-up or a squash): nobody's difference, never exported.
     pub derived: bool,
+}
+
+impl LayerInfo {
+    fn new(id: LayerId, row: LayerRow) -> Self {
+        Self {
+            id,
+            diff_id: row.diff_id,
+            chain_id: row.chain_id,
+            usage: row.usage.into(),
+            created: row.created,
+            has_tar_split: row.tar_split,
+            derived: row.kind != LayerKind::Full,
+        }
+    }
+}
+
+/// The row beside its layer.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Sidecar {
+    version: u32,
+    #[serde(flatten)]
+    pub(crate) row: LayerRow,
+}
+
+impl Sidecar {
+    pub(crate) fn write(dir: &Path, row: &LayerRow) -> Result<(), FileError> {
+        let path = dir.join(SIDECAR);
+        let text = serde_json::to_vec_pretty(&Self { version: SIDECAR_VERSION, row: row.clone() })
+            .expect("because rows are plain data, which JSON always encodes");
+        fs::write(&path, text).at("write", path)
+    }
+
+    /// `None` if it is not there or not ours.
+    pub(crate) fn read(dir: &Path) -> Result<Option<Self>, FileError> {
+        let path = dir.join(SIDECAR);
+        match fs::read(&path) {
+            Ok(text) => {
+                Ok(serde_json::from_slice(&text).ok().filter(|sidecar: &Self| sidecar.version == SIDECAR_VERSION))
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(FileError::new("read", path, error)),
+        }
+    }
+}
+
+pub(crate) fn layer_dir(store: &Store, id: LayerId) -> PathBuf {
+    store.inner.paths.layers.join(id.to_string())
 }
 
 /// Layers of a store.
@@ -104,68 +180,215 @@ impl<'a> Layers<'a> {
     }
 
     /// A directory nobody sees, to make a layer in.
+    ///
+    /// # Errors
+    /// [`LayerError`].
     pub fn stage(&self) -> Result<Stage, LayerError> {
-        unimplemented!()
+        Stage::new(self.store)
     }
 
-    /// Makes finished stages layers, held by `lease`: one sync for all, one transaction. A stage
-    /// whose diff ID (or chain ID) is there already yields that layer, and goes.
+    /// Makes finished stages layers, held by `lease`: one sync of the file system for all, one
+    /// transaction; durable when this returns. A stage whose diff ID (or chain ID) is there already
+    /// yields that layer, and goes.
+    ///
+    /// # Errors
+    /// [`LayerError`]; then none of them is visible.
     pub fn publish(&self, lease: &Lease, finished: Vec<FinishedStage>) -> Result<Vec<LayerId>, LayerError> {
-        let _ = (self.store, lease, finished);
-        unimplemented!()
+        publish(self.store, finished, LayerKind::Full, |tx, ids| {
+            ids.iter().try_for_each(|id| tx.lease_hold(lease.id(), *id))
+        })
     }
 
-    /// Finds the self-contained layer with this diff ID and holds it, in one step.
+    /// Finds the self-contained layer with this diff ID and holds it, in one step: no collection
+    /// can come between.
+    ///
+    /// # Errors
+    /// [`LayerError::Catalogue`].
     pub fn hold_by_diff_id(&self, diff_id: DiffId, lease: &Lease) -> Result<Option<LayerId>, LayerError> {
-        let _ = (diff_id, lease);
-        unimplemented!()
+        Ok(lease.write(|tx| {
+            let found = by_diff_id(tx, diff_id)?;
+            found.map(|id| tx.lease_hold(lease.id(), id)).transpose()?;
+            Ok::<_, CatalogueError>(found)
+        })?)
     }
 
-    /// Finds the layer that completes this chain, if one was made only for it, and holds it.
+    /// Finds the layer that was made to complete this chain, and only this, and holds it.
+    ///
+    /// # Errors
+    /// [`LayerError::Catalogue`].
     pub fn hold_by_chain(&self, chain_id: ChainId, lease: &Lease) -> Result<Option<LayerId>, LayerError> {
-        let _ = (chain_id, lease);
-        unimplemented!()
+        Ok(lease.write(|tx| {
+            let found = by_chain_id(tx, chain_id)?;
+            found.map(|id| tx.lease_hold(lease.id(), id)).transpose()?;
+            Ok::<_, CatalogueError>(found)
+        })?)
     }
 
     /// What the catalogue knows of it.
+    ///
+    /// # Errors
+    /// [`LayerError::NotFound`].
     pub fn info(&self, id: LayerId) -> Result<LayerInfo, LayerError> {
-        let _ = id;
-        unimplemented!()
+        Ok(LayerInfo::new(id, self.row(id)?))
     }
 
     /// Which of its directories are implied.
+    ///
+    /// # Errors
+    /// [`LayerError::NotFound`], [`LayerError::Damaged`].
     pub fn index(&self, id: LayerId) -> Result<DirIndex, LayerError> {
-        let _ = id;
-        unimplemented!()
+        self.row(id)?;
+        read_index(self.store, id)
     }
 
-    /// Its tree, for reading.
+    /// Its tree, for reading only.
+    ///
+    /// # Errors
+    /// [`LayerError::NotFound`], [`LayerError::Damaged`].
     pub fn root(&self, id: LayerId) -> Result<OwnedFd, LayerError> {
-        let _ = id;
-        unimplemented!()
+        self.row(id)?;
+        open_root(self.store, id)
     }
 
-    /// Its tar-split, if it has one.
+    /// Its tar-split (gzipped), if it has one.
+    ///
+    /// # Errors
+    /// [`LayerError::NotFound`], [`LayerError::Damaged`].
     pub fn tar_split(&self, id: LayerId) -> Result<Option<File>, LayerError> {
-        let _ = id;
-        unimplemented!()
+        if !self.row(id)?.tar_split {
+            return Ok(None);
+        }
+        let path = layer_dir(self.store, id).join(TAR_SPLIT);
+        match File::open(&path) {
+            Ok(file) => Ok(Some(file)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                Err(LayerError::Damaged { layer: id, what: "its tar-split is missing" })
+            }
+            Err(error) => Err(FileError::new("open", path, error).into()),
+        }
     }
 
-    /// Gives a sealed layer its diff ID, once somebody has made its tar.
+    /// Gives a sealed layer its diff ID, once somebody has made its tar. Idempotent.
+    ///
+    /// # Errors
+    /// [`LayerError::NotFound`]; [`LayerError::OtherDiffId`] if it has another.
     pub fn set_diff_id(&self, id: LayerId, diff_id: DiffId) -> Result<(), LayerError> {
-        let _ = (id, diff_id);
-        unimplemented!()
+        let mut row = self.row(id)?;
+        match row.diff_id {
+            Some(has) if has == diff_id => return Ok(()),
+            Some(has) => return Err(LayerError::OtherDiffId { layer: id, has, given: diff_id }),
+            None => row.diff_id = Some(diff_id),
+        }
+        // Bytes before rows: a sidecar that knows more than the row is right all the same.
+        let dir = layer_dir(self.store, id);
+        let (new, path) = (dir.join("layer.json.new"), dir.join(SIDECAR));
+        let text = serde_json::to_vec_pretty(&Sidecar { version: SIDECAR_VERSION, row })
+            .expect("because rows are plain data, which JSON always encodes");
+        let mut file = File::create(&new).at("create", &new)?;
+        file.write_all(&text).and_then(|()| file.sync_all()).at("write", &new)?;
+        fs::rename(&new, &path).at("rename", &new)?;
+        sync_dir(&dir)?;
+        self.store.write(|tx| {
+            let mut row = tx.get(&LAYERS, &id)?.ok_or(LayerError::NotFound { layer: id })?;
+            match row.diff_id {
+                Some(has) if has != diff_id => return Err(LayerError::OtherDiffId { layer: id, has, given: diff_id }),
+                _ => row.diff_id = Some(diff_id),
+            }
+            Ok(tx.put_layer(id, &row)?)
+        })
     }
+
+    fn row(&self, id: LayerId) -> Result<LayerRow, LayerError> {
+        let row = self.store.read(|tx| tx.get(&LAYERS, &id))?;
+        row.ok_or(LayerError::NotFound { layer: id })
+    }
+}
+
+fn by_diff_id(rows: &impl Rows, diff_id: DiffId) -> Result<Option<LayerId>, CatalogueError> {
+    let mut found = None;
+    rows.scan_prefix(&LAYERS_BY_DIFF, &diff_id, |(_, id), ()| {
+        found = Some(id);
+        ControlFlow::Break(())
+    })?;
+    Ok(found)
+}
+
+fn by_chain_id(rows: &impl Rows, chain_id: ChainId) -> Result<Option<LayerId>, CatalogueError> {
+    let mut found = None;
+    rows.scan_prefix(&LAYERS_BY_CHAIN, &chain_id, |(_, id), ()| {
+        found = Some(id);
+        ControlFlow::Break(())
+    })?;
+    Ok(found)
+}
+
+pub(crate) fn open_root(store: &Store, id: LayerId) -> Result<OwnedFd, LayerError> {
+    match tree::open_own(&layer_dir(store, id).join(TREE)) {
+        Err(error) if error.source.kind() == io::ErrorKind::NotFound => {
+            Err(LayerError::Damaged { layer: id, what: "its tree is missing" })
+        }
+        opened => Ok(opened?),
+    }
+}
+
+pub(crate) fn read_index(store: &Store, id: LayerId) -> Result<DirIndex, LayerError> {
+    read_index_at(&layer_dir(store, id), id)
+}
+
+/// As [`read_index`], from the layer's directory.
+pub(crate) fn read_index_at(dir: &Path, id: LayerId) -> Result<DirIndex, LayerError> {
+    let path = dir.join(INDEX);
+    let bytes = match fs::read(&path) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            return Err(LayerError::Damaged { layer: id, what: "its index is missing" });
+        }
+        Err(error) => return Err(FileError::new("read", path, error).into()),
+    };
+    DirIndex::decode(&bytes).map_err(|_| LayerError::Damaged { layer: id, what: "its index does not decode" })
 }
 
 /// A layer being made. Dropping it removes it.
 #[derive(Debug)]
 #[must_use = "a stage that is dropped is removed"]
 pub struct Stage {
+    store: Store,
     id: LayerId,
+    dir: PathBuf,
+    root: Option<OwnedFd>,
+    tar_split: bool,
+    /// Published, or holding what is not ours to remove.
+    keep: bool,
 }
 
 impl Stage {
+    pub(crate) fn new(store: &Store) -> Result<Self, LayerError> {
+        let mut stage = Self::without_tree(store)?;
+        let tree = stage.tree();
+        fs::create_dir(&tree).at("create directory", &tree)?;
+        // Whatever the umask: this is the root directory of what will be mounted.
+        fs::set_permissions(&tree, fs::Permissions::from_mode(0o755)).at("change mode", &tree)?;
+        stage.root = Some(tree::open_own(&tree)?);
+        Ok(stage)
+    }
+
+    /// A stage without a tree yet: a sealed upper comes to [`Stage::tree`].
+    pub(crate) fn without_tree(store: &Store) -> Result<Self, LayerError> {
+        let id = LayerId::from_bytes(store.inner.fresh_id()?);
+        let dir = store.inner.paths.stage.join(id.to_string());
+        DirBuilder::new().mode(0o700).create(&dir).at("create directory", &dir)?;
+        Ok(Self { store: store.clone(), id, dir, root: None, tar_split: false, keep: false })
+    }
+
+    /// Dropping it removes nothing any more.
+    pub(crate) fn keep(&mut self) {
+        self.keep = true;
+    }
+
+    pub(crate) fn tree(&self) -> PathBuf {
+        self.dir.join(TREE)
+    }
+
     /// The id it will have, unless the same layer turns out to be there already.
     pub fn id(&self) -> LayerId {
         self.id
@@ -173,12 +396,18 @@ impl Stage {
 
     /// The empty directory to fill (0755, owned by this process's user).
     pub fn root(&self) -> BorrowedFd<'_> {
-        unimplemented!()
+        self.root.as_ref().expect("because only the store makes stages without a tree, and fills them itself").as_fd()
     }
 
-    /// A file for the gzipped tar-split of what is unpacked; making it says that there is one.
+    /// A new file for the gzipped tar-split of what is unpacked; making it says that there is one.
+    ///
+    /// # Errors
+    /// [`LayerError::File`].
     pub fn tar_split_file(&mut self) -> Result<File, LayerError> {
-        unimplemented!()
+        let path = self.dir.join(TAR_SPLIT);
+        let file = File::create(&path).at("create", path)?;
+        self.tar_split = true;
+        Ok(file)
     }
 
     /// Nothing more will be written.
@@ -187,15 +416,101 @@ impl Stage {
     }
 }
 
+impl Drop for Stage {
+    fn drop(&mut self) {
+        if !self.keep {
+            self.store.inner.discard_dir(&self.dir);
+        }
+    }
+}
+
 /// A stage with what is known of it. Dropping it removes it.
 #[derive(Debug)]
 #[must_use = "a stage that is dropped is removed"]
 pub struct FinishedStage {
-    #[allow(dead_code)]
     stage: Stage,
-    #[allow(dead_code)]
     contents: LayerContents,
 }
 
-#[allow(unused)]
-fn unused(_: EntryPath) {}
+impl FinishedStage {
+    fn row(&self, kind: LayerKind, created: Stamp) -> LayerRow {
+        LayerRow {
+            kind,
+            diff_id: self.contents.diff_id,
+            chain_id: self.contents.chain_id,
+            usage: StoredUsage::from(self.contents.usage),
+            created,
+            tar_split: self.stage.tar_split,
+        }
+    }
+}
+
+/// Publishes stages; `and_then` runs in the same transaction, with the ids in order, and must make
+/// something hold them.
+pub(crate) fn publish<E: From<LayerError> + From<CatalogueError> + From<FileError>>(
+    store: &Store,
+    mut finished: Vec<FinishedStage>,
+    kind: LayerKind,
+    mut and_then: impl FnMut(&mut Tx<'_>, &[LayerId]) -> Result<(), CatalogueError>,
+) -> Result<Vec<LayerId>, E> {
+    let paths = &store.inner.paths;
+    let now = store.now();
+    let mut rows = Vec::with_capacity(finished.len());
+    for FinishedStage { stage, contents } in &finished {
+        let path = stage.dir.join(INDEX);
+        fs::write(&path, contents.index.encode()).at("write", path)?;
+    }
+    for finished in &finished {
+        let row = finished.row(kind, now);
+        Sidecar::write(&finished.stage.dir, &row)?;
+        rows.push((finished.stage.id, row));
+    }
+    let layers = tree::open_own(&paths.layers)?;
+    rustix::fs::syncfs(&layers).at("sync", &paths.layers)?;
+    for FinishedStage { stage, .. } in &mut finished {
+        let target = layer_dir(store, stage.id);
+        fs::rename(&stage.dir, &target).at("rename", &stage.dir)?;
+        stage.dir = target;
+    }
+    rustix::fs::fsync(&layers).at("sync directory", &paths.layers)?;
+
+    // The point of no return: from here the layers are visible and held.
+    let published = store.write(|tx| {
+        let mut ids = Vec::with_capacity(rows.len());
+        for (id, row) in &rows {
+            let there = match (row.diff_id, row.chain_id) {
+                (_, Some(chain_id)) => by_chain_id(tx, chain_id)?,
+                (Some(diff_id), None) => by_diff_id(tx, diff_id)?,
+                (None, None) => None,
+            };
+            if there.is_none() {
+                tx.put_layer(*id, row)?;
+            }
+            ids.push(there.unwrap_or(*id));
+        }
+        and_then(tx, &ids)?;
+        Ok::<_, CatalogueError>(ids)
+    });
+    let ids = match published {
+        Ok(ids) => ids,
+        Err(error) => {
+            // Whether a commit that failed reached the disk is not known before the next open, which
+            // judges by the rows: until then the bytes stay.
+            if matches!(error, CatalogueError::Database { .. }) {
+                store.inner.leave_unclean();
+                finished.iter_mut().for_each(|finished| finished.stage.keep());
+            }
+            return Err(error.into());
+        }
+    };
+    for (FinishedStage { stage, .. }, id) in finished.iter_mut().zip(&ids) {
+        // What was there already stays, and ours goes.
+        stage.keep = stage.id == *id;
+    }
+    Ok(ids)
+}
+
+/// The squash of exactly this list of layers, if there is one.
+pub(crate) fn squash_of(rows: &impl Rows, list: BlobDigest) -> Result<Option<LayerId>, CatalogueError> {
+    rows.get(&SQUASHES, &list)
+}

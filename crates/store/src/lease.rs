@@ -162,7 +162,8 @@ impl Tx<'_> {
     /// [`CatalogueError::NoSuchLease`], [`CatalogueError::NoSuchResource`]: nothing is ever held that
     /// is not there.
     pub fn lease_hold(&mut self, lease: LeaseId, resource: impl Into<Resource>) -> Result<(), CatalogueError> {
-        if !self.contains(&LEASES, &lease)? {
+        let row = self.get(&LEASES, &lease)?.ok_or(CatalogueError::NoSuchLease { lease })?;
+        if row.expires.is_some_and(|expires| expires <= self.now()) {
             return Err(CatalogueError::NoSuchLease { lease });
         }
         let resource = resource.into();

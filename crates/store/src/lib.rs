@@ -42,17 +42,20 @@
 //! No lock is held while a caller's code runs, except the gate while its own closure does.
 
 mod catalogue;
+mod check;
 mod content;
+mod driver;
 mod error;
+mod fixup;
 mod gc;
 mod id;
 mod layers;
 mod lease;
 mod lock;
 mod open;
-#[doc(hidden)]
-pub mod shim;
+mod recover;
 mod snapshots;
+mod tree;
 mod usage;
 
 use std::fmt;
@@ -61,9 +64,11 @@ use std::sync::Arc;
 
 use catalogue::Urgency;
 pub use catalogue::{CatalogueError, Key, KeyReader, PrefixOf, ReadTx, Row, Rows, Table, Tx};
+pub use check::{CheckError, CheckOptions, CheckReport, Problem};
 pub use content::{
     Blob, BlobError, BlobInfo, CommitError, Content, Expected, Ingest, IngestError, IngestRef, IngestStatus,
 };
+pub use driver::{DriverKind, OverlayMethod};
 pub use error::FileError;
 pub use gc::{Collected, GcError, GcMode, GcReport};
 pub use id::{ActiveId, IdError, LayerId, LeaseId, Owner, Resource, SnapshotId, Stamp};
@@ -189,8 +194,7 @@ impl Store {
     /// # Errors
     /// [`GcError`].
     pub fn gc(&self, mode: GcMode) -> Result<GcReport, GcError> {
-        let _ = mode;
-        unimplemented!()
+        gc::collect(self, mode)
     }
 
     /// What everything under the root costs, from the rows.
@@ -198,7 +202,25 @@ impl Store {
     /// # Errors
     /// [`IngestError`].
     pub fn usage(&self) -> Result<Vec<UsageRow>, IngestError> {
-        unimplemented!()
+        usage::usage(self)
+    }
+
+    /// Looks for anything that breaks the store's invariants. Nothing may be written meanwhile by
+    /// this process: what is half done looks broken.
+    ///
+    /// # Errors
+    /// [`CheckError`] if it could not look. What it found wrong is in the report.
+    pub fn check(&self, options: CheckOptions) -> Result<CheckReport, CheckError> {
+        check::check(self, options)
+    }
+
+    /// Ends the session: marks the store as cleanly stopped. Dropping the last clone does so too,
+    /// but cannot report an error. Does nothing while anything made from the store is still alive.
+    ///
+    /// # Errors
+    /// [`CatalogueError::Database`]; the next open then looks for leftovers.
+    pub fn close(self) -> Result<(), CatalogueError> {
+        Arc::into_inner(self.inner).map_or(Ok(()), Inner::close)
     }
 }
 

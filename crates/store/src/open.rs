@@ -7,6 +7,7 @@ use std::fs::{self, DirBuilder, File};
 use std::io;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
 use std::time::{Duration, SystemTime};
 
@@ -14,9 +15,11 @@ use plies_oci::ErrorKind;
 
 use crate::catalogue::schema::{META, META_CLEAN, META_SCHEMA, META_SESSION, SCHEMA};
 use crate::catalogue::{Catalogue, CatalogueError, Rows as _, Urgency};
+use crate::driver::{Driver, DriverKind, Native, Overlay};
 use crate::error::{At as _, FileError};
 use crate::lock::{Holder, LockFailure, StoreLock, WaitPolicy};
-use crate::{ActiveId, Stamp, Store};
+use crate::recover::{self, RecoverError};
+use crate::{ActiveId, Stamp, Store, tree};
 
 /// Tells the time. Injected, since nothing below the engine reads clocks.
 pub type Clock = Arc<dyn Fn() -> SystemTime + Send + Sync>;
@@ -39,6 +42,8 @@ pub struct OpenOptions {
     pub cache_bytes: usize,
     /// How long an ingest that nobody writes to is kept for resuming.
     pub ingest_max_age: Duration,
+    /// How snapshots become trees. The layers on disk are the same either way.
+    pub driver: DriverKind,
 }
 
 impl OpenOptions {
@@ -58,6 +63,7 @@ impl OpenOptions {
             create: true,
             cache_bytes: Self::CACHE_BYTES,
             ingest_max_age: Self::INGEST_MAX_AGE,
+            driver: DriverKind::default(),
         }
     }
 }
@@ -131,6 +137,15 @@ impl OpenError {
             Self::CatalogueMissing { .. } | Self::Corrupt { .. } => ErrorKind::DataLoss,
             Self::File(error) => error.kind(),
             Self::Catalogue(error) => error.kind(),
+        }
+    }
+}
+
+impl From<RecoverError> for OpenError {
+    fn from(error: RecoverError) -> Self {
+        match error {
+            RecoverError::File(error) => Self::File(error),
+            RecoverError::Catalogue(error) => Self::Catalogue(error),
         }
     }
 }
@@ -222,6 +237,9 @@ pub(crate) struct Inner {
     pub(crate) collecting: Mutex<()>,
     pub(crate) open_ingests: Mutex<HashSet<[u8; 32]>>,
     pub(crate) mounted: Mutex<HashSet<ActiveId>>,
+    pub(crate) driver: Box<dyn Driver>,
+    /// Something was left behind that only the search after an unclean stop would find.
+    unclean: AtomicBool,
     _lock: StoreLock,
 }
 
@@ -251,6 +269,19 @@ impl Inner {
         session.as_ref().is_some_and(|session| id[..4] == session.number.to_be_bytes())
     }
 
+    /// The next open shall look for bytes without rows.
+    pub(crate) fn leave_unclean(&self) {
+        self.unclean.store(true, Ordering::Relaxed);
+    }
+
+    /// Removes a directory that no row names; if that fails, the next open tries again.
+    pub(crate) fn discard_dir(&self, path: &Path) {
+        if let Err(error) = tree::remove(path) {
+            self.leave_unclean();
+            self.warn(&error);
+        }
+    }
+
     /// Marks the store as being written to, durably and before anything is, so that whoever opens it
     /// after a crash looks for what was on its way.
     fn begin_session(&self) -> Result<u32, CatalogueError> {
@@ -263,17 +294,25 @@ impl Inner {
     }
 }
 
+impl Inner {
+    pub(crate) fn close(mut self) -> Result<(), CatalogueError> {
+        self.end_session()
+    }
+
+    fn end_session(&mut self) -> Result<(), CatalogueError> {
+        let begun = self.session.get_mut().map_or(None, |session| session.take()).is_some();
+        if !begun || *self.unclean.get_mut() {
+            return Ok(());
+        }
+        self.catalogue
+            .write(Urgency::Durable, &Stamp::default, |tx| tx.put(&META, &META_CLEAN.to_owned(), &1).map(drop))
+    }
+}
+
 impl Drop for Inner {
     fn drop(&mut self) {
-        let begun = self.session.get_mut().is_ok_and(|session| session.is_some());
-        if begun {
-            let ended: Result<(), CatalogueError> =
-                self.catalogue.write(Urgency::Durable, &|| Stamp::default(), |tx| {
-                    tx.put(&META, &META_CLEAN.to_owned(), &1).map(drop)
-                });
-            if let Err(error) = ended {
-                self.warn(&error);
-            }
+        if let Err(error) = self.end_session() {
+            self.warn(&error);
         }
     }
 }
@@ -288,6 +327,11 @@ pub(crate) fn open(root: &Path, options: OpenOptions, wait: WaitPolicy<'_>) -> R
     let lock = StoreLock::take(&paths.catalog.join("lock"), &options.command, wait)?;
     let catalogue = open_catalogue(&root, &paths, &options)?;
     check_schema(&catalogue)?;
+    let driver: Box<dyn Driver> = match options.driver {
+        DriverKind::Overlay => Box::new(Overlay::new(paths.run.clone(), None)),
+        DriverKind::OverlayBy(method) => Box::new(Overlay::new(paths.run.clone(), Some(method))),
+        DriverKind::Native => Box::new(Native),
+    };
     let inner = Inner {
         root,
         paths,
@@ -298,9 +342,12 @@ pub(crate) fn open(root: &Path, options: OpenOptions, wait: WaitPolicy<'_>) -> R
         collecting: Mutex::new(()),
         open_ingests: Mutex::default(),
         mounted: Mutex::default(),
+        driver,
+        unclean: AtomicBool::new(false),
         _lock: lock,
     };
     let store = Store { inner: Arc::new(inner) };
+    recover::at_open(&store)?;
     Ok(store)
 }
 

@@ -1,15 +1,40 @@
-//! Snapshots, actives, mounts.
-use std::os::fd::{BorrowedFd, OwnedFd};
+//! Snapshots (lists of layers), actives (a snapshot and a writable upper) and their mounts.
+//!
+//! ```text
+//! active/<id>/fs      what was written
+//! active/<id>/work    overlay's scratch directory
+//! mounts/<id>         mount points handed out by the store
+//! ```
+//!
+//! **Active**: prepared -> mounted and unmounted any number of times -> sealed, which makes its
+//! upper a layer without copying it. A volatile one lives as long as this process: a crash leaves
+//! a directory that the next open removes. A persistent one survives; while it is being sealed a
+//! row says into which layer, so that a crash in between finds it again.
+//!
+//! A mount holds what it shows by a lease of its own, so that no collection takes it away.
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::PoisonError;
 
 use plies_archive::tar::EntryPath;
-use plies_oci::ErrorKind;
+use plies_archive::{DirIndex, SealError, Usage};
+use plies_oci::{BlobDigest, ErrorKind, Sha256Hasher};
+use rustix::io::Errno;
+use rustix::mount::{MoveMountFlags, OpenTreeFlags, UnmountFlags, move_mount, open_tree};
 
-use crate::catalogue::CatalogueError;
-use crate::error::FileError;
-use crate::layers::LayerError;
-use crate::shim::Usage;
-use crate::{ActiveId, LayerId, Lease, SnapshotId, Stamp, Store};
+use crate::catalogue::schema::{ACTIVES, ActiveRow, LAYERS, LayerKind, SEALING, SNAPSHOTS, SnapshotRow, StoredUsage};
+use crate::catalogue::{CatalogueError, Rows as _};
+use crate::driver::{Form, Lower, Tree, Upper};
+use crate::error::{At as _, FileError};
+use crate::fixup::{self, StackLayer};
+use crate::layers::{self, LayerContents, LayerError, Stage};
+use crate::open::make_dir;
+use crate::recover::{self, RecoverError};
+use crate::tree::{self, Material, MergeLayer};
+use crate::{ActiveId, LayerId, Lease, LeaseOptions, Resource, SnapshotId, Stamp, Store};
 
 /// Why an operation on snapshots or actives failed.
 #[derive(Debug, thiserror::Error)]
@@ -19,35 +44,58 @@ pub enum SnapshotError {
     #[error("{what} is not in the store")]
     NotFound {
         /// A snapshot, layer or active.
-        what: crate::Resource,
+        what: Resource,
     },
-    /// `layer` has a directory at `path` that its archive only implied, and what lies there below
-    /// it is not a directory. Extract it again over the layers below, and publish it for its chain.
-    #[error("layer {layer} implies a directory {path:?} over something else")]
+    /// A layer has a directory that its archive only implied, and what lies there below it is not a
+    /// directory: the files would go elsewhere. Extract the layer again over the merged layers
+    /// below it, and publish it for its chain.
+    #[error("layer {layer} implies a directory {path} where the layers below have something else")]
     NeedsBase {
-        /// Which layer.
+        /// The lowest such layer.
         layer: LayerId,
-        /// Where.
+        /// The directory.
         path: EntryPath,
     },
-    /// It is mounted, and can be mounted once, and sealed only when nothing can write to it.
-    #[error("active {active} is mounted")]
-    Mounted {
+    /// It is mounted (or being sealed): it can be mounted once, and sealed when nobody can write.
+    #[error("active {active} is in use")]
+    InUse {
         /// Which.
         active: ActiveId,
     },
-    /// It was volatile, and the process that wrote to it is gone.
+    /// It was volatile, and the process that wrote to it is gone: nothing says that its files are
+    /// whole.
     #[error("active {active} was volatile and did not survive its process")]
     Stale {
         /// Which.
         active: ActiveId,
     },
-    /// Still in use at unmount. It was detached, and goes when its last user does.
-    #[error("mount {} is in use", path.display())]
-    Busy {
+    /// It was sealed.
+    #[error("active {active} was sealed as layer {layer}")]
+    Sealed {
+        /// Which.
+        active: ActiveId,
+        /// What it became.
+        layer: LayerId,
+    },
+    /// The kernel refused a mount.
+    #[error("mount{}{words}", if words.is_empty() { "" } else { ": " })]
+    Mount {
+        /// The kernel's own words, if it had any.
+        words: String,
+        /// Its error.
+        #[source]
+        source: io::Error,
+    },
+    /// Something still used it when it was to be unmounted. It no longer shows anywhere, and ends
+    /// when its last user does.
+    #[error("mount {} was still in use", path.display())]
+    MountBusy {
         /// Where it was attached.
         path: PathBuf,
     },
+    /// The upper cannot become a layer.
+    #[error(transparent)]
+    Seal(#[from] SealError),
     /// A layer.
     #[error(transparent)]
     Layer(#[from] LayerError),
@@ -59,13 +107,30 @@ pub enum SnapshotError {
     Catalogue(#[from] CatalogueError),
 }
 
+impl From<RecoverError> for SnapshotError {
+    fn from(error: RecoverError) -> Self {
+        match error {
+            RecoverError::File(error) => Self::File(error),
+            RecoverError::Catalogue(error) => Self::Catalogue(error),
+        }
+    }
+}
+
+impl From<tree::MergeError> for SnapshotError {
+    fn from(tree::MergeError(error): tree::MergeError) -> Self {
+        Self::File(FileError::new("merge", "the layers", error))
+    }
+}
+
 impl SnapshotError {
     /// What a caller can do about it.
     pub fn kind(&self) -> ErrorKind {
         match self {
             Self::NotFound { .. } => ErrorKind::NotFound,
-            Self::NeedsBase { .. } | Self::Stale { .. } => ErrorKind::FailedPrecondition,
-            Self::Mounted { .. } | Self::Busy { .. } => ErrorKind::Busy,
+            Self::NeedsBase { .. } | Self::Stale { .. } | Self::Sealed { .. } => ErrorKind::FailedPrecondition,
+            Self::InUse { .. } | Self::MountBusy { .. } => ErrorKind::Busy,
+            Self::Mount { .. } => ErrorKind::Unavailable,
+            Self::Seal(error) => error.kind(),
             Self::Layer(error) => error.kind(),
             Self::File(error) => error.kind(),
             Self::Catalogue(error) => error.kind(),
@@ -84,9 +149,10 @@ pub struct ActiveOptions {
 /// Where a mount appears.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Attach<'a> {
-    /// Nowhere: reachable through [`Mounted::root`] only, gone with it.
+    /// Nowhere: reachable through [`Mounted::root`] only, gone with it. (Where the driver or the
+    /// kernel cannot do this, as [`Attach::InStore`].)
     Detached,
-    /// On this directory.
+    /// On this directory, which must exist.
     At(&'a Path),
     /// On a directory of the store's own: [`Mounted::path`] says which.
     InStore,
@@ -99,7 +165,8 @@ pub struct SnapshotInfo {
     pub id: SnapshotId,
     /// Its layers, bottom first, without repetitions and without the fix-up.
     pub layers: Vec<LayerId>,
-    /// The layer on top of them that restores directories' metadata, if one was needed.
+    /// The layer on top of them that restores directories' metadata, if one was needed. Not part of
+    /// what is exported.
     pub fixup: Option<LayerId>,
     /// When it was first asked for.
     pub created: Stamp,
@@ -118,6 +185,8 @@ pub struct ActiveInfo {
     pub created: Stamp,
     /// What its upper cost when it was last measured.
     pub usage: Option<Usage>,
+    /// What it was sealed as, if it was.
+    pub sealed: Option<LayerId>,
 }
 
 /// Snapshots and actives of a store.
@@ -126,84 +195,520 @@ pub struct Snapshots<'a> {
     store: &'a Store,
 }
 
+/// Repeated layers keep their uppermost place: below it they show nothing that it does not.
+fn without_repetitions(layers: &[LayerId]) -> Vec<LayerId> {
+    let mut seen = std::collections::HashSet::new();
+    let mut kept: Vec<LayerId> = layers.iter().rev().copied().filter(|layer| seen.insert(*layer)).collect();
+    kept.reverse();
+    kept
+}
+
+fn list_digest(layers: &[LayerId]) -> BlobDigest {
+    let mut hasher = Sha256Hasher::default();
+    for layer in layers {
+        hasher.update(layer.as_bytes());
+    }
+    BlobDigest::from_bytes(hasher.finish())
+}
+
+/// The first half of the list's digest. Two lists with the same half take 2^64 tries of somebody who
+/// chooses layer ids, which nobody outside does.
+fn snapshot_id(layers: &[LayerId]) -> SnapshotId {
+    let digest = list_digest(layers);
+    SnapshotId::from_bytes(*digest.as_bytes().first_chunk().expect("because 16 is less than 32"))
+}
+
 impl<'a> Snapshots<'a> {
     pub(crate) fn new(store: &'a Store) -> Self {
         Self { store }
     }
 
-    /// The snapshot of these layers, bottom first, made if need be and held by `lease`.
+    /// The snapshot of these layers (bottom first), held by `lease`. The same list always gives the
+    /// same snapshot; of a layer that is repeated, the uppermost counts. The first time, the
+    /// directories that some layer only implies are compared, and a fix-up layer is made if one of
+    /// them would look wrong. The caller must hold the layers meanwhile.
+    ///
+    /// # Errors
+    /// [`SnapshotError::NotFound`]; [`SnapshotError::NeedsBase`].
     pub fn ensure(&self, layers: &[LayerId], lease: &Lease) -> Result<SnapshotId, SnapshotError> {
-        let _ = (self.store, layers, lease);
-        unimplemented!()
+        let list = without_repetitions(layers);
+        let id = snapshot_id(&list);
+        if lease.hold_if_present(id)? {
+            return Ok(id);
+        }
+        let found: Result<(), SnapshotError> = self.store.read(|tx| {
+            list.iter().try_for_each(|layer| match tx.contains(&LAYERS, layer)? {
+                true => Ok(()),
+                false => Err(SnapshotError::NotFound { what: (*layer).into() }),
+            })
+        });
+        found?;
+        match self.fix_up(&list)? {
+            Some(stage) => {
+                layers::publish::<SnapshotError>(self.store, vec![stage], LayerKind::FixUp, |tx, made| {
+                    put_snapshot(tx, id, &list, made.first().copied())?;
+                    tx.lease_hold(lease.id(), id)
+                })?;
+            }
+            None => self.store.write(|tx| {
+                put_snapshot(tx, id, &list, None)?;
+                tx.lease_hold(lease.id(), id)
+            })?,
+        }
+        Ok(id)
+    }
+
+    fn fix_up(&self, list: &[LayerId]) -> Result<Option<layers::FinishedStage>, SnapshotError> {
+        let index = |id: &LayerId| Ok((*id, layers::read_index(self.store, *id)?));
+        let stack = list.iter().map(index).collect::<Result<Vec<(LayerId, DirIndex)>, SnapshotError>>()?;
+        if stack.iter().all(|(_, index)| index.implied().len() == 0) {
+            return Ok(None);
+        }
+        let open = |(id, index): (LayerId, DirIndex)| {
+            Ok::<_, SnapshotError>(StackLayer { id, root: layers::open_root(self.store, id)?, index })
+        };
+        let stack = stack.into_iter().map(open).collect::<Result<Vec<_>, _>>()?;
+        let fix = fixup::judge(&stack)?;
+        if fix.is_empty() {
+            return Ok(None);
+        }
+        let stage = Stage::new(self.store)?;
+        fixup::build(&fix, stage.root()).at("make directories", stage.tree())?;
+        let usage = tree::measure(stage.root()).at("measure", stage.tree())?;
+        Ok(Some(stage.finish(LayerContents { usage, ..LayerContents::default() })))
     }
 
     /// What the catalogue knows of it.
+    ///
+    /// # Errors
+    /// [`SnapshotError::NotFound`].
     pub fn info(&self, id: SnapshotId) -> Result<SnapshotInfo, SnapshotError> {
-        let _ = id;
-        unimplemented!()
+        let SnapshotRow { layers, fixup, created } = self.snapshot_row(id)?;
+        Ok(SnapshotInfo { id, layers, fixup, created })
     }
 
-    /// Makes an upper directory on `base`, held by `lease`.
+    /// Makes an empty upper directory on `base`, held by `lease`. A persistent one is durable when
+    /// this returns.
+    ///
+    /// # Errors
+    /// [`SnapshotError::NotFound`] if there is no such base.
     pub fn prepare(
         &self,
         base: Option<SnapshotId>,
         lease: &Lease,
         options: ActiveOptions,
     ) -> Result<ActiveId, SnapshotError> {
-        let _ = (base, lease, options);
-        unimplemented!()
+        let lowers = self.lowers(base)?;
+        let id = ActiveId::from_bytes(self.store.inner.fresh_id()?);
+        let upper = self.upper_of(id, options.volatile);
+        make_dir(&upper.dir)?;
+        let ActiveOptions { volatile } = options;
+        let made = self.store.inner.driver.prepare(&lowers, &upper).and_then(|()| {
+            if !volatile {
+                let dir = tree::open_own(&upper.dir)?;
+                rustix::fs::syncfs(dir).at("sync", &upper.dir)?;
+            }
+            let put = |tx: &mut crate::Tx<'_>| {
+                let row = ActiveRow { base, volatile, created: tx.now(), usage: None, sealed: None };
+                tx.put_active(id, &row)?;
+                if let Some(base) = base {
+                    tx.add_edge(id, base)?;
+                }
+                tx.lease_hold(lease.id(), id)
+            };
+            let written = if volatile { self.store.write_lazily(put) } else { self.store.write(put) };
+            written.map_err(SnapshotError::from)
+        });
+        if let Err(error) = made {
+            match error {
+                // It may have been committed after all: the next open knows.
+                SnapshotError::Catalogue(CatalogueError::Database { .. }) => self.store.inner.leave_unclean(),
+                _ => self.store.inner.discard_dir(&upper.dir),
+            }
+            return Err(error);
+        }
+        Ok(id)
     }
 
     /// What the catalogue knows of it.
+    ///
+    /// # Errors
+    /// [`SnapshotError::NotFound`].
     pub fn active(&self, id: ActiveId) -> Result<ActiveInfo, SnapshotError> {
-        let _ = id;
-        unimplemented!()
+        let row: Option<ActiveRow> = self.store.read(|tx| tx.get(&ACTIVES, &id))?;
+        let ActiveRow { base, volatile, created, usage, sealed } =
+            row.ok_or(SnapshotError::NotFound { what: id.into() })?;
+        Ok(ActiveInfo { id, base, volatile, created, usage: usage.map(Into::into), sealed })
     }
 
-    /// Mounts an active for reading and writing. It lives until it is unmounted, lease or not.
+    /// Mounts an active for reading and writing; once at a time, since two overlays on one upper
+    /// corrupt it. The mount holds the active.
+    ///
+    /// # Errors
+    /// [`SnapshotError::InUse`], [`SnapshotError::Stale`], [`SnapshotError::Sealed`],
+    /// [`SnapshotError::Mount`].
     pub fn mount_active(&self, id: ActiveId, attach: Attach<'_>) -> Result<Mounted, SnapshotError> {
-        let _ = (id, attach);
-        unimplemented!()
+        let claim = Claim::take(self.store, id)?;
+        let hold = Hold::take(self.store, id.into())?;
+        let row = self.usable(id)?;
+        let lowers = self.lowers(row.base)?;
+        let scratch = self.scratch()?;
+        let upper = self.upper_of(id, row.volatile);
+        let tree = self.store.inner.driver.mount(&lowers, &upper, &scratch)?;
+        Mounted::attach(self.store, tree, attach, scratch, hold, Some(claim))
     }
 
-    /// Mounts a snapshot for reading.
+    /// Mounts a snapshot for reading. The mount holds the snapshot.
+    ///
+    /// # Errors
+    /// [`SnapshotError::NotFound`], [`SnapshotError::Mount`].
     pub fn view(&self, id: SnapshotId, attach: Attach<'_>) -> Result<Mounted, SnapshotError> {
-        let _ = (id, attach);
-        unimplemented!()
+        let hold = Hold::take(self.store, id.into())?;
+        let lowers = self.lowers(Some(id))?;
+        let scratch = self.scratch()?;
+        let tree = self.store.inner.driver.view(&lowers, &scratch)?;
+        Mounted::attach(self.store, tree, attach, scratch, hold, None)
     }
 
-    /// Makes the upper directory a layer, held by `lease`; the active is gone.
+    /// Makes what was written to an active a layer, held by `lease` and durable when this returns.
+    /// The active can no longer be used, and goes when nothing holds it any more.
+    ///
+    /// # Errors
+    /// [`SnapshotError::InUse`] while it is mounted, and those of [`Snapshots::mount_active`];
+    /// [`SnapshotError::Seal`]. A persistent active is as it was then.
     pub fn seal(&self, id: ActiveId, lease: &Lease) -> Result<LayerId, SnapshotError> {
-        let _ = (id, lease);
-        unimplemented!()
+        let _claim = Claim::take(self.store, id)?;
+        let row = self.usable(id)?;
+        let lowers = self.lowers(row.base)?;
+        let upper = self.upper_of(id, row.volatile);
+        let mut stage = Stage::without_tree(self.store)?;
+        if !row.volatile {
+            let layer = stage.id();
+            self.store.write(|tx| tx.put(&SEALING, &id, &layer).map(drop))?;
+            // From here the upper may be in the stage: a stage that fails must not take it along.
+            stage.keep();
+        }
+        match self.seal_into(stage, id, &row, &lowers, &upper, lease) {
+            Ok(layer) => {
+                // Only overlay's scratch directory is left of it.
+                self.store.inner.discard_dir(&upper.dir);
+                Ok(layer)
+            }
+            // It may have been committed after all: the next open knows.
+            Err(error @ SnapshotError::Catalogue(CatalogueError::Database { .. })) => Err(error),
+            Err(error) => {
+                if !row.volatile {
+                    recover::unseal(self.store, id)?;
+                }
+                Err(error)
+            }
+        }
     }
 
-    /// Walks the upper directory and writes down what it costs.
+    fn seal_into(
+        &self,
+        stage: Stage,
+        id: ActiveId,
+        row: &ActiveRow,
+        lowers: &[Lower],
+        upper: &Upper,
+        lease: &Lease,
+    ) -> Result<LayerId, SnapshotError> {
+        let sealed = self.store.inner.driver.seal(lowers, upper, &stage.tree(), &self.scratch()?)?;
+        let contents = LayerContents { usage: sealed.usage, index: sealed.index, ..LayerContents::default() };
+        let finished = vec![stage.finish(contents)];
+        let made = layers::publish::<SnapshotError>(self.store, finished, LayerKind::Full, |tx, made| {
+            let sealed = ActiveRow { sealed: made.first().copied(), usage: None, ..row.clone() };
+            tx.put_active(id, &sealed)?;
+            tx.remove(&SEALING, &id)?;
+            made.iter().try_for_each(|layer| tx.lease_hold(lease.id(), *layer))
+        })?;
+        Ok(*made.first().expect("because one stage makes one layer"))
+    }
+
+    /// Walks the upper directory, says what it costs and writes it down for [`Store::usage`].
+    ///
+    /// # Errors
+    /// [`SnapshotError::NotFound`]; [`SnapshotError::File`] also if somebody is removing files from
+    /// it meanwhile.
     pub fn measure(&self, id: ActiveId) -> Result<Usage, SnapshotError> {
-        let _ = id;
-        unimplemented!()
+        let upper = self.upper(id)?;
+        let usage = tree::measure(upper).at("measure", self.upper_of(id, false).tree())?;
+        self.store.write_lazily(|tx| {
+            let mut row = tx.get(&ACTIVES, &id)?.ok_or(SnapshotError::NotFound { what: id.into() })?;
+            row.usage = Some(StoredUsage::from(usage));
+            Ok::<_, SnapshotError>(tx.put_active(id, &row)?)
+        })?;
+        Ok(usage)
     }
 
-    /// The upper directory, for whoever wants to know what was changed.
+    /// The upper directory itself, for whoever wants to know what was changed. (With the native
+    /// driver it is the whole tree.)
+    ///
+    /// # Errors
+    /// As [`Snapshots::mount_active`].
     pub fn upper(&self, id: ActiveId) -> Result<OwnedFd, SnapshotError> {
-        let _ = id;
-        unimplemented!()
+        self.usable(id)?;
+        Ok(tree::open_own(&self.upper_of(id, false).tree())?)
+    }
+
+    fn snapshot_row(&self, id: SnapshotId) -> Result<SnapshotRow, SnapshotError> {
+        let row = self.store.read(|tx| tx.get(&SNAPSHOTS, &id))?;
+        row.ok_or(SnapshotError::NotFound { what: id.into() })
+    }
+
+    /// The row of an active whose files can be trusted.
+    fn usable(&self, id: ActiveId) -> Result<ActiveRow, SnapshotError> {
+        let row: Option<ActiveRow> = self.store.read(|tx| tx.get(&ACTIVES, &id))?;
+        let row = row.ok_or(SnapshotError::NotFound { what: id.into() })?;
+        if let Some(layer) = row.sealed {
+            return Err(SnapshotError::Sealed { active: id, layer });
+        }
+        if row.volatile && !self.store.inner.is_of_this_session(*id.as_bytes()) {
+            return Err(SnapshotError::Stale { active: id });
+        }
+        Ok(row)
+    }
+
+    fn upper_of(&self, id: ActiveId, volatile: bool) -> Upper {
+        Upper { dir: self.store.inner.paths.active.join(id.to_string()), volatile }
+    }
+
+    fn scratch(&self) -> Result<PathBuf, CatalogueError> {
+        let id = u64::from_be_bytes(self.store.inner.fresh_id()?);
+        Ok(self.store.inner.paths.mounts.join(format!("{id:016x}")))
+    }
+
+    /// The layers to mount for `base`: its own, its fix-up, and squashed at the bottom if they are
+    /// more than the driver takes.
+    fn lowers(&self, base: Option<SnapshotId>) -> Result<Vec<Lower>, SnapshotError> {
+        let Some(base) = base else { return Ok(Vec::new()) };
+        let row = self.snapshot_row(base)?;
+        let mut ids = row.layers;
+        let max = self.store.inner.driver.max_lowers();
+        let depth = ids.len() + usize::from(row.fixup.is_some());
+        if depth > max {
+            // In steps, so that a stack that grows finds the squash of the one before.
+            let step = max / 2;
+            let bottom = (depth + 1 - max).next_multiple_of(step).min(ids.len());
+            let squash = self.squash(base, &ids[..bottom])?;
+            ids.splice(..bottom, [squash]);
+        }
+        ids.extend(row.fixup);
+        let lower = |id: LayerId| Lower { id, dir: layers::layer_dir(self.store, id) };
+        Ok(ids.into_iter().map(lower).collect())
+    }
+
+    /// The layer that shows the same as all of `bottom`, made of hard links, kept by `snapshot`.
+    fn squash(&self, snapshot: SnapshotId, bottom: &[LayerId]) -> Result<LayerId, SnapshotError> {
+        let list = list_digest(bottom);
+        let found = self.store.read(|tx| layers::squash_of(tx, list))?;
+        if found.is_some() {
+            let kept: Option<LayerId> = self.store.write_lazily(|tx| {
+                let Some(id) = layers::squash_of(tx, list)? else { return Ok(None) };
+                tx.add_edge(snapshot, id)?;
+                Ok::<_, CatalogueError>(Some(id))
+            })?;
+            if let Some(id) = kept {
+                return Ok(id);
+            }
+        }
+        let stage = Stage::new(self.store)?;
+        let layers = bottom.iter().map(|id| {
+            Ok::<_, SnapshotError>(MergeLayer {
+                root: layers::open_root(self.store, *id)?,
+                index: layers::read_index(self.store, *id)?,
+            })
+        });
+        tree::merge(layers, stage.root(), Material::Link)?;
+        let usage = tree::measure(stage.root()).at("measure", stage.tree())?;
+        let stage = stage.finish(LayerContents { usage, ..LayerContents::default() });
+        let made = layers::publish::<SnapshotError>(self.store, vec![stage], LayerKind::Squash(list), |tx, made| {
+            made.iter().try_for_each(|id| tx.add_edge(snapshot, *id))
+        })?;
+        Ok(*made.first().expect("because one stage makes one layer"))
     }
 }
 
-/// A mounted tree. [`Mounted::unmount`] or drop ends it.
+fn put_snapshot(
+    tx: &mut crate::Tx<'_>,
+    id: SnapshotId,
+    list: &[LayerId],
+    fixup: Option<LayerId>,
+) -> Result<(), CatalogueError> {
+    // Two may have made it at once: the first stands, and the other's fix-up is garbage.
+    if tx.contains(&SNAPSHOTS, &id)? {
+        return Ok(());
+    }
+    let row = SnapshotRow { layers: list.to_vec(), fixup, created: tx.now() };
+    tx.put(&SNAPSHOTS, &id, &row)?;
+    list.iter().chain(&fixup).try_for_each(|layer| tx.add_edge(id, *layer))
+}
+
+/// The right to mount or seal one active.
+#[derive(Debug)]
+struct Claim {
+    store: Store,
+    id: ActiveId,
+}
+
+impl Claim {
+    fn take(store: &Store, id: ActiveId) -> Result<Self, SnapshotError> {
+        let mut mounted = store.inner.mounted.lock().unwrap_or_else(PoisonError::into_inner);
+        if !mounted.insert(id) {
+            return Err(SnapshotError::InUse { active: id });
+        }
+        Ok(Self { store: store.clone(), id })
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        self.store.inner.mounted.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.id);
+    }
+}
+
+/// A lease that keeps what is mounted.
+#[derive(Debug)]
+struct Hold {
+    lease: Lease,
+}
+
+impl Hold {
+    fn take(store: &Store, resource: Resource) -> Result<Self, SnapshotError> {
+        let lease = store.lease(LeaseOptions::process(format!("mount of {resource}")))?;
+        if lease.hold_if_present(resource)? {
+            Ok(Self { lease })
+        } else {
+            Err(SnapshotError::NotFound { what: resource })
+        }
+    }
+}
+
+/// Shows `tree` (a mount handle, or a directory to bind) at `target`.
+fn move_to(from: impl AsFd, target: &Path) -> Result<(), SnapshotError> {
+    let to = tree::open_own(target)?;
+    move_mount(from, "", to, "", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH)
+        .map_err(|error| SnapshotError::Mount {
+            words: format!("attach to {}", target.display()),
+            source: error.into(),
+        })
+}
+
+fn bind(dir: &Path, target: &Path) -> Result<(), SnapshotError> {
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    let clone = open_tree(rustix::fs::CWD, dir, flags)
+        .map_err(|error| SnapshotError::Mount { words: format!("bind {}", dir.display()), source: error.into() })?;
+    move_to(clone, target)
+}
+
+/// Unmounts; what is busy is detached so that it cannot show up again.
+fn unmount_at(path: &Path) -> Result<(), SnapshotError> {
+    match rustix::mount::unmount(path, UnmountFlags::NOFOLLOW) {
+        Ok(()) => Ok(()),
+        Err(Errno::BUSY) => {
+            detach(path)?;
+            Err(SnapshotError::MountBusy { path: path.to_owned() })
+        }
+        Err(error) => Err(FileError::new("unmount", path, error).into()),
+    }
+}
+
+pub(crate) fn detach(path: &Path) -> Result<(), FileError> {
+    rustix::mount::unmount(path, UnmountFlags::NOFOLLOW | UnmountFlags::DETACH).at("unmount", path)
+}
+
+impl Tree {
+    /// Ends a tree that was never attached anywhere by us.
+    pub(crate) fn end(self, scratch: &Path) -> Result<(), SnapshotError> {
+        let Tree { root, form } = self;
+        drop(root);
+        match form {
+            Form::Detached(mount) => drop(mount),
+            Form::Attached => {
+                unmount_at(scratch)?;
+                fs::remove_dir(scratch).at("remove", scratch)?;
+            }
+            Form::Directory { path, scratch: true } => tree::remove(&path)?,
+            Form::Directory { .. } => {}
+        }
+        Ok(())
+    }
+}
+
+/// A mounted tree. [`Mounted::unmount`] or drop ends it; the first says whether it went well.
 #[derive(Debug)]
 #[must_use = "a mount that is dropped is unmounted"]
 pub struct Mounted {
-    root: OwnedFd,
+    store: Store,
+    /// `None` once it is being ended.
+    tree: Option<Tree>,
     path: Option<PathBuf>,
+    /// What was mounted by us, in the order in which it was.
+    attached: Vec<PathBuf>,
+    scratch: PathBuf,
+    hold: Option<Hold>,
+    claim: Option<Claim>,
 }
 
 impl Mounted {
-    /// Its root: resolve beneath this.
+    fn attach(
+        store: &Store,
+        tree: Tree,
+        attach: Attach<'_>,
+        scratch: PathBuf,
+        hold: Hold,
+        claim: Option<Claim>,
+    ) -> Result<Self, SnapshotError> {
+        let mut mounted = Self {
+            store: store.clone(),
+            tree: Some(tree),
+            path: None,
+            attached: Vec::new(),
+            scratch,
+            hold: Some(hold),
+            claim,
+        };
+        let form = &mounted.tree.as_ref().expect("because it was just given").form;
+        if let Form::Attached = form {
+            mounted.attached.push(mounted.scratch.clone());
+        }
+        // An error below drops what was made so far, which ends it.
+        let path = match (form, attach) {
+            (Form::Detached(_), Attach::Detached) => None,
+            (Form::Detached(mount), Attach::InStore) => {
+                make_dir(&mounted.scratch)?;
+                move_to(mount, &mounted.scratch)?;
+                mounted.attached.push(mounted.scratch.clone());
+                Some(mounted.scratch.clone())
+            }
+            (Form::Detached(mount), Attach::At(target)) => {
+                move_to(mount, target)?;
+                Some(mounted.attached_at(target))
+            }
+            (Form::Attached, Attach::At(target)) => {
+                bind(&mounted.scratch, target)?;
+                Some(mounted.attached_at(target))
+            }
+            (Form::Attached, _) => Some(mounted.scratch.clone()),
+            (Form::Directory { path, .. }, Attach::At(target)) => {
+                bind(path, target)?;
+                Some(mounted.attached_at(target))
+            }
+            (Form::Directory { path, .. }, _) => Some(path.clone()),
+        };
+        mounted.path = path;
+        Ok(mounted)
+    }
+
+    fn attached_at(&mut self, target: &Path) -> PathBuf {
+        self.attached.push(target.to_owned());
+        target.to_owned()
+    }
+
+    /// Its root: name things beneath this.
     pub fn root(&self) -> BorrowedFd<'_> {
-        use std::os::fd::AsFd as _;
-        self.root.as_fd()
+        self.tree.as_ref().expect("because only the end takes it").root.as_fd()
     }
 
     /// Where it is attached, if anywhere.
@@ -211,11 +716,56 @@ impl Mounted {
         self.path.as_deref()
     }
 
-    /// Unmounts.
+    /// Unmounts, and lets go of what was mounted.
     ///
     /// # Errors
-    /// [`SnapshotError::Busy`] if something still uses it.
-    pub fn unmount(self) -> Result<(), SnapshotError> {
-        unimplemented!()
+    /// [`SnapshotError::MountBusy`] if something still uses it: an active should not be sealed then.
+    pub fn unmount(mut self) -> Result<(), SnapshotError> {
+        self.end()
+    }
+
+    fn end(&mut self) -> Result<(), SnapshotError> {
+        let Some(Tree { root, form }) = self.tree.take() else { return Ok(()) };
+        // Our own handle would keep the mount busy.
+        drop(root);
+        let mut first_error = None;
+        let mut note = |result: Result<(), SnapshotError>| {
+            if let Err(error) = result {
+                first_error.get_or_insert(error);
+            }
+        };
+        let copy = match form {
+            Form::Detached(mount) => {
+                drop(mount);
+                None
+            }
+            Form::Attached => None,
+            Form::Directory { path, scratch } => scratch.then_some(path),
+        };
+        for path in self.attached.iter().rev() {
+            note(unmount_at(path));
+        }
+        note(match copy {
+            Some(path) => tree::remove(&path).map_err(Into::into),
+            None => match fs::remove_dir(&self.scratch) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    Err(FileError::new("remove", &self.scratch, error).into())
+                }
+                _ => Ok(()),
+            },
+        });
+        self.claim = None;
+        if let Some(hold) = self.hold.take() {
+            note(hold.lease.release().map_err(Into::into));
+        }
+        first_error.map_or(Ok(()), Err)
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        if let Err(error) = self.end() {
+            self.store.inner.warn(&error);
+        }
     }
 }

@@ -1,4 +1,11 @@
-//! Disk usage: sums of rows.
+//! Disk usage: sums that are kept as rows come and go, never a walk of trees.
+
+use std::fs;
+
+use crate::catalogue::schema::{Kind, TOTALS};
+use crate::catalogue::{CatalogueError, Rows as _};
+use crate::error::At as _;
+use crate::{IngestError, Store};
 
 /// A kind of thing that takes space.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -11,7 +18,7 @@ pub enum UsageKind {
     Actives,
     /// Writes not yet visible.
     Ingests,
-    /// What was collected and is about to be unlinked.
+    /// What was collected but could not be unlinked yet.
     Trash,
     /// The database file.
     Catalogue,
@@ -28,4 +35,38 @@ pub struct UsageRow {
     pub size_bytes: u64,
     /// Their inodes.
     pub inodes: u64,
+}
+
+pub(crate) fn usage(store: &Store) -> Result<Vec<UsageRow>, IngestError> {
+    let mut rows = store.read(|tx| {
+        let row = |kind, counted| {
+            let total = tx.get(&TOTALS, &counted)?.unwrap_or_default();
+            Ok::<_, CatalogueError>(UsageRow {
+                kind,
+                count: total.count,
+                size_bytes: total.size_bytes,
+                inodes: total.inodes,
+            })
+        };
+        Ok::<_, CatalogueError>(vec![
+            row(UsageKind::Blobs, Kind::Blobs)?,
+            row(UsageKind::Layers, Kind::Layers)?,
+            row(UsageKind::Actives, Kind::Actives)?,
+            row(UsageKind::Trash, Kind::Trash)?,
+        ])
+    })?;
+    // Ingests have no rows: there are few, and each changes with every write to it.
+    let ingests = store.content().ingests()?;
+    rows.push(UsageRow {
+        kind: UsageKind::Ingests,
+        count: ingests.len() as u64,
+        size_bytes: ingests.iter().map(|ingest| ingest.offset_bytes).sum(),
+        // A directory and two files each.
+        inodes: 3 * ingests.len() as u64,
+    });
+    let database = store.inner.paths.database();
+    let size_bytes = fs::metadata(&database).at("stat", &database)?.len();
+    rows.push(UsageRow { kind: UsageKind::Catalogue, count: 1, size_bytes, inodes: 1 });
+    rows.sort_unstable_by_key(|row| row.kind);
+    Ok(rows)
 }

@@ -13,7 +13,7 @@
 //! layers_by_chain   chain ID, layer          -> ()         those that need the layers below
 //! snapshots         snapshot                 -> layers, fix-up, created
 //! squashes          digest of a layer list   -> layer      bottoms of deep stacks
-//! actives           active                   -> base, volatile, created, usage
+//! actives           active                   -> base, volatile, created, usage, sealed
 //! sealing           active                   -> layer      a persistent upper on its way into a layer
 //! trash             resource                 -> size       rows are gone, bytes yet to go
 //! totals            kind                     -> count, size, inodes
@@ -22,7 +22,7 @@
 //! Every put and remove of a counted row goes through the functions here, which keep `totals` and
 //! the two `by_` indexes in step.
 
-use crate::shim::Usage;
+use plies_archive::Usage;
 use plies_oci::{BlobDigest, ChainId, DiffId};
 use serde::{Deserialize, Serialize};
 
@@ -86,8 +86,8 @@ pub(crate) enum LayerKind {
     Full,
     /// Directories only, computed for one list of layers. No diff ID; never exported.
     FixUp,
-    /// Many layers hard-linked into one, to mount stacks deeper than the kernel takes.
-    Squash,
+    /// The bottom of a deep stack hard-linked into one layer. Found by the digest of its list.
+    Squash(BlobDigest),
 }
 
 /// A published layer.
@@ -149,6 +149,8 @@ pub(crate) struct ActiveRow {
     pub(crate) created: Stamp,
     /// As of the last time somebody measured it.
     pub(crate) usage: Option<StoredUsage>,
+    /// What became of it. Its bytes are that layer now, and the row goes when nobody holds it.
+    pub(crate) sealed: Option<LayerId>,
 }
 
 impl Row for ActiveRow {
@@ -281,6 +283,9 @@ impl Tx<'_> {
             (Some(diff_id), None) => self.put(&LAYERS_BY_DIFF, &(diff_id, id), &())?,
             (None, None) => false,
         };
+        if let LayerKind::Squash(list) = row.kind {
+            self.put(&SQUASHES, &list, &id)?;
+        }
         self.count(Kind::Layers, Some(row.total()), None)
     }
 
@@ -292,6 +297,9 @@ impl Tx<'_> {
         }
         if let Some(diff_id) = row.diff_id {
             self.remove(&LAYERS_BY_DIFF, &(diff_id, id))?;
+        }
+        if let LayerKind::Squash(list) = row.kind {
+            self.remove(&SQUASHES, &list)?;
         }
         self.count(Kind::Layers, None, Some(row.total()))?;
         Ok(Some(row))

@@ -1,0 +1,107 @@
+//! Drivers: how layers' bytes are mounted, and nothing else.
+//!
+//! Both keep a layer as a plain directory with overlay's marks. `overlay` mounts them; `native`
+//! copies them together, works wherever files do, and is what the other is tested against.
+
+mod native;
+mod overlay;
+
+use std::fmt;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+use plies_archive::Sealed;
+
+use crate::LayerId;
+use crate::snapshots::SnapshotError;
+
+pub(crate) use native::Native;
+pub(crate) use overlay::Overlay;
+pub use overlay::OverlayMethod;
+
+/// Which driver serves snapshots.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum DriverKind {
+    /// Overlay mounts; needs the right to mount. `None` finds out how the kernel takes the layers.
+    #[default]
+    Overlay,
+    /// Overlay mounts made in one certain way.
+    OverlayBy(OverlayMethod),
+    /// Copies.
+    Native,
+}
+
+/// A layer as a driver needs it.
+#[derive(Debug, Clone)]
+pub(crate) struct Lower {
+    pub(crate) id: LayerId,
+    /// `layers/<id>`.
+    pub(crate) dir: PathBuf,
+}
+
+impl Lower {
+    pub(crate) fn tree(&self) -> PathBuf {
+        self.dir.join("fs")
+    }
+}
+
+/// An upper's directories, below `active/<id>`.
+#[derive(Debug, Clone)]
+pub(crate) struct Upper {
+    pub(crate) dir: PathBuf,
+    pub(crate) volatile: bool,
+}
+
+impl Upper {
+    pub(crate) fn tree(&self) -> PathBuf {
+        self.dir.join("fs")
+    }
+
+    pub(crate) fn work(&self) -> PathBuf {
+        self.dir.join("work")
+    }
+}
+
+/// A tree to hand out.
+#[derive(Debug)]
+pub(crate) struct Tree {
+    /// Its root, readable.
+    pub(crate) root: OwnedFd,
+    pub(crate) form: Form,
+}
+
+/// What has to be done to show a tree somewhere, and to end it.
+#[derive(Debug)]
+pub(crate) enum Form {
+    /// A mount that is attached nowhere; closing the handle ends it.
+    Detached(OwnedFd),
+    /// A mount that had to be attached to the scratch directory.
+    Attached,
+    /// A directory, of which the scratch directory is the last name if it is true.
+    Directory {
+        /// Where.
+        path: PathBuf,
+        /// Whether it was made for this one use.
+        scratch: bool,
+    },
+}
+
+/// How stacks become trees. `lowers` come bottom first; `scratch` is a path of the store's own that
+/// does not exist yet and that the driver may make a directory at.
+pub(crate) trait Driver: fmt::Debug + Send + Sync {
+    /// The deepest stack one tree can be made of; the store squashes deeper ones.
+    fn max_lowers(&self) -> usize;
+
+    /// Fills the empty directories of a new upper.
+    fn prepare(&self, lowers: &[Lower], upper: &Upper) -> Result<(), SnapshotError>;
+
+    /// A tree to read.
+    fn view(&self, lowers: &[Lower], scratch: &Path) -> Result<Tree, SnapshotError>;
+
+    /// A tree to write; what is written lands in `upper`.
+    fn mount(&self, lowers: &[Lower], upper: &Upper, scratch: &Path) -> Result<Tree, SnapshotError>;
+
+    /// Makes what was written a canonical layer at `target`, which does not exist yet. Until it
+    /// returns, either `upper` or `target` is whole.
+    fn seal(&self, lowers: &[Lower], upper: &Upper, target: &Path, scratch: &Path) -> Result<Sealed, SnapshotError>;
+}

@@ -1,0 +1,222 @@
+//! Plain copies, reflinked where the file system can.
+
+use std::collections::BTreeSet;
+use std::ffi::CStr;
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::Path;
+
+use plies_archive::Sealed;
+use plies_archive::tar::EntryPath;
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat};
+
+use super::{Driver, Form, Lower, Tree, Upper};
+use crate::error::{At as _, FileError};
+use crate::layers::read_index_at;
+use crate::open::make_dir;
+use crate::snapshots::SnapshotError;
+use crate::tree::{self, Material, MergeLayer, Metadata};
+
+/// Compared at a time when two files look the same but may not be.
+const COMPARE_CHUNK_BYTES: usize = 128 << 10;
+
+/// Written when the copy was whole: what changed later has a later inode change time, which nobody
+/// can set.
+const MARKER: &str = "prepared";
+
+#[derive(Debug)]
+pub(crate) struct Native;
+
+/// Merges the stack in a new directory.
+fn merged(lowers: &[Lower], target: &Path, material: Material) -> Result<OwnedFd, SnapshotError> {
+    make_dir(target)?;
+    fs::set_permissions(target, fs::Permissions::from_mode(0o755)).at("change mode", target)?;
+    let root = tree::open_own(target)?;
+    let layers = lowers.iter().map(|lower| {
+        Ok::<_, SnapshotError>(MergeLayer {
+            root: tree::open_own(&lower.tree())?,
+            index: read_index_at(&lower.dir, lower.id)?,
+        })
+    });
+    tree::merge(layers, &root, material)?;
+    Ok(root)
+}
+
+impl Driver for Native {
+    fn max_lowers(&self) -> usize {
+        usize::MAX
+    }
+
+    fn prepare(&self, lowers: &[Lower], upper: &Upper) -> Result<(), SnapshotError> {
+        merged(lowers, &upper.tree(), Material::Copy)?;
+        let marker = upper.dir.join(MARKER);
+        File::create(&marker).at("create", marker)?;
+        Ok(())
+    }
+
+    /// A copy, not links: a reader that writes after all must not write to the layers.
+    fn view(&self, lowers: &[Lower], scratch: &Path) -> Result<Tree, SnapshotError> {
+        let root = match merged(lowers, scratch, Material::Copy) {
+            Ok(root) => root,
+            Err(error) => {
+                tree::remove(scratch)?;
+                return Err(error);
+            }
+        };
+        Ok(Tree { root, form: Form::Directory { path: scratch.to_owned(), scratch: true } })
+    }
+
+    fn mount(&self, _: &[Lower], upper: &Upper, _: &Path) -> Result<Tree, SnapshotError> {
+        let path = upper.tree();
+        Ok(Tree { root: tree::open_own(&path)?, form: Form::Directory { path, scratch: false } })
+    }
+
+    /// Compares the copy with the stack, links what differs to `target` as an overlay's upper would
+    /// have it, and seals that.
+    fn seal(&self, lowers: &[Lower], upper: &Upper, target: &Path, scratch: &Path) -> Result<Sealed, SnapshotError> {
+        let marker = upper.dir.join(MARKER);
+        let prepared = tree::open_own(&upper.dir)
+            .and_then(|dir| tree::stat(&dir, c"prepared").at("stat", &marker))?
+            .ok_or_else(|| FileError::new("stat", &marker, io::ErrorKind::NotFound))?;
+        // Links are as good as copies here: nobody else sees this tree.
+        let below = merged(lowers, scratch, Material::Link)?;
+        make_dir(target)?;
+        let compare = Compare {
+            before: below,
+            after: tree::open_own(&upper.tree())?,
+            target: tree::open_own(target)?,
+            prepared: change_time(&prepared),
+        };
+        compare.run().at("compare", upper.tree())?;
+        let sealed = plies_archive::seal_upper(compare.target.as_fd(), Some(compare.before.as_fd()));
+        drop(compare);
+        tree::remove(scratch)?;
+        Ok(sealed?)
+    }
+}
+
+fn change_time(stat: &Stat) -> (i64, i64) {
+    #[allow(clippy::unnecessary_cast)] // the types differ between architectures
+    (stat.st_ctime as i64, stat.st_ctime_nsec as i64)
+}
+
+/// Two plain trees, and the upper directory that would make the second of the first.
+struct Compare {
+    before: OwnedFd,
+    after: OwnedFd,
+    target: OwnedFd,
+    prepared: (i64, i64),
+}
+
+impl Compare {
+    fn run(&self) -> io::Result<()> {
+        let mut dirs = Vec::new();
+        let mut pending = vec![EntryPath::root()];
+        while let Some(path) = pending.pop() {
+            self.directory(&path, &mut pending)?;
+            dirs.push(path);
+        }
+        // Children were pushed after their parents, so backwards is deepest first.
+        for path in dirs.iter().rev() {
+            let metadata = Metadata::of(tree::open_dir(&self.after, path)?)?;
+            let before = tree::open_dir(&self.before, path).and_then(Metadata::of).ok();
+            let target = tree::open_dir(&self.target, path)?;
+            match path.split() {
+                Some((parent, name)) if before.as_ref() == Some(&metadata) && tree::list(&target)?.is_empty() => {
+                    let name = std::ffi::CString::new(name).expect("because names have no NUL");
+                    let parent = tree::open_dir(&self.target, &parent)?;
+                    rustix::fs::unlinkat(parent, &name, AtFlags::REMOVEDIR)?;
+                }
+                _ => metadata.apply(target)?,
+            }
+        }
+        Ok(())
+    }
+
+    fn directory(&self, path: &EntryPath, pending: &mut Vec<EntryPath>) -> io::Result<()> {
+        let after = tree::open_dir(&self.after, path)?;
+        let target = tree::open_dir(&self.target, path)?;
+        let before = match tree::open_dir(&self.before, path) {
+            Ok(dir) => Some(dir),
+            // Not there, or not a directory before.
+            Err(error) if matches!(error.raw_os_error(), Some(code) if is_absent(code)) => None,
+            Err(error) => return Err(error),
+        };
+        let mut gone: BTreeSet<_> = match &before {
+            Some(dir) => tree::list(dir)?.into_iter().collect(),
+            None => BTreeSet::new(),
+        };
+        for name in tree::list(&after)? {
+            gone.remove(&name);
+            let Some(stat) = tree::stat(&after, &name)? else { continue };
+            if tree::file_type(&stat) == FileType::Directory {
+                rustix::fs::mkdirat(&target, &name, Mode::RWXU)?;
+                pending.push(path.join(name.to_bytes()));
+                continue;
+            }
+            let unchanged = match &before {
+                Some(before) => self.is_unchanged(before, &after, &name, &stat)?,
+                None => false,
+            };
+            if !unchanged {
+                rustix::fs::linkat(&after, &name, &target, &name, AtFlags::empty())?;
+            }
+        }
+        for name in gone {
+            rustix::fs::mknodat(&target, &name, FileType::CharacterDevice, Mode::empty(), 0)?;
+        }
+        Ok(())
+    }
+
+    fn is_unchanged(&self, before: &OwnedFd, after: &OwnedFd, name: &CStr, stat: &Stat) -> io::Result<bool> {
+        let Some(was) = tree::stat(before, name)? else { return Ok(false) };
+        if change_time(stat) < self.prepared {
+            return Ok(true);
+        }
+        let look =
+            |stat: &Stat| (stat.st_mode, stat.st_uid, stat.st_gid, stat.st_rdev, stat.st_mtime, stat.st_mtime_nsec);
+        if look(&was) != look(stat) {
+            return Ok(false);
+        }
+        match tree::file_type(stat) {
+            FileType::RegularFile => {
+                let open = |dir| {
+                    rustix::fs::openat(dir, name, OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())
+                };
+                let (was, is) = (open(before)?, open(after)?);
+                Ok(Metadata::of(&was)? == Metadata::of(&is)? && same_bytes(File::from(was), File::from(is))?)
+            }
+            FileType::Symlink => {
+                let target = |dir| rustix::fs::readlinkat(dir, name, Vec::new());
+                Ok(target(before)? == target(after)?)
+            }
+            _ => Ok(true),
+        }
+    }
+}
+
+fn is_absent(code: i32) -> bool {
+    use rustix::io::Errno;
+    [Errno::NOENT, Errno::NOTDIR, Errno::LOOP].iter().any(|errno| errno.raw_os_error() == code)
+}
+
+fn same_bytes(mut a: File, mut b: File) -> io::Result<bool> {
+    if a.metadata()?.len() != b.metadata()?.len() {
+        return Ok(false);
+    }
+    let (mut from_a, mut from_b) = (vec![0; COMPARE_CHUNK_BYTES], vec![0; COMPARE_CHUNK_BYTES]);
+    loop {
+        let n = a.read(&mut from_a)?;
+        if n == 0 {
+            return Ok(true);
+        }
+        match b.read_exact(&mut from_b[..n]) {
+            Ok(()) if from_a[..n] == from_b[..n] => {}
+            Ok(()) => return Ok(false),
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(false),
+            Err(error) => return Err(error),
+        }
+    }
+}

@@ -1,0 +1,252 @@
+//! Overlay mounts through the new mount API.
+//!
+//! The kernel takes the layers in one of three ways, best first: by descriptor (Linux 6.15), one
+//! by one as short paths (6.5), or all in one option string that must fit a page. One probe finds
+//! out which.
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+use plies_archive::Sealed;
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, fsconfig_create, fsconfig_set_fd, fsconfig_set_flag,
+    fsconfig_set_string, fsmount, fsopen,
+};
+
+use super::{Driver, Form, Lower, Tree, Upper};
+use crate::error::{At as _, FileError};
+use crate::open::make_dir;
+use crate::snapshots::SnapshotError;
+use crate::tree::{self, Metadata};
+
+/// Lower layers that overlayfs takes in one mount (`OVL_MAX_STACK`, fs/overlayfs/params.h).
+const MAX_LOWERS: usize = 500;
+
+/// Lower layers in an option string: one page of 4,096 bytes less what the other options take, at
+/// "/proc/self/fd/1234:" each.
+const MAX_LOWERS_IN_STRING: usize = 200;
+
+/// What overlayfs may not do, since a layer would then depend on something outside of it: rename
+/// directories by reference, copy up metadata alone, index by inode. An upper that has such marks
+/// cannot be sealed; one that a stranger put into a layer is not followed.
+const OPTIONS: [(&str, &str); 3] = [("redirect_dir", "nofollow"), ("metacopy", "off"), ("index", "off")];
+
+/// How the kernel is told the layers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OverlayMethod {
+    /// `lowerdir+` with a descriptor each: Linux 6.15.
+    Descriptors,
+    /// `lowerdir+` with a path each: Linux 6.5.
+    Paths,
+    /// `mount(2)` with one option string.
+    OptionString,
+}
+
+#[derive(Debug)]
+pub(crate) struct Overlay {
+    /// A scratch directory of the store, for the empty directories below.
+    run: PathBuf,
+    method: OnceLock<OverlayMethod>,
+}
+
+impl Overlay {
+    pub(crate) fn new(run: PathBuf, method: Option<OverlayMethod>) -> Self {
+        let overlay = Self { run, method: OnceLock::new() };
+        if let Some(method) = method {
+            overlay.method.set(method).expect("because it was just made");
+        }
+        overlay
+    }
+
+    fn method(&self) -> OverlayMethod {
+        *self.method.get_or_init(|| probe(&self.run).unwrap_or(OverlayMethod::OptionString))
+    }
+
+    /// An overlay of lowers alone needs two of them; an empty directory hides nothing.
+    fn empty(&self, number: usize) -> Result<PathBuf, FileError> {
+        let path = self.run.join(format!("empty-{number}"));
+        make_dir(&path)?;
+        fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o755)).at("change mode", &path)?;
+        Ok(path)
+    }
+
+    fn make(&self, lowers: &[Lower], upper: Option<&Upper>, scratch: &Path) -> Result<Tree, SnapshotError> {
+        // The uppermost first, as overlayfs counts.
+        let mut trees: Vec<PathBuf> = lowers.iter().rev().map(Lower::tree).collect();
+        let needed = if upper.is_some() { 1 } else { 2 };
+        for number in trees.len()..needed {
+            trees.push(self.empty(number)?);
+        }
+        match self.method() {
+            OverlayMethod::OptionString => by_option_string(&trees, upper, scratch),
+            method => by_fsconfig(method, &trees, upper),
+        }
+    }
+}
+
+/// Asks without mounting anything: a parameter of the wrong kind is refused when it is set.
+fn probe(dir: &Path) -> io::Result<OverlayMethod> {
+    let dir = open_tree_root(dir)?;
+    let context = || fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC);
+    if fsconfig_set_fd(context()?.as_fd(), "lowerdir+", dir.as_fd()).is_ok() {
+        return Ok(OverlayMethod::Descriptors);
+    }
+    Ok(match fsconfig_set_string(context()?.as_fd(), "lowerdir+", proc_path(dir.as_fd())) {
+        Ok(()) => OverlayMethod::Paths,
+        Err(_) => OverlayMethod::OptionString,
+    })
+}
+
+fn open_tree_root(path: &Path) -> io::Result<OwnedFd> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+    Ok(rustix::fs::open(path, flags, Mode::empty())?)
+}
+
+/// A path for a descriptor: short whatever the store's root is called, and free of the colons and
+/// commas that an option string would need escaped.
+fn proc_path(fd: BorrowedFd<'_>) -> String {
+    format!("/proc/self/fd/{}", fd.as_raw_fd())
+}
+
+fn by_fsconfig(method: OverlayMethod, trees: &[PathBuf], upper: Option<&Upper>) -> Result<Tree, SnapshotError> {
+    let context = fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC).map_err(|error| refused(None, error))?;
+    let context = context.as_fd();
+    let set_dir = |key: &str, path: &Path| -> Result<(), SnapshotError> {
+        let dir = open_tree_root(path).at("open", path)?;
+        let set = match method {
+            OverlayMethod::Descriptors => fsconfig_set_fd(context, key, dir.as_fd()),
+            _ => fsconfig_set_string(context, key, proc_path(dir.as_fd())),
+        };
+        set.map_err(|error| refused(Some(context), error))
+    };
+    let set = |key: &str, value: &str| {
+        fsconfig_set_string(context, key, value).map_err(|error| refused(Some(context), error))
+    };
+    set("source", "plies")?;
+    for (key, value) in OPTIONS {
+        set(key, value)?;
+    }
+    for tree in trees {
+        set_dir("lowerdir+", tree)?;
+    }
+    if let Some(upper) = upper {
+        set_dir("upperdir", &upper.tree())?;
+        set_dir("workdir", &upper.work())?;
+        if upper.volatile {
+            // What may be lost: everything in the upper. It ends with this process anyway, and
+            // sealing syncs.
+            fsconfig_set_flag(context, "volatile").map_err(|error| refused(Some(context), error))?;
+        }
+    }
+    fsconfig_create(context).map_err(|error| refused(Some(context), error))?;
+    let attributes = if upper.is_some() { MountAttrFlags::empty() } else { MountAttrFlags::MOUNT_ATTR_RDONLY };
+    let mount =
+        fsmount(context, FsMountFlags::FSMOUNT_CLOEXEC, attributes).map_err(|error| refused(Some(context), error))?;
+    let root = tree::open_dir(&mount, &plies_archive::tar::EntryPath::root()).at("open", "the mount's root")?;
+    Ok(Tree { root, form: Form::Detached(mount) })
+}
+
+/// The kernel says why in words that can be read from the context, one message at a time, each
+/// with a letter and a space in front (fs/fs_context.c).
+fn refused(context: Option<BorrowedFd<'_>>, error: Errno) -> SnapshotError {
+    let mut words = Vec::new();
+    if let Some(context) = context {
+        let mut buffer = [0; 1024];
+        while let Ok(n @ 1..) = rustix::io::read(context, &mut buffer) {
+            let text = String::from_utf8_lossy(&buffer[..n]);
+            words.push(text.get(2..).unwrap_or_default().trim().to_owned());
+        }
+    }
+    SnapshotError::Mount { words: words.join("; "), source: error.into() }
+}
+
+fn by_option_string(trees: &[PathBuf], upper: Option<&Upper>, scratch: &Path) -> Result<Tree, SnapshotError> {
+    // Held open until the kernel has resolved the paths through them.
+    let mut held = Vec::new();
+    let mut path_of = |path: &Path| -> Result<String, FileError> {
+        let dir = open_tree_root(path).at("open", path)?;
+        let path = proc_path(dir.as_fd());
+        held.push(dir);
+        Ok(path)
+    };
+    let lowers = trees.iter().map(|tree| path_of(tree)).collect::<Result<Vec<_>, _>>()?;
+    let mut options = format!("lowerdir={}", lowers.join(":"));
+    for (key, value) in OPTIONS {
+        options.push_str(&format!(",{key}={value}"));
+    }
+    let mut flags = MountFlags::empty();
+    if let Some(upper) = upper {
+        options.push_str(&format!(",upperdir={},workdir={}", path_of(&upper.tree())?, path_of(&upper.work())?));
+        if upper.volatile {
+            options.push_str(",volatile");
+        }
+    } else {
+        flags |= MountFlags::RDONLY;
+    }
+    make_dir(scratch)?;
+    let options = std::ffi::CString::new(options).expect("because descriptors and words have no NUL");
+    rustix::mount::mount("plies", scratch, "overlay", flags, options.as_c_str())
+        .map_err(|error| SnapshotError::Mount { words: String::new(), source: error.into() })?;
+    let root = tree::open_own(scratch)?;
+    Ok(Tree { root, form: Form::Attached })
+}
+
+impl Driver for Overlay {
+    fn max_lowers(&self) -> usize {
+        match self.method() {
+            OverlayMethod::OptionString => MAX_LOWERS_IN_STRING,
+            _ => MAX_LOWERS,
+        }
+    }
+
+    /// The root of an overlay looks as the root of its upper does, so that takes after the stack's.
+    fn prepare(&self, lowers: &[Lower], upper: &Upper) -> Result<(), SnapshotError> {
+        let (tree, work) = (upper.tree(), upper.work());
+        make_dir(&work)?;
+        make_dir(&tree)?;
+        match lowers.last() {
+            Some(top) => {
+                let top = top.tree();
+                let metadata = tree::open_own(&top).map(Metadata::of)?.at("stat", &top)?;
+                metadata.apply(tree::open_own(&tree)?).at("set metadata", &tree)?;
+            }
+            None => fs::set_permissions(&tree, std::os::unix::fs::PermissionsExt::from_mode(0o755))
+                .at("change mode", &tree)?,
+        }
+        Ok(())
+    }
+
+    fn view(&self, lowers: &[Lower], scratch: &Path) -> Result<Tree, SnapshotError> {
+        self.make(lowers, None, scratch)
+    }
+
+    fn mount(&self, lowers: &[Lower], upper: &Upper, scratch: &Path) -> Result<Tree, SnapshotError> {
+        // A volatile mount leaves a mark that forbids the next one, since it cannot know whether the
+        // machine crashed in between. We do: the active is of this session. An ordinary work
+        // directory holds nothing worth keeping either once it is unmounted.
+        let work = upper.work();
+        tree::remove(&work)?;
+        make_dir(&work)?;
+        self.make(lowers, Some(upper), scratch)
+    }
+
+    fn seal(&self, lowers: &[Lower], upper: &Upper, target: &Path, scratch: &Path) -> Result<Sealed, SnapshotError> {
+        let tree = upper.tree();
+        let upper_root = tree::open_own(&tree)?;
+        let sealed = if lowers.is_empty() {
+            plies_archive::seal_upper(upper_root.as_fd(), None)?
+        } else {
+            let below = self.view(lowers, scratch)?;
+            let sealed = plies_archive::seal_upper(upper_root.as_fd(), Some(below.root.as_fd()));
+            below.end(scratch)?;
+            sealed?
+        };
+        fs::rename(&tree, target).at("rename", &tree)?;
+        Ok(sealed)
+    }
+}

@@ -1,0 +1,231 @@
+//! What is put right when a store is opened, before anybody sees it.
+//!
+//! Always, and at no cost if there is nothing to do: leases of processes that are gone, their
+//! mounts and stages, persistent uppers that were being sealed, bytes whose rows were deleted. After
+//! an unclean stop (a marker says so), also: bytes that never got a row, found by reading the
+//! directories once. Every step can be interrupted and done again.
+
+use std::fs;
+use std::io;
+use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use plies_oci::BlobDigest;
+
+use crate::catalogue::schema::{ACTIVES, ActiveRow, BLOBS, LAYERS, LEASES, META, META_CLEAN, SEALING, TRASH};
+use crate::catalogue::{CatalogueError, ReadTx, Rows as _};
+use crate::error::{At as _, FileError};
+use crate::gc::{self, GcError};
+use crate::open::{make_dir, sync_dir};
+use crate::snapshots::detach;
+use crate::{ActiveId, LayerId, LeaseId, Resource, Store, tree};
+
+/// What can go wrong while putting things right.
+#[derive(Debug)]
+pub(crate) enum RecoverError {
+    File(FileError),
+    Catalogue(CatalogueError),
+}
+
+impl From<FileError> for RecoverError {
+    fn from(error: FileError) -> Self {
+        Self::File(error)
+    }
+}
+
+impl From<CatalogueError> for RecoverError {
+    fn from(error: CatalogueError) -> Self {
+        Self::Catalogue(error)
+    }
+}
+
+impl From<GcError> for RecoverError {
+    fn from(error: GcError) -> Self {
+        match error {
+            GcError::File(error) => Self::File(error),
+            GcError::Catalogue(error) => Self::Catalogue(error),
+        }
+    }
+}
+
+pub(crate) fn at_open(store: &Store) -> Result<(), RecoverError> {
+    let paths = &store.inner.paths;
+    unmount_stale(&paths.mounts)?;
+    for id in store.read(|tx| tx.all(&SEALING))?.into_iter().map(|(id, _)| id) {
+        unseal(store, id)?;
+    }
+    for scratch in [&paths.stage, &paths.run, &paths.mounts] {
+        // A new store has them; somebody may have tidied up an old one.
+        make_dir(scratch)?;
+        for entry in entries(scratch)? {
+            tree::remove(&entry)?;
+        }
+    }
+    drop_process_leases(store)?;
+    let clean = store.read(|tx| tx.get(&META, &META_CLEAN.to_owned()))?.unwrap_or(0) == 1;
+    if !clean {
+        remove_stale_uppers(store)?;
+        remove_unlisted(store)?;
+        // What was found is gone: a clean session may begin.
+        store.write(|tx| tx.put(&META, &META_CLEAN.to_owned(), &1).map(drop))?;
+    }
+    let trash: Vec<Resource> = store.read(|tx| tx.all(&TRASH))?.into_iter().map(|(resource, _)| resource).collect();
+    if !trash.is_empty() {
+        gc::remove_bytes(store, &trash)?;
+    }
+    Ok(())
+}
+
+fn entries(dir: &Path) -> Result<Vec<PathBuf>, FileError> {
+    let read = fs::read_dir(dir).at("read directory", dir)?;
+    read.map(|entry| Ok(entry.at("read directory", dir)?.path())).collect()
+}
+
+/// Ends the mounts that a process left below `mounts/`. Its detached ones ended with it.
+fn unmount_stale(mounts: &Path) -> Result<(), FileError> {
+    let table = Path::new("/proc/self/mountinfo");
+    if entries(mounts).map(|entries| entries.is_empty()).unwrap_or(true) {
+        return Ok(());
+    }
+    let text = match fs::read(table) {
+        Ok(text) => text,
+        // Without /proc there is nothing to learn; a mount that is left shows as a busy directory.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(FileError::new("read", table, error)),
+    };
+    let below = fs::canonicalize(mounts).at("resolve", mounts)?;
+    let stale: Vec<PathBuf> = mount_points(&text).filter(|path| path.starts_with(&below) && *path != below).collect();
+    // Later mounts may lie on earlier ones.
+    stale.iter().rev().try_for_each(|path| detach(path))
+}
+
+/// The fifth field of every line, unescaped (proc_pid_mountinfo(5)).
+fn mount_points(table: &[u8]) -> impl Iterator<Item = PathBuf> + '_ {
+    table.split(|byte| *byte == b'\n').filter_map(|line| {
+        let field = line.split(|byte| *byte == b' ').nth(4)?;
+        Some(PathBuf::from(std::ffi::OsString::from_vec(unescape(field))))
+    })
+}
+
+/// Space, tab, newline and backslash are written as three octal digits.
+fn unescape(field: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(field.len());
+    let mut rest = field;
+    while let Some((byte, after)) = rest.split_first() {
+        let octal = (*byte == b'\\').then(|| after.first_chunk::<3>()).flatten();
+        let value = octal.and_then(|digits| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 8).ok());
+        match value {
+            Some(value) => {
+                out.push(value);
+                rest = &after[3..];
+            }
+            None => {
+                out.push(*byte);
+                rest = after;
+            }
+        }
+    }
+    out
+}
+
+/// Leases without expiry belong to the process that owns the store, and that is us now.
+fn drop_process_leases(store: &Store) -> Result<(), CatalogueError> {
+    let leases = store.read(|tx| tx.all(&LEASES))?;
+    let dead: Vec<LeaseId> = leases.into_iter().filter(|(_, row)| row.expires.is_none()).map(|(id, _)| id).collect();
+    if dead.is_empty() {
+        return Ok(());
+    }
+    store.write(|tx| dead.iter().try_for_each(|id| tx.drop_lease(*id)))
+}
+
+/// Puts a persistent upper back where it was before somebody began to seal it.
+pub(crate) fn unseal(store: &Store, id: ActiveId) -> Result<(), RecoverError> {
+    let layer: Option<LayerId> = store.read(|tx| tx.get(&SEALING, &id))?;
+    let Some(layer) = layer else { return Ok(()) };
+    let paths = &store.inner.paths;
+    let active = paths.active.join(id.to_string());
+    let published = store.read(|tx| tx.contains(&LAYERS, &layer))?;
+    if !published && !active.join("fs").try_exists().at("stat", &active)? {
+        for dir in [paths.stage.join(layer.to_string()), paths.layers.join(layer.to_string())] {
+            let from = dir.join("fs");
+            if from.try_exists().at("stat", &from)? {
+                fs::rename(&from, active.join("fs")).at("rename", &from)?;
+                sync_dir(&active)?;
+            }
+        }
+    }
+    if !published {
+        tree::remove(&paths.stage.join(layer.to_string()))?;
+        tree::remove(&paths.layers.join(layer.to_string()))?;
+    }
+    Ok(store.write(|tx| tx.remove(&SEALING, &id).map(drop))?)
+}
+
+/// Volatile uppers of earlier sessions: nothing says that their files are whole. Their rows go when
+/// nothing holds them, and are refused until then.
+fn remove_stale_uppers(store: &Store) -> Result<(), RecoverError> {
+    let stale: Vec<(ActiveId, ActiveRow)> =
+        store.read(|tx| tx.all(&ACTIVES))?.into_iter().filter(|(_, row)| row.volatile).collect();
+    for (id, _) in &stale {
+        tree::remove(&store.inner.paths.active.join(id.to_string()))?;
+    }
+    if stale.iter().any(|(_, row)| row.usage.is_some()) {
+        store.write(|tx| {
+            stale.iter().try_for_each(|(id, row)| tx.put_active(*id, &ActiveRow { usage: None, ..row.clone() }))
+        })?;
+    }
+    Ok(())
+}
+
+/// Bytes that no row names: what was between its rename and its commit.
+fn remove_unlisted(store: &Store) -> Result<(), RecoverError> {
+    let paths = &store.inner.paths;
+    let unlisted = |dir: &Path, is_listed: &dyn Fn(&ReadTx, &str) -> Result<bool, CatalogueError>| {
+        let entries = entries(dir)?;
+        store.read(|tx| {
+            let mut found = Vec::new();
+            for path in entries {
+                let name = path.file_name().unwrap_or_default();
+                let listed = match std::str::from_utf8(name.as_bytes()) {
+                    Ok(name) => is_listed(tx, name)?,
+                    Err(_) => false,
+                };
+                if !listed {
+                    found.push(path);
+                }
+            }
+            Ok::<_, RecoverError>(found)
+        })
+    };
+    // What is in the trash counts as listed here; its turn comes.
+    let blobs = unlisted(&paths.blobs, &|tx, name| match BlobDigest::from_hex(name) {
+        Ok(digest) => Ok(tx.contains(&BLOBS, &digest)? || tx.contains(&TRASH, &digest.into())?),
+        Err(_) => Ok(false),
+    })?;
+    let layers = unlisted(&paths.layers, &|tx, name| match LayerId::from_str(name) {
+        Ok(id) => Ok(tx.contains(&LAYERS, &id)? || tx.contains(&TRASH, &id.into())?),
+        Err(_) => Ok(name == "stage"),
+    })?;
+    let uppers = unlisted(&paths.active, &|tx, name| match ActiveId::from_str(name) {
+        Ok(id) => Ok(tx.contains(&ACTIVES, &id)? || tx.contains(&TRASH, &id.into())?),
+        Err(_) => Ok(false),
+    })?;
+    for path in blobs.iter().chain(&layers).chain(&uppers) {
+        tree::remove(path)?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mount_points_are_unescaped() {
+        let table = b"36 35 98:0 / /mnt/a\\040b rw - ext4 /dev/x rw\n37 35 0:1 / /c\\134 rw - overlay o rw\n";
+        let found: Vec<PathBuf> = mount_points(table).collect();
+        assert_eq!(found, [Path::new("/mnt/a b"), Path::new("/c\\")]);
+        assert_eq!(unescape(b"\\04"), b"\\04");
+    }
+}
