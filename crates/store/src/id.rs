@@ -46,7 +46,8 @@ macro_rules! id_newtype {
                 Self(bytes)
             }
 
-            pub(crate) const fn as_bytes(&self) -> &[u8; $len] {
+            /// The bytes.
+            pub const fn as_bytes(&self) -> &[u8; $len] {
                 &self.0
             }
         }
