@@ -53,9 +53,8 @@ impl Rig {
     pub fn options(&self) -> OpenOptions {
         let clock = Arc::clone(&self.clock_seconds);
         let warnings = Arc::clone(&self.warnings);
-        let mut options = OpenOptions::new(Arc::new(move || {
-            UNIX_EPOCH + Duration::from_secs(clock.load(Ordering::SeqCst))
-        }));
+        let mut options =
+            OpenOptions::new(Arc::new(move || UNIX_EPOCH + Duration::from_secs(clock.load(Ordering::SeqCst))));
         options.command = "test".into();
         options.warn = Arc::new(move |error| warnings.lock().unwrap().push(error.to_string()));
         options.driver = self.driver;
@@ -119,8 +118,9 @@ pub enum Item {
 use Item::*;
 
 /// The path of an open directory.
-pub fn path_of(dir: impl AsFd) -> PathBuf {
-    PathBuf::from(format!("/proc/self/fd/{}", dir.as_fd().as_raw_fd()))
+pub fn path_of(dir: &impl AsFd) -> PathBuf {
+    // With a dot, so that it is the directory and not the link to it.
+    PathBuf::from(format!("/proc/self/fd/{}/.", dir.as_fd().as_raw_fd()))
 }
 
 /// The modification time of everything that the tests make.
@@ -134,7 +134,7 @@ fn set_mtime(path: &Path) {
 /// Makes a layer as an extraction would leave it.
 pub fn stage_layer(store: &Store, items: &[Item], diff_id: Option<DiffId>) -> FinishedStage {
     let stage = store.layers().stage().unwrap();
-    let root = path_of(stage.root()).join(".");
+    let root = path_of(&stage.root());
     let mut index = DirIndex::default();
     let explicit: Vec<&str> = items
         .iter()
@@ -231,7 +231,7 @@ pub fn measure(root: &Path) -> Usage {
 
 /// A tree as text: one line per path with type, mode, owner and content (or target).
 pub fn listing(root: impl AsFd) -> BTreeMap<String, String> {
-    listing_at(&path_of(root).join("."))
+    listing_at(&path_of(&root))
 }
 
 pub fn listing_at(root: &Path) -> BTreeMap<String, String> {
