@@ -219,3 +219,174 @@ impl fmt::Debug for Catalogue {
         f.write_str("Catalogue")
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicU32;
+
+    use super::super::{Rows as _, Table};
+    use super::*;
+
+    const NUMBERS: Table<u64, u64> = Table::new("numbers");
+
+    fn catalogue(dir: &tempfile::TempDir) -> Catalogue {
+        Catalogue::new(Catalogue::builder(1 << 20).create(dir.path().join("db")).unwrap())
+    }
+
+    fn write<T>(
+        catalogue: &Catalogue,
+        change: impl FnMut(&mut Tx<'_>) -> Result<T, CatalogueError>,
+    ) -> Result<T, CatalogueError> {
+        catalogue.write(Urgency::Durable, &Stamp::default, change)
+    }
+
+    fn refused() -> CatalogueError {
+        CatalogueError::Damaged { table: "test", key: String::new(), what: "on purpose" }
+    }
+
+    fn all(catalogue: &Catalogue) -> Vec<u64> {
+        let rows: Result<_, CatalogueError> = catalogue.read(|tx| tx.all(&NUMBERS));
+        rows.unwrap().into_iter().map(|(number, _)| number).collect()
+    }
+
+    /// Lets a closure run until another writer is on its way, so that the two share a commit.
+    fn until_somebody_comes(catalogue: &Catalogue) {
+        while catalogue.coming.load(Ordering::SeqCst) == 0 {
+            thread::yield_now();
+        }
+    }
+
+    #[test]
+    fn concurrent_writers_share_a_commit() {
+        let dir = tempfile::tempdir().unwrap();
+        let catalogue = &catalogue(&dir);
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                write(catalogue, |tx| {
+                    until_somebody_comes(catalogue);
+                    tx.put(&NUMBERS, &1, &0)
+                })
+                .unwrap();
+            });
+            scope.spawn(|| {
+                write(catalogue, |tx| {
+                    if tx.get(&NUMBERS, &1)?.is_none() {
+                        // The other has not begun yet: fail without having written, which
+                        // disturbs nobody.
+                        return Err(refused());
+                    }
+                    // It is not committed: it is ours as well.
+                    assert_eq!(all(catalogue), [0; 0]);
+                    tx.put(&NUMBERS, &2, &0)
+                })
+                .or_else(|_| write(catalogue, |tx| tx.put(&NUMBERS, &2, &0)))
+                .unwrap();
+            });
+        });
+        assert_eq!(all(catalogue), [1, 2]);
+    }
+
+    #[test]
+    fn a_failing_mate_leaves_nothing_and_the_others_run_again() {
+        for panics in [false, true] {
+            let dir = tempfile::tempdir().unwrap();
+            let catalogue = &catalogue(&dir);
+            let runs = AtomicU32::new(0);
+            thread::scope(|scope| {
+                let good = scope.spawn(|| {
+                    write(catalogue, |tx| {
+                        if runs.fetch_add(1, Ordering::SeqCst) == 0 {
+                            until_somebody_comes(catalogue);
+                        }
+                        tx.put(&NUMBERS, &1, &0)
+                    })
+                });
+                while runs.load(Ordering::SeqCst) == 0 {
+                    thread::yield_now();
+                }
+                let bad = scope.spawn(|| {
+                    write(catalogue, |tx| {
+                        tx.put(&NUMBERS, &2, &0)?;
+                        assert!(!panics, "on purpose");
+                        Err::<(), _>(refused())
+                    })
+                });
+                match bad.join() {
+                    Ok(result) => assert!(!panics && result.is_err()),
+                    Err(_) => assert!(panics),
+                }
+                assert!(good.join().unwrap().unwrap(), "it was not there when it ran again");
+            });
+            assert_eq!(runs.load(Ordering::SeqCst), 2);
+            assert_eq!(all(catalogue), [1]);
+            write(catalogue, |tx| tx.put(&NUMBERS, &3, &0)).unwrap();
+            assert_eq!(all(catalogue), [1, 3]);
+        }
+    }
+
+    #[test]
+    fn a_mate_that_fails_before_it_writes_disturbs_nobody() {
+        let dir = tempfile::tempdir().unwrap();
+        let catalogue = &catalogue(&dir);
+        let runs = AtomicU32::new(0);
+        thread::scope(|scope| {
+            let good = scope.spawn(|| {
+                write(catalogue, |tx| {
+                    runs.fetch_add(1, Ordering::SeqCst);
+                    until_somebody_comes(catalogue);
+                    tx.put(&NUMBERS, &1, &0)
+                })
+            });
+            while runs.load(Ordering::SeqCst) == 0 {
+                thread::yield_now();
+            }
+            scope.spawn(|| assert!(write(catalogue, |_| Err::<(), _>(refused())).is_err()));
+            good.join().unwrap().unwrap();
+        });
+        assert_eq!((runs.load(Ordering::SeqCst), all(catalogue)), (1, vec![1]));
+    }
+
+    #[test]
+    fn many_writers_lose_nothing_and_see_each_other() {
+        let dir = tempfile::tempdir().unwrap();
+        let catalogue = &catalogue(&dir);
+        thread::scope(|scope| {
+            for writer in 0..8u64 {
+                scope.spawn(move || {
+                    for n in 0..25 {
+                        let urgency = if n % 2 == 0 { Urgency::Lazy } else { Urgency::Durable };
+                        let fails = (writer + n) % 5 == 0;
+                        let result = catalogue.write(urgency, &Stamp::default, |tx| {
+                            let count = tx.get(&NUMBERS, &0)?.unwrap_or(0);
+                            tx.put(&NUMBERS, &0, &(count + 1))?;
+                            tx.put(&NUMBERS, &(1 + writer * 100 + n), &0)?;
+                            if fails { Err(refused()) } else { Ok(()) }
+                        });
+                        assert_eq!(result.is_err(), fails);
+                    }
+                });
+            }
+        });
+        let count: Result<_, CatalogueError> = catalogue.read(|tx| tx.get(&NUMBERS, &0));
+        assert_eq!(count.unwrap(), Some(160));
+        assert_eq!(all(catalogue).len(), 161);
+    }
+
+    #[test]
+    fn a_lazy_write_is_visible_at_once_and_kept_by_a_clean_close() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = catalogue(&dir);
+        first.write(Urgency::Lazy, &Stamp::default, |tx| tx.put(&NUMBERS, &7, &0)).unwrap();
+        assert_eq!(all(&first), [7]);
+        drop(first);
+        assert_eq!(all(&Catalogue::open(&dir.path().join("db"), 1 << 20).unwrap()), [7]);
+    }
+
+    #[test]
+    #[should_panic(expected = "a write inside a write")]
+    fn a_write_inside_a_write_panics_instead_of_waiting_for_itself() {
+        let dir = tempfile::tempdir().unwrap();
+        let catalogue = catalogue(&dir);
+        let _ = write(&catalogue, |_| write(&catalogue, |_| Ok(())));
+    }
+}
