@@ -265,8 +265,8 @@ impl<'a> Content<'a> {
     /// directory per ingest.
     ///
     /// # Errors
-    /// [`IngestError::File`].
-    pub fn ingests(&self) -> Result<Vec<IngestStatus>, IngestError> {
+    /// [`FileError`].
+    pub fn ingests(&self) -> Result<Vec<IngestStatus>, FileError> {
         let dir = &self.store.inner.paths.ingest;
         let mut found = BTreeMap::new();
         for entry in fs::read_dir(dir).at("read directory", dir)? {

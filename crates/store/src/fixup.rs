@@ -8,9 +8,12 @@
 //! Only directories that some layer implies can be wrong, so only they are looked at: one walk down
 //! the tree of their paths, asking in each directory only the layers that are visible there.
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::CString;
-use std::os::fd::OwnedFd;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
 
 use plies_archive::DirIndex;
 use plies_archive::tar::EntryPath;
@@ -25,8 +28,16 @@ use crate::tree::{self, Metadata};
 #[derive(Debug)]
 pub(crate) struct StackLayer {
     pub(crate) id: LayerId,
-    pub(crate) root: OwnedFd,
+    /// Its tree, opened for each look: a deep stack has more layers than a process may have
+    /// descriptors.
+    pub(crate) tree: PathBuf,
     pub(crate) index: DirIndex,
+}
+
+impl StackLayer {
+    fn open(&self, path: &EntryPath) -> io::Result<OwnedFd> {
+        tree::open_dir(tree::open_own(&self.tree).map_err(|error| error.source)?, path)
+    }
 }
 
 /// Directories to restore, with the metadata that should show; parents included. Empty if the stack
@@ -64,9 +75,9 @@ pub(crate) fn judge(stack: &[StackLayer]) -> Result<FixUp, SnapshotError> {
     // The fix-up itself goes on top: whatever it passes through must look right as well.
     let parents: BTreeSet<EntryPath> = fix.keys().flat_map(ancestors).collect();
     for path in parents {
-        if !fix.contains_key(&path) {
-            let shown = shown(stack, &path)?;
-            fix.insert(path, shown);
+        if let Entry::Vacant(parent) = fix.entry(path) {
+            let shown = shown(stack, parent.key())?;
+            parent.insert(shown);
         }
     }
     Ok(fix)
@@ -107,7 +118,7 @@ fn visible_below(
 ) -> Result<Vec<usize>, SnapshotError> {
     let mut found = Vec::new();
     for layer in visible {
-        let dir = tree::open_dir(&stack[*layer].root, parent).at("open", shown_path(parent))?;
+        let dir = stack[*layer].open(parent).at("open", shown_path(parent))?;
         let Some(stat) = tree::stat(&dir, name).at("stat", shown_path(path))? else { continue };
         if tree::file_type(&stat) != FileType::Directory {
             let whiteout = tree::is_whiteout(&stat);
@@ -120,7 +131,7 @@ fn visible_below(
             break;
         }
         found.push(*layer);
-        let child = tree::open_dir(&stack[*layer].root, path).at("open", shown_path(path))?;
+        let child = stack[*layer].open(path).at("open", shown_path(path))?;
         if tree::is_opaque(child).at("read attributes", shown_path(path))? {
             break;
         }
@@ -131,7 +142,7 @@ fn visible_below(
 /// What the stack shows of a directory that is not a candidate itself: the uppermost layer's.
 fn shown(stack: &[StackLayer], path: &EntryPath) -> Result<Metadata, SnapshotError> {
     for layer in (0..stack.len()).rev() {
-        if let Ok(dir) = tree::open_dir(&stack[layer].root, path) {
+        if let Ok(dir) = stack[layer].open(path) {
             return Ok(Metadata::of(dir).at("stat", shown_path(path))?);
         }
     }
@@ -139,7 +150,7 @@ fn shown(stack: &[StackLayer], path: &EntryPath) -> Result<Metadata, SnapshotErr
 }
 
 fn metadata(stack: &[StackLayer], layer: usize, path: &EntryPath) -> Result<Metadata, FileError> {
-    tree::open_dir(&stack[layer].root, path).and_then(Metadata::of).at("stat", shown_path(path))
+    stack[layer].open(path).and_then(Metadata::of).at("stat", shown_path(path))
 }
 
 fn shown_path(path: &EntryPath) -> String {
@@ -147,7 +158,7 @@ fn shown_path(path: &EntryPath) -> String {
 }
 
 /// Makes the directories of a fix-up in an empty directory.
-pub(crate) fn build(fix: &FixUp, target: impl std::os::fd::AsFd) -> std::io::Result<()> {
+pub(crate) fn build(fix: &FixUp, target: impl AsFd) -> io::Result<()> {
     for path in fix.keys() {
         let Some((parent, name)) = path.split() else { continue };
         let name = CString::new(name).expect("because names have no NUL");

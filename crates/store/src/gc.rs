@@ -237,10 +237,7 @@ fn collect_ingests(store: &Store, mode: GcMode, report: &mut GcReport) -> Result
         IngestError::File(error) => Err(GcError::File(error)),
         IngestError::Catalogue(error) => Err(GcError::Catalogue(error)),
     };
-    let all = match content.ingests() {
-        Ok(all) => all,
-        Err(error) => return kept(error).map(drop),
-    };
+    let all = content.ingests()?;
     let old = |status: &IngestStatus| store.now().since(status.updated) > store.inner.options.ingest_max_age;
     for status in all.into_iter().filter(old) {
         let collected = match mode {

@@ -78,7 +78,7 @@ pub use lock::{Holder, WaitPolicy};
 use open::Inner;
 pub use open::{Clock, OpenError, OpenOptions, Warn};
 pub use snapshots::{ActiveInfo, ActiveOptions, Attach, Mounted, SnapshotError, SnapshotInfo, Snapshots};
-pub use usage::{UsageKind, UsageRow};
+pub use usage::{UsageError, UsageKind, UsageRow};
 
 /// A store that this process owns. Cloning is cheap; the store closes when the last clone and the
 /// last lease, ingest, stage and mount made from it are gone.
@@ -200,8 +200,8 @@ impl Store {
     /// What everything under the root costs, from the rows.
     ///
     /// # Errors
-    /// [`IngestError`].
-    pub fn usage(&self) -> Result<Vec<UsageRow>, IngestError> {
+    /// [`UsageError`].
+    pub fn usage(&self) -> Result<Vec<UsageRow>, UsageError> {
         usage::usage(self)
     }
 

@@ -51,7 +51,16 @@ impl fmt::Debug for WaitPolicy<'_> {
 /// The lock, held until dropped (or until the process ends, however it does).
 #[derive(Debug)]
 pub(crate) struct StoreLock {
-    _file: File,
+    file: File,
+}
+
+/// Explicitly, since a process that is just being started by another thread shares the descriptor
+/// until it has become another program, and closing ours would leave the lock to it.
+impl Drop for StoreLock {
+    fn drop(&mut self) {
+        // A lock that cannot be given back goes with the process.
+        let _ = self.file.unlock();
+    }
 }
 
 #[derive(Debug)]
@@ -94,7 +103,7 @@ impl StoreLock {
             Err(TryLockError::Error(error)) => return Err(error).at("lock", path)?,
         }
         write_holder(&mut file, command).at("write", path)?;
-        Ok(Self { _file: file })
+        Ok(Self { file })
     }
 }
 

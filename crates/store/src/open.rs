@@ -365,6 +365,10 @@ fn open_catalogue(root: &Path, paths: &Paths, options: &OpenOptions) -> Result<C
     }
     Catalogue::open(&path, options.cache_bytes).map_err(|error| match error {
         redb::DatabaseError::UpgradeRequired(_) => OpenError::TooOld { found: 0 },
+        // We hold our own lock, so it is no plies that has the file open.
+        redb::DatabaseError::DatabaseAlreadyOpen => {
+            OpenError::InUse { holder: Holder { pid: None, command: String::new() } }
+        }
         redb::DatabaseError::Storage(redb::StorageError::Io(error)) if error.kind() != io::ErrorKind::InvalidData => {
             OpenError::File(FileError::new("open", &path, error))
         }

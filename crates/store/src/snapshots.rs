@@ -34,7 +34,7 @@ use crate::layers::{self, LayerContents, LayerError, Stage};
 use crate::open::make_dir;
 use crate::recover::{self, RecoverError};
 use crate::tree::{self, Material, MergeLayer};
-use crate::{ActiveId, LayerId, Lease, LeaseOptions, Resource, SnapshotId, Stamp, Store};
+use crate::{ActiveId, LayerId, Lease, LeaseOptions, Resource, SnapshotId, Stamp, Store, Tx};
 
 /// Why an operation on snapshots or actives failed.
 #[derive(Debug, thiserror::Error)]
@@ -264,10 +264,10 @@ impl<'a> Snapshots<'a> {
         if stack.iter().all(|(_, index)| index.implied().len() == 0) {
             return Ok(None);
         }
-        let open = |(id, index): (LayerId, DirIndex)| {
-            Ok::<_, SnapshotError>(StackLayer { id, root: layers::open_root(self.store, id)?, index })
-        };
-        let stack = stack.into_iter().map(open).collect::<Result<Vec<_>, _>>()?;
+        let stack: Vec<StackLayer> = stack
+            .into_iter()
+            .map(|(id, index)| StackLayer { id, tree: layers::layer_dir(self.store, id).join("fs"), index })
+            .collect();
         let fix = fixup::judge(&stack)?;
         if fix.is_empty() {
             return Ok(None);
@@ -308,7 +308,7 @@ impl<'a> Snapshots<'a> {
                 let dir = tree::open_own(&upper.dir)?;
                 rustix::fs::syncfs(dir).at("sync", &upper.dir)?;
             }
-            let put = |tx: &mut crate::Tx<'_>| {
+            let put = |tx: &mut Tx<'_>| {
                 let row = ActiveRow { base, volatile, created: tx.now(), usage: None, sealed: None };
                 tx.put_active(id, &row)?;
                 if let Some(base) = base {
@@ -375,19 +375,21 @@ impl<'a> Snapshots<'a> {
     ///
     /// # Errors
     /// [`SnapshotError::InUse`] while it is mounted, and those of [`Snapshots::mount_active`];
-    /// [`SnapshotError::Seal`]. A persistent active is as it was then.
+    /// [`SnapshotError::Seal`]. The active can be mounted or sealed again then.
     pub fn seal(&self, id: ActiveId, lease: &Lease) -> Result<LayerId, SnapshotError> {
         let _claim = Claim::take(self.store, id)?;
         let row = self.usable(id)?;
         let lowers = self.lowers(row.base)?;
         let upper = self.upper_of(id, row.volatile);
         let mut stage = Stage::without_tree(self.store)?;
-        if !row.volatile {
-            let layer = stage.id();
-            self.store.write(|tx| tx.put(&SEALING, &id, &layer).map(drop))?;
-            // From here the upper may be in the stage: a stage that fails must not take it along.
-            stage.keep();
-        }
+        let layer = stage.id();
+        let note = |tx: &mut Tx<'_>| tx.put(&SEALING, &id, &layer).map(drop);
+        // A volatile one does not outlive a crash anyway.
+        let noted: Result<(), CatalogueError> =
+            if row.volatile { self.store.write_lazily(note) } else { self.store.write(note) };
+        noted?;
+        // From here the upper may be in the stage, which must not take it along if it fails.
+        stage.keep();
         match self.seal_into(stage, id, &row, &lowers, &upper, lease) {
             Ok(layer) => {
                 // Only overlay's scratch directory is left of it.
@@ -397,9 +399,7 @@ impl<'a> Snapshots<'a> {
             // It may have been committed after all: the next open knows.
             Err(error @ SnapshotError::Catalogue(CatalogueError::Database { .. })) => Err(error),
             Err(error) => {
-                if !row.volatile {
-                    recover::unseal(self.store, id)?;
-                }
+                recover::unseal(self.store, id)?;
                 Err(error)
             }
         }
@@ -531,7 +531,7 @@ impl<'a> Snapshots<'a> {
 }
 
 fn put_snapshot(
-    tx: &mut crate::Tx<'_>,
+    tx: &mut Tx<'_>,
     id: SnapshotId,
     list: &[LayerId],
     fixup: Option<LayerId>,

@@ -30,8 +30,10 @@ const OPAQUE: (&CStr, &[u8]) = (c"trusted.overlay.opaque", b"y");
 const OVERLAY_PREFIX: &[u8] = b"trusted.overlay.";
 /// Size of st_blocks' unit, whatever the file system's block size (stat(3type)).
 const STAT_BLOCK_BYTES: u64 = 512;
-/// Copy buffer where the kernel cannot copy by itself.
+/// Asked of the kernel in one call; it stops at 2 GiB (copy_file_range(2)).
 const COPY_CHUNK_BYTES: usize = 1 << 30;
+/// Buffer where the kernel does not copy by itself.
+const COPY_BUFFER_BYTES: usize = 128 << 10;
 
 /// Opens a directory below `root` that was reached through directories only.
 pub(crate) fn open_dir(root: impl AsFd, path: &EntryPath) -> io::Result<OwnedFd> {
@@ -500,11 +502,35 @@ fn copy_data(source: &OwnedFd, target: &OwnedFd, size_bytes: u64) -> io::Result<
         let (mut read_at, mut write_at) = (start, start);
         while read_at < end {
             let chunk = usize::try_from(end - read_at).unwrap_or(COPY_CHUNK_BYTES).min(COPY_CHUNK_BYTES);
-            let copied = rustix::fs::copy_file_range(source, Some(&mut read_at), target, Some(&mut write_at), chunk)?;
-            if copied == 0 {
-                return Err(io::ErrorKind::UnexpectedEof.into());
+            match rustix::fs::copy_file_range(source, Some(&mut read_at), target, Some(&mut write_at), chunk) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(Errno::XDEV | Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => {
+                    copy_through_buffer(source, target, read_at, end)?;
+                    break;
+                }
+                Err(error) => return Err(error.into()),
             }
         }
         at = end;
     }
+}
+
+fn copy_through_buffer(source: &OwnedFd, target: &OwnedFd, mut at: u64, end: u64) -> io::Result<()> {
+    use std::os::unix::fs::FileExt as _;
+    let (source, target) = (std::fs::File::from(source.try_clone()?), std::fs::File::from(target.try_clone()?));
+    let mut buffer = vec![0; COPY_BUFFER_BYTES];
+    while at < end {
+        let wanted = usize::try_from(end - at).unwrap_or(usize::MAX).min(buffer.len());
+        match source.read_at(&mut buffer[..wanted], at) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(n) => {
+                target.write_all_at(&buffer[..n], at)?;
+                at += n as u64;
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
 }

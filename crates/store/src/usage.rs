@@ -2,10 +2,12 @@
 
 use std::fs;
 
+use plies_oci::ErrorKind;
+
+use crate::Store;
 use crate::catalogue::schema::{Kind, TOTALS};
 use crate::catalogue::{CatalogueError, Rows as _};
-use crate::error::At as _;
-use crate::{IngestError, Store};
+use crate::error::{At as _, FileError};
 
 /// A kind of thing that takes space.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -37,7 +39,29 @@ pub struct UsageRow {
     pub inodes: u64,
 }
 
-pub(crate) fn usage(store: &Store) -> Result<Vec<UsageRow>, IngestError> {
+/// Why usage could not be told.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum UsageError {
+    /// The ingests, or the database file.
+    #[error(transparent)]
+    File(#[from] FileError),
+    /// The sums.
+    #[error(transparent)]
+    Catalogue(#[from] CatalogueError),
+}
+
+impl UsageError {
+    /// What a caller can do about it.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::File(error) => error.kind(),
+            Self::Catalogue(error) => error.kind(),
+        }
+    }
+}
+
+pub(crate) fn usage(store: &Store) -> Result<Vec<UsageRow>, UsageError> {
     let mut rows = store.read(|tx| {
         let row = |kind, counted| {
             let total = tx.get(&TOTALS, &counted)?.unwrap_or_default();

@@ -1,5 +1,8 @@
 //! Blobs, ingests, leases and collection, as the crates above use them.
 
+// The exemption for tests ends at helpers outside of test functions.
+#![allow(clippy::unwrap_used)]
+
 mod common;
 
 use std::fs;

@@ -5,6 +5,9 @@
 //! of them, so it dies inside the next step or the one just begun. A process that dies loses nothing
 //! that the kernel has; what a power failure loses is not tested here.
 
+// The exemption for tests ends at helpers outside of test functions.
+#![allow(clippy::unwrap_used)]
+
 mod common;
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -1,5 +1,8 @@
 //! Layers, snapshots, actives and mounts, with both drivers.
 
+// The exemption for tests ends at helpers outside of test functions.
+#![allow(clippy::unwrap_used)]
+
 mod common;
 
 use std::collections::BTreeMap;
@@ -660,4 +663,77 @@ fn trees_deeper_than_any_path_are_removed() {
     drop(stage);
     assert_eq!(fs::read_dir(rig.root().join("layers/stage")).unwrap().count(), 0);
     rig.assert_no_warnings();
+}
+
+#[test]
+fn privileged_c03_native_sees_through_equal_sizes_and_times() {
+    if !privileged("c03_native_sees_through_equal_sizes_and_times") {
+        return;
+    }
+    each_driver(|rig| {
+        let store = rig.open();
+        let lease = process_lease(&store);
+        let base = publish(
+            &store,
+            &lease,
+            &[
+                Dir("", 0o755),
+                Dir("one", 0o755),
+                File("one/f", "AAAA"),
+                Dir("two", 0o755),
+                File("two/f", "BBBB"),
+                File("written", "CCCC"),
+            ],
+        );
+        let snapshot = store.snapshots().ensure(&[base], &lease).unwrap();
+        let active = store.snapshots().prepare(Some(snapshot), &lease, VOLATILE).unwrap();
+        let mounted = store.snapshots().mount_active(active, Attach::Detached).unwrap();
+        let root = path_of(&mounted.root());
+        let times = rustix::fs::Timestamps { last_access: common::MTIME, last_modification: common::MTIME };
+        // A directory swapped for another one, whose file has the same size and time.
+        fs::rename(root.join("two/f"), root.join("kept")).unwrap();
+        fs::remove_dir(root.join("two")).unwrap();
+        fs::create_dir(root.join("two")).unwrap();
+        fs::rename(root.join("one/f"), root.join("two/f")).unwrap();
+        fs::write(root.join("written"), "DDDD").unwrap();
+        for path in ["written", "two"] {
+            rustix::fs::utimensat(rustix::fs::CWD, root.join(path), &times, rustix::fs::AtFlags::empty()).unwrap();
+        }
+        let before = tree(&mounted);
+        drop(root);
+        mounted.unmount().unwrap();
+        let top = store.snapshots().seal(active, &lease).unwrap();
+        let after = view_of(&store, &[base, top], &lease);
+        assert_eq!(after, before);
+        assert_eq!((&*after["two/f"], &*after["written"]), ("file \"AAAA\" 644 0:0", "file \"DDDD\" 644 0:0"));
+    });
+}
+
+#[test]
+fn privileged_a_seal_that_fails_leaves_the_active_usable() {
+    if !privileged("a_seal_that_fails_leaves_the_active_usable") {
+        return;
+    }
+    each_driver(|rig| {
+        for options in [VOLATILE, PERSISTENT] {
+            let store = rig.open();
+            let lease = process_lease(&store);
+            let active = store.snapshots().prepare(None, &lease, options).unwrap();
+            let mounted = store.snapshots().mount_active(active, Attach::Detached).unwrap();
+            fs::write(path_of(&mounted.root()).join("f"), "mine").unwrap();
+            mounted.unmount().unwrap();
+            // A lease that is gone cannot hold what comes of it.
+            let gone =
+                store.lease(plies_store::LeaseOptions::expiring("short", std::time::Duration::from_secs(1))).unwrap();
+            rig.advance(std::time::Duration::from_secs(2));
+            let error = store.snapshots().seal(active, &gone).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::NotFound, "{error}");
+            let mounted = store.snapshots().mount_active(active, Attach::Detached).unwrap();
+            assert_eq!(tree(&mounted)["f"], "file \"mine\" 644 0:0");
+            mounted.unmount().unwrap();
+            assert_healthy(&store);
+            store.snapshots().seal(active, &lease).unwrap();
+            assert_healthy(&store);
+        }
+    });
 }

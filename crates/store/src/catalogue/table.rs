@@ -60,6 +60,7 @@ impl<K, V> fmt::Debug for Table<K, V> {
     }
 }
 
+type RawReadTable = redb::ReadOnlyTable<&'static [u8], &'static [u8]>;
 type Raw = TableDefinition<'static, &'static [u8], &'static [u8]>;
 
 fn raw(name: &'static str) -> Raw {
@@ -255,10 +256,7 @@ impl ReadTx {
         Ok(Self { txn })
     }
 
-    fn open(
-        &self,
-        table: &'static str,
-    ) -> Result<Option<redb::ReadOnlyTable<&'static [u8], &'static [u8]>>, CatalogueError> {
+    fn open(&self, table: &'static str) -> Result<Option<RawReadTable>, CatalogueError> {
         match self.txn.open_table(raw(table)) {
             Ok(table) => Ok(Some(table)),
             Err(TableError::TableDoesNotExist(_)) => Ok(None),

@@ -22,8 +22,8 @@ use crate::tree::{self, Material, MergeLayer, Metadata};
 /// Compared at a time when two files look the same but may not be.
 const COMPARE_CHUNK_BYTES: usize = 128 << 10;
 
-/// Written when the copy was whole: what changed later has a later inode change time, which nobody
-/// can set.
+/// Written when the copy was whole: what changes later gets a later inode change time, which programs
+/// cannot set.
 const MARKER: &str = "prepared";
 
 #[derive(Debug)]
@@ -102,6 +102,13 @@ fn change_time(stat: &Stat) -> (i64, i64) {
     (stat.st_ctime as i64, stat.st_ctime_nsec as i64)
 }
 
+/// A directory to compare.
+struct Pending {
+    path: EntryPath,
+    /// It or one above it may have come here by a rename, which the files in it do not show.
+    moved: bool,
+}
+
 /// Two plain trees, and the upper directory that would make the second of the first.
 struct Compare {
     before: OwnedFd,
@@ -113,10 +120,10 @@ struct Compare {
 impl Compare {
     fn run(&self) -> io::Result<()> {
         let mut dirs = Vec::new();
-        let mut pending = vec![EntryPath::root()];
-        while let Some(path) = pending.pop() {
-            self.directory(&path, &mut pending)?;
-            dirs.push(path);
+        let mut pending = vec![Pending { path: EntryPath::root(), moved: false }];
+        while let Some(dir) = pending.pop() {
+            self.directory(&dir, &mut pending)?;
+            dirs.push(dir.path);
         }
         // Children were pushed after their parents, so backwards is deepest first.
         for path in dirs.iter().rev() {
@@ -135,7 +142,7 @@ impl Compare {
         Ok(())
     }
 
-    fn directory(&self, path: &EntryPath, pending: &mut Vec<EntryPath>) -> io::Result<()> {
+    fn directory(&self, Pending { path, moved }: &Pending, pending: &mut Vec<Pending>) -> io::Result<()> {
         let after = tree::open_dir(&self.after, path)?;
         let target = tree::open_dir(&self.target, path)?;
         let before = match tree::open_dir(&self.before, path) {
@@ -153,11 +160,12 @@ impl Compare {
             let Some(stat) = tree::stat(&after, &name)? else { continue };
             if tree::file_type(&stat) == FileType::Directory {
                 rustix::fs::mkdirat(&target, &name, Mode::RWXU)?;
-                pending.push(path.join(name.to_bytes()));
+                let moved = *moved || change_time(&stat) >= self.prepared;
+                pending.push(Pending { path: path.join(name.to_bytes()), moved });
                 continue;
             }
             let unchanged = match &before {
-                Some(before) => self.is_unchanged(before, &after, &name, &stat)?,
+                Some(before) => self.is_unchanged(before, &after, &name, &stat, *moved)?,
                 None => false,
             };
             if !unchanged {
@@ -170,15 +178,24 @@ impl Compare {
         Ok(())
     }
 
-    fn is_unchanged(&self, before: &OwnedFd, after: &OwnedFd, name: &CStr, stat: &Stat) -> io::Result<bool> {
+    /// A file that looks as before is read unless it is certain that nobody wrote to it.
+    fn is_unchanged(
+        &self,
+        before: &OwnedFd,
+        after: &OwnedFd,
+        name: &CStr,
+        stat: &Stat,
+        moved: bool,
+    ) -> io::Result<bool> {
         let Some(was) = tree::stat(before, name)? else { return Ok(false) };
-        if change_time(stat) < self.prepared {
-            return Ok(true);
-        }
-        let look =
-            |stat: &Stat| (stat.st_mode, stat.st_uid, stat.st_gid, stat.st_rdev, stat.st_mtime, stat.st_mtime_nsec);
+        let look = |stat: &Stat| {
+            (stat.st_mode, stat.st_uid, stat.st_gid, stat.st_rdev, stat.st_size, stat.st_mtime, stat.st_mtime_nsec)
+        };
         if look(&was) != look(stat) {
             return Ok(false);
+        }
+        if !moved && change_time(stat) < self.prepared {
+            return Ok(true);
         }
         match tree::file_type(stat) {
             FileType::RegularFile => {

@@ -1,6 +1,6 @@
 //! What the tests of this crate share: stores with a clock that stands still, layers made of plain
 //! words, and a listing of trees to compare.
-#![allow(dead_code, missing_docs, unreachable_pub)]
+#![allow(dead_code, missing_docs, unreachable_pub, clippy::unwrap_used)]
 
 use std::collections::BTreeMap;
 use std::fs;
