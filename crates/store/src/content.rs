@@ -16,6 +16,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::ops::ControlFlow;
 use std::os::unix::fs::{DirBuilderExt as _, FileExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::PoisonError;
@@ -312,6 +313,14 @@ impl<'a> Content<'a> {
     /// [`CatalogueError`].
     pub fn info(&self, digest: BlobDigest) -> Result<Option<BlobInfo>, CatalogueError> {
         Ok(self.store.read(|tx| tx.get(&BLOBS, &digest))?.map(Into::into))
+    }
+
+    /// Calls `visit` for every blob, in the order of their digests, until it breaks.
+    ///
+    /// # Errors
+    /// [`CatalogueError`].
+    pub fn scan(&self, mut visit: impl FnMut(BlobDigest, BlobInfo) -> ControlFlow<()>) -> Result<(), CatalogueError> {
+        self.store.read(|tx| tx.scan(&BLOBS, |digest, row| visit(digest, row.into())))
     }
 
     /// Opens a blob for reading. What is open stays readable, whatever becomes of the blob.

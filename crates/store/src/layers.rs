@@ -3,7 +3,7 @@
 //! ```text
 //! layers/<id>/fs/                 the tree: whiteouts are character devices 0:0, opaque
 //!                                 directories have trusted.overlay.opaque=y
-//! layers/<id>/index               which directories are implied (docs/format/layer.md)
+//! layers/<id>/index               which directories are implied (plies_archive::DirIndex)
 //! layers/<id>/layer.json          the row again, so that the catalogue can be rebuilt
 //! layers/<id>/tar-split.json.gz   optional: how to put the tar together again
 //! layers/stage/<id>/…             the same, seen by nobody
@@ -230,6 +230,14 @@ impl<'a> Layers<'a> {
     /// [`LayerError::NotFound`].
     pub fn info(&self, id: LayerId) -> Result<LayerInfo, LayerError> {
         Ok(LayerInfo::new(id, self.row(id)?))
+    }
+
+    /// Calls `visit` for every layer, in the order of their ids, until it breaks.
+    ///
+    /// # Errors
+    /// [`LayerError::Catalogue`].
+    pub fn scan(&self, mut visit: impl FnMut(LayerInfo) -> ControlFlow<()>) -> Result<(), LayerError> {
+        Ok(self.store.read(|tx| tx.scan(&LAYERS, |id, row| visit(LayerInfo::new(id, row))))?)
     }
 
     /// Which of its directories are implied.

@@ -6,6 +6,7 @@ use std::fmt;
 use std::fs::{self, DirBuilder, File};
 use std::io;
 use std::os::unix::fs::DirBuilderExt as _;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
@@ -363,7 +364,10 @@ fn open_catalogue(root: &Path, paths: &Paths, options: &OpenOptions) -> Result<C
         paths.create()?;
         create_catalogue(&path, options)?;
     }
-    Catalogue::open(&path, options.cache_bytes).map_err(|error| match error {
+    // redb trusts a file that was closed cleanly, and may panic over one that was damaged since.
+    let opened = catch_unwind(AssertUnwindSafe(|| Catalogue::open(&path, options.cache_bytes)))
+        .map_err(|_| OpenError::Corrupt { path: path.clone(), source: "the database panicked over it".into() })?;
+    opened.map_err(|error| match error {
         redb::DatabaseError::UpgradeRequired(_) => OpenError::TooOld { found: 0 },
         // We hold our own lock, so it is no plies that has the file open.
         redb::DatabaseError::DatabaseAlreadyOpen => {

@@ -150,6 +150,7 @@ pub(crate) fn unseal(store: &Store, id: ActiveId) -> Result<(), RecoverError> {
         for dir in [paths.stage.join(layer.to_string()), paths.layers.join(layer.to_string())] {
             let from = dir.join("fs");
             if from.try_exists().at("stat", &from)? {
+                make_dir(&active)?;
                 fs::rename(&from, active.join("fs")).at("rename", &from)?;
                 sync_dir(&active)?;
             }

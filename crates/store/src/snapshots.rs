@@ -15,6 +15,7 @@
 
 use std::fs;
 use std::io;
+use std::ops::ControlFlow;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::PoisonError;
@@ -189,6 +190,13 @@ pub struct ActiveInfo {
     pub sealed: Option<LayerId>,
 }
 
+impl ActiveInfo {
+    fn new(id: ActiveId, row: ActiveRow) -> Self {
+        let ActiveRow { base, volatile, created, usage, sealed } = row;
+        Self { id, base, volatile, created, usage: usage.map(Into::into), sealed }
+    }
+}
+
 /// Snapshots and actives of a store.
 #[derive(Debug, Clone, Copy)]
 pub struct Snapshots<'a> {
@@ -336,9 +344,15 @@ impl<'a> Snapshots<'a> {
     /// [`SnapshotError::NotFound`].
     pub fn active(&self, id: ActiveId) -> Result<ActiveInfo, SnapshotError> {
         let row: Option<ActiveRow> = self.store.read(|tx| tx.get(&ACTIVES, &id))?;
-        let ActiveRow { base, volatile, created, usage, sealed } =
-            row.ok_or(SnapshotError::NotFound { what: id.into() })?;
-        Ok(ActiveInfo { id, base, volatile, created, usage: usage.map(Into::into), sealed })
+        Ok(ActiveInfo::new(id, row.ok_or(SnapshotError::NotFound { what: id.into() })?))
+    }
+
+    /// Calls `visit` for every active, in the order of their ids, until it breaks.
+    ///
+    /// # Errors
+    /// [`SnapshotError::Catalogue`].
+    pub fn scan_actives(&self, mut visit: impl FnMut(ActiveInfo) -> ControlFlow<()>) -> Result<(), SnapshotError> {
+        Ok(self.store.read(|tx| tx.scan(&ACTIVES, |id, row| visit(ActiveInfo::new(id, row))))?)
     }
 
     /// Mounts an active for reading and writing; once at a time, since two overlays on one upper
@@ -378,6 +392,7 @@ impl<'a> Snapshots<'a> {
     /// [`SnapshotError::Seal`]. The active can be mounted or sealed again then.
     pub fn seal(&self, id: ActiveId, lease: &Lease) -> Result<LayerId, SnapshotError> {
         let _claim = Claim::take(self.store, id)?;
+        let _hold = Hold::take(self.store, id.into())?;
         let row = self.usable(id)?;
         let lowers = self.lowers(row.base)?;
         let upper = self.upper_of(id, row.volatile);

@@ -472,3 +472,34 @@ fn publish_and_collect_the_same_blob_at_once() {
     });
     assert_healthy(&store);
 }
+
+#[test]
+fn i10_a_catalogue_with_flipped_bits_is_reported_and_never_panics_at_open() {
+    let rig = Rig::new();
+    let store = rig.open();
+    let lease = process_lease(&store);
+    for n in 0..50u32 {
+        let digest = put_blob(&store, &n.to_be_bytes(), &lease);
+        store.write(|tx| tx.hold(&owner(n), digest)).unwrap();
+    }
+    lease.release().unwrap();
+    store.close().unwrap();
+    let database = rig.root().join("catalog/plies.redb");
+    let good = fs::read(&database).unwrap();
+    let mut refused = 0;
+    // A fixed walk over the file, so that a failure can be found again.
+    for step in 0..150usize {
+        let at = if step < 64 { step * 5 } else { step * 7919 * 64 % good.len() };
+        let mut bytes = good.clone();
+        bytes[at] ^= 1 << (step % 8);
+        fs::write(&database, &bytes).unwrap();
+        match Store::open(&rig.root(), rig.options(), WaitPolicy::Fail) {
+            Ok(store) => drop(store),
+            Err(error) => {
+                refused += 1;
+                assert!(matches!(error.kind(), ErrorKind::DataLoss | ErrorKind::FailedPrecondition), "{at}: {error:?}");
+            }
+        }
+    }
+    assert!(refused > 0);
+}

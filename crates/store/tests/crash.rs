@@ -209,7 +209,7 @@ fn killed_anywhere_the_store_opens_with_all_that_was_acknowledged() {
     let rig = Rig::new();
     let mut sealed_once = false;
     for round in 0..40u64 {
-        // 11 lines to a round of the child: every place in it, again and again on the same store.
+        // About ten lines to a turn of the child: every place in it, over and over on one store.
         let lines = (round * 3 % 37) as usize;
         let seed = round * 100;
         let said = run_and_kill(&rig.root(), seed, lines);
