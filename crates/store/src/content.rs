@@ -484,14 +484,15 @@ impl Ingest {
             fs::write(&key, ingest.as_str()).at("write", &key)?;
         }
         let data = claim.dir.join("data");
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(&data)
-            .at("open", &data)?;
+        let open = || OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(&data);
+        let file = match open() {
+            // A commit that came to nothing had made it read-only already.
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                fs::set_permissions(&data, fs::Permissions::from_mode(0o600)).at("change mode", &data)?;
+                open().at("open", &data)?
+            }
+            opened => opened.at("open", &data)?,
+        };
         let mut opened =
             Self { claim, ingest, file, hasher: Sha256Hasher::default(), offset_bytes: 0, named, spent: false };
         opened.rehash().at("read", &data)?;

@@ -107,6 +107,9 @@ fn an_ingest_is_resumed_by_another_process_and_hashed_again() {
     let lease = process_lease(&store);
     let [status] = &store.content().ingests().unwrap()[..] else { panic!("one ingest") };
     assert_eq!((status.ingest.clone(), status.offset_bytes), (key.clone(), 12));
+    // As a commit that was interrupted between its sync and its rename leaves it.
+    let dir = fs::read_dir(rig.root().join("content/ingest")).unwrap().next().unwrap().unwrap().path();
+    fs::set_permissions(dir.join("data"), fs::Permissions::from_mode(0o444)).unwrap();
     let mut ingest = store.content().ingest(key).unwrap();
     assert_eq!(ingest.offset_bytes(), 12);
     ingest.write_all(b"second half").unwrap();
