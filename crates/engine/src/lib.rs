@@ -1,1 +1,4 @@
 //! Requests composed of the other parts: load, save, run, build.
+
+pub mod context;
+pub mod dockerfile;

@@ -1,0 +1,722 @@
+//! Logical lines as instructions.
+
+use super::error::{DockerfileError, Location, suggest};
+use super::lines::{self, LogicalLine};
+use super::{
+    Add, ArgDeclaration, CommandLine, Copy, CopyFrom, CopySource, Dockerfile, GlobalArg, Healthcheck, Heredoc,
+    Instruction, InstructionKind, Pair, Run, Stage,
+};
+
+const INSTRUCTIONS: [&str; 18] = [
+    "ADD",
+    "ARG",
+    "CMD",
+    "COPY",
+    "ENTRYPOINT",
+    "ENV",
+    "EXPOSE",
+    "FROM",
+    "HEALTHCHECK",
+    "LABEL",
+    "MAINTAINER",
+    "ONBUILD",
+    "RUN",
+    "SHELL",
+    "STOPSIGNAL",
+    "USER",
+    "VOLUME",
+    "WORKDIR",
+];
+
+/// How many instructions a file may have: a bound on memory, a hundred times what generated files have.
+const INSTRUCTIONS_MAX: usize = 100_000;
+
+/// Parses a Dockerfile. `file` is its name for messages.
+///
+/// # Errors
+/// The first mistake, with its line.
+pub fn parse(file: &str, bytes: &[u8]) -> Result<Dockerfile, DockerfileError> {
+    let lines = lines::split(file, bytes, holds_heredocs)?;
+    let mut dockerfile = Dockerfile {
+        file: file.to_owned(),
+        lines: lines.physical,
+        escape: lines.escape,
+        syntax: lines.syntax,
+        global_args: Vec::new(),
+        stages: Vec::new(),
+    };
+    if lines.logical.len() > INSTRUCTIONS_MAX {
+        let message =
+            format!("{} instructions are more than a file may have ({INSTRUCTIONS_MAX})", lines.logical.len());
+        return Err(dockerfile.error(Location::default(), "", message));
+    }
+    for line in lines.logical {
+        let at = line.location;
+        let parsed = Parser { file: &dockerfile, stage: dockerfile.stages.len() }.parse(&line);
+        match parsed.map_err(|mistake| dockerfile.error(at, &mistake.focus, mistake.message))? {
+            Parsed::From(stage) => dockerfile.stages.push(stage),
+            Parsed::Instruction(InstructionKind::Arg(args)) if dockerfile.stages.is_empty() => {
+                dockerfile.global_args.push(GlobalArg { location: at, args });
+            }
+            Parsed::Instruction(kind) => match dockerfile.stages.last_mut() {
+                Some(stage) => {
+                    stage.instructions.push(Instruction { location: at, text: line.text.trim().to_owned(), kind })
+                }
+                None => {
+                    let word = first_word(&line.text);
+                    let message =
+                        format!("{} before the first FROM: only ARG can stand there", word.to_ascii_uppercase());
+                    return Err(dockerfile.error(at, word, message));
+                }
+            },
+        }
+    }
+    if dockerfile.stages.is_empty() {
+        return Err(dockerfile.error(Location::default(), "", "the file has no FROM: a stage is expected"));
+    }
+    Ok(dockerfile)
+}
+
+/// What is wrong, and which part of the line to point at.
+struct Mistake {
+    focus: String,
+    message: String,
+}
+
+fn mistake<T>(focus: impl Into<String>, message: impl Into<String>) -> Result<T, Mistake> {
+    Err(Mistake { focus: focus.into(), message: message.into() })
+}
+
+enum Parsed {
+    From(Stage),
+    Instruction(InstructionKind),
+}
+
+fn first_word(text: &str) -> &str {
+    text.split_whitespace().next().unwrap_or("")
+}
+
+/// Blanks that separate words: what `BuildKit` splits at.
+fn is_blank(c: char) -> bool {
+    matches!(c, ' ' | '\t' | '\x0b' | '\x0c' | '\r')
+}
+
+/// `RUN`, `COPY` and `ADD` (also behind `ONBUILD`) hold here-documents, unless they are JSON.
+fn holds_heredocs(text: &str, escape: char) -> bool {
+    let text = text.trim();
+    let (command, rest) = text.split_once(is_blank).unwrap_or((text, ""));
+    match command.to_ascii_uppercase().as_str() {
+        "ONBUILD" => !first_word(rest).eq_ignore_ascii_case("ONBUILD") && holds_heredocs(rest, escape),
+        "RUN" | "COPY" | "ADD" => {
+            let (_, rest) = flags(rest, escape);
+            !matches!(json(rest), Json::Strings(_))
+        }
+        _ => false,
+    }
+}
+
+/// The parser of one instruction.
+struct Parser<'a> {
+    file: &'a Dockerfile,
+    /// The number of the stage that the next `FROM` would begin: the instruction's own stage is the one before.
+    stage: usize,
+}
+
+impl Parser<'_> {
+    fn parse(&self, line: &LogicalLine) -> Result<Parsed, Mistake> {
+        let text = line.text.trim();
+        let (word, rest) = text.split_once(is_blank).unwrap_or((text, ""));
+        let command = word.to_ascii_uppercase();
+        let (flags, rest) = flags(rest, self.file.escape);
+        let flags = Flags { command: &command, given: flags };
+        let rest = rest.trim();
+        let kind = match command.as_str() {
+            "FROM" => return self.from(line, rest, flags).map(Parsed::From),
+            "ONBUILD" => {
+                flags.none()?;
+                let text = onbuild_text(rest, &line.heredocs);
+                self.onbuild(line, rest)?;
+                InstructionKind::Onbuild(text)
+            }
+            "RUN" => {
+                refuse_run_flags(&flags)?;
+                if rest.is_empty() {
+                    return mistake(word, "RUN requires at least one argument: a command");
+                }
+                InstructionKind::Run(Run { command: command_line(rest)?, heredocs: line.heredocs.clone() })
+            }
+            "COPY" => InstructionKind::Copy(self.copy(rest, flags, line)?),
+            "ADD" => InstructionKind::Add(add(rest, flags, line)?),
+            "ENV" => {
+                flags.none()?;
+                InstructionKind::Env(self.pairs("ENV", rest)?)
+            }
+            "LABEL" => {
+                flags.none()?;
+                InstructionKind::Label(self.pairs("LABEL", rest)?)
+            }
+            "ARG" => {
+                flags.none()?;
+                InstructionKind::Arg(self.args(rest)?)
+            }
+            "WORKDIR" | "USER" | "STOPSIGNAL" | "MAINTAINER" => {
+                flags.none()?;
+                if rest.is_empty() {
+                    return mistake(word, format!("{command} requires exactly one argument"));
+                }
+                let value = rest.to_owned();
+                match command.as_str() {
+                    "WORKDIR" => InstructionKind::Workdir(value),
+                    "USER" => InstructionKind::User(value),
+                    "STOPSIGNAL" => InstructionKind::StopSignal(value),
+                    _ => InstructionKind::Maintainer(value),
+                }
+            }
+            "EXPOSE" => {
+                flags.none()?;
+                if rest.is_empty() {
+                    return mistake(word, "EXPOSE requires at least one argument: a port like 80 or 53/udp");
+                }
+                InstructionKind::Expose(blank_words(rest))
+            }
+            "VOLUME" => {
+                flags.none()?;
+                let volumes = list(rest)?;
+                if volumes.is_empty() {
+                    return mistake(word, "VOLUME requires at least one argument: a path");
+                }
+                if volumes.iter().any(|volume| volume.trim().is_empty()) {
+                    return mistake(rest, "a VOLUME can't be an empty string");
+                }
+                InstructionKind::Volume(volumes.iter().map(|volume| volume.trim().to_owned()).collect())
+            }
+            "ENTRYPOINT" | "CMD" => {
+                flags.none()?;
+                let line = if rest.is_empty() { CommandLine::Exec(Vec::new()) } else { command_line(rest)? };
+                if command == "CMD" { InstructionKind::Cmd(line) } else { InstructionKind::Entrypoint(line) }
+            }
+            "SHELL" => {
+                flags.none()?;
+                match json(rest) {
+                    Json::Strings(words) if !words.is_empty() => InstructionKind::Shell(words),
+                    Json::Strings(_) => return mistake(rest, "SHELL requires at least one word"),
+                    _ => return mistake(rest, "SHELL requires a JSON array of strings, like [\"/bin/sh\", \"-c\"]"),
+                }
+            }
+            "HEALTHCHECK" => InstructionKind::Healthcheck(healthcheck(rest, flags)?),
+            _ => {
+                let hint = match suggest(&command, INSTRUCTIONS) {
+                    Some(known) => format!(" (did you mean {known}?)"),
+                    None => String::new(),
+                };
+                return mistake(word, format!("unknown instruction {word:?}{hint}"));
+            }
+        };
+        Ok(Parsed::Instruction(kind))
+    }
+
+    fn from(&self, line: &LogicalLine, rest: &str, mut flags: Flags<'_>) -> Result<Stage, Mistake> {
+        let platform = flags.text("platform")?;
+        flags.done()?;
+        let words = blank_words(rest);
+        let (base, name) = match words.as_slice() {
+            [base] if !base.is_empty() => (base, None),
+            [base, r#as, name] if r#as.eq_ignore_ascii_case("as") => (base, Some(name)),
+            [] => return mistake("", "FROM requires an image, a stage or scratch"),
+            [_, word, ..] => {
+                return mistake(word, "FROM requires either one argument or three: FROM image, or FROM image AS name");
+            }
+            _ => return mistake("", "FROM requires an image, a stage or scratch"),
+        };
+        if let Some(name) = name {
+            let mut chars = name.chars();
+            let good = chars.next().is_some_and(|c| c.is_ascii_alphabetic())
+                && chars.all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'));
+            if !good {
+                let message = format!(
+                    "invalid name for a stage {name:?}: a letter is expected, then letters, digits, '-', '_' and '.'"
+                );
+                return mistake(name, message);
+            }
+        }
+        Ok(Stage {
+            location: line.location,
+            text: line.text.trim().to_owned(),
+            base: base.clone(),
+            name: name.map(|name| name.to_ascii_lowercase()),
+            platform,
+            instructions: Vec::new(),
+        })
+    }
+
+    /// Finds mistakes in what will run in other builds now, where its author sees them.
+    fn onbuild(&self, line: &LogicalLine, rest: &str) -> Result<(), Mistake> {
+        let trigger = first_word(rest).to_ascii_uppercase();
+        match trigger.as_str() {
+            "" => return mistake("ONBUILD", "ONBUILD requires at least one argument: an instruction"),
+            "ONBUILD" => return mistake(first_word(rest), "ONBUILD can't be the instruction of an ONBUILD"),
+            "FROM" | "MAINTAINER" => {
+                return mistake(first_word(rest), format!("{trigger} can't be the instruction of an ONBUILD"));
+            }
+            _ => {}
+        }
+        let inner = LogicalLine { location: line.location, text: rest.to_owned(), heredocs: line.heredocs.clone() };
+        // Numbers and names of stages are those of the build that it will run in.
+        Parser { file: self.file, stage: usize::MAX }.parse(&inner).map(|_| ())
+    }
+
+    fn copy(&self, rest: &str, mut flags: Flags<'_>, line: &LogicalLine) -> Result<Copy, Mistake> {
+        let from = flags.text("from")?;
+        let chown = flags.text("chown")?;
+        let chmod = flags.text("chmod")?;
+        let link = flags.boolean("link")?.unwrap_or(false);
+        let excludes = flags.texts("exclude")?;
+        if flags.boolean("parents")? == Some(true) {
+            return not_yet("--parents", "COPY --parents");
+        }
+        flags.done()?;
+        let (sources, dest) = sources_and_dest("COPY", rest, &line.heredocs)?;
+        let from = match from {
+            None => CopyFrom::Context,
+            Some(from) => self.copy_from(&from)?,
+        };
+        if from != CopyFrom::Context
+            && let Some(CopySource::Heredoc(doc)) = sources.iter().find(|s| matches!(s, CopySource::Heredoc(_)))
+        {
+            return mistake(&doc.name, "a here-document can't be copied --from another stage");
+        }
+        Ok(Copy { from, sources, dest, chown, chmod, link, excludes })
+    }
+
+    /// A number or a name of an earlier stage; anything else is an image.
+    fn copy_from(&self, from: &str) -> Result<CopyFrom, Mistake> {
+        if from.is_empty() {
+            return mistake("--from", "--from requires a stage or an image");
+        }
+        if from.contains('$') {
+            let message = "variables are not expanded in --from: name a stage with FROM … AS, and use its name";
+            return mistake(from, message);
+        }
+        // In an ONBUILD nothing is known about the stages.
+        if self.stage == usize::MAX {
+            return Ok(CopyFrom::Image(from.to_owned()));
+        }
+        // Before the first FROM: the missing FROM is the mistake to tell about.
+        let Some(own) = self.stage.checked_sub(1) else { return Ok(CopyFrom::Image(from.to_owned())) };
+        let earlier = &self.file.stages[..own];
+        if let Some(stage) = self.file.stage_named(from, own) {
+            return Ok(CopyFrom::Stage(stage));
+        }
+        if from.bytes().all(|byte| byte.is_ascii_digit()) {
+            return match from.parse::<usize>() {
+                Ok(number) if number < own => Ok(CopyFrom::Stage(number)),
+                _ if own == 0 => mistake(from, format!("no stage {from}: there is no stage before this one")),
+                _ => mistake(from, format!("no stage {from}: stages before this one are 0 to {}", own - 1)),
+            };
+        }
+        if self.file.stages[own].name.as_deref().is_some_and(|name| name.eq_ignore_ascii_case(from)) {
+            return mistake(from, format!("the stage {from} can't copy from itself"));
+        }
+        // Image names are arbitrary, so only a near miss of a stage's name that can't be a registry's path is told.
+        let names = earlier.iter().filter_map(|stage| stage.name.as_deref());
+        match suggest(from, names) {
+            Some(name) if !from.contains(['/', ':', '@', '.']) => mistake(
+                from,
+                format!("unknown stage {from:?} (did you mean {name}? For an image of that name, add a tag)"),
+            ),
+            _ => Ok(CopyFrom::Image(from.to_owned())),
+        }
+    }
+
+    /// `name=value …`, or the old `name value`.
+    fn pairs(&self, command: &str, rest: &str) -> Result<Vec<Pair>, Mistake> {
+        let words = quoted_words(rest, self.file.escape);
+        let Some(first) = words.first() else {
+            return mistake(command, format!("{command} requires at least one argument: name=value"));
+        };
+        if !first.contains('=') {
+            let Some((name, value)) = rest.split_once(is_blank) else {
+                return mistake(rest, format!("{command} requires a value: {command} {rest}=value"));
+            };
+            return Ok(vec![Pair { name: name.to_owned(), value: value.trim_start_matches(is_blank).to_owned() }]);
+        }
+        let pair = |word: &String| match word.split_once('=') {
+            None => {
+                mistake(word, format!("{word:?} has no '=': name=value is expected (a value with blanks needs quotes)"))
+            }
+            Some(("", _)) => mistake(word, format!("a name is expected before '=' in {command}")),
+            Some((name, value)) => Ok(Pair { name: name.to_owned(), value: value.to_owned() }),
+        };
+        words.iter().map(pair).collect()
+    }
+
+    fn args(&self, rest: &str) -> Result<Vec<ArgDeclaration>, Mistake> {
+        let words = quoted_words(rest, self.file.escape);
+        if words.is_empty() {
+            return mistake("ARG", "ARG requires at least one argument: name or name=default");
+        }
+        let declaration = |word: &String| match word.split_once('=') {
+            Some(("", _)) => mistake(word, "a name is expected before '=' in ARG"),
+            Some((name, value)) => Ok(ArgDeclaration { name: name.to_owned(), default: Some(value.to_owned()) }),
+            None => Ok(ArgDeclaration { name: word.clone(), default: None }),
+        };
+        words.iter().map(declaration).collect()
+    }
+}
+
+/// The instruction as an image's configuration keeps it.
+fn onbuild_text(rest: &str, heredocs: &[Heredoc]) -> String {
+    let bodies = heredocs.iter().flat_map(|doc| ["\n", &doc.content, &doc.name]);
+    [rest].into_iter().chain(bodies).collect()
+}
+
+fn not_yet<T>(focus: &str, what: &str) -> Result<T, Mistake> {
+    mistake(focus, format!("{what} is not supported yet"))
+}
+
+fn refuse_run_flags(flags: &Flags<'_>) -> Result<(), Mistake> {
+    for flag in &flags.given {
+        let name = flag_name(flag);
+        match name {
+            "mount" | "security" | "device" => return not_yet(&format!("--{name}"), &format!("RUN --{name}")),
+            // What every step has here anyway is no promise broken.
+            "network" if matches!(flag.split_once('='), Some((_, "default" | "host"))) => {}
+            "network" => return not_yet("--network", "RUN --network other than default or host"),
+            _ => return flags.unknown(flag, &["mount", "network", "security"]),
+        }
+    }
+    Ok(())
+}
+
+fn add(rest: &str, mut flags: Flags<'_>, line: &LogicalLine) -> Result<Add, Mistake> {
+    let chown = flags.text("chown")?;
+    let chmod = flags.text("chmod")?;
+    let link = flags.boolean("link")?.unwrap_or(false);
+    let excludes = flags.texts("exclude")?;
+    let unpack = flags.boolean("unpack")?;
+    let checksum = flags.text("checksum")?;
+    if flags.boolean("keep-git-dir")?.is_some() {
+        return not_yet("--keep-git-dir", "ADD --keep-git-dir");
+    }
+    flags.done()?;
+    let (sources, dest) = sources_and_dest("ADD", rest, &line.heredocs)?;
+    Ok(Add { sources, dest, chown, chmod, link, excludes, unpack, checksum })
+}
+
+fn sources_and_dest(command: &str, rest: &str, heredocs: &[Heredoc]) -> Result<(Vec<CopySource>, String), Mistake> {
+    let mut words = list(rest)?;
+    let dest = match words.len() {
+        0 => return mistake(command, format!("{command} requires at least two arguments: sources and a destination")),
+        1 => return mistake(rest, format!("{command} requires at least two arguments: the destination is missing")),
+        _ => words.pop().expect("there are at least two"),
+    };
+    if lines::heredoc(&dest).is_some() {
+        return mistake(&dest, format!("the destination of {command} can't be a here-document"));
+    }
+    if dest.is_empty() {
+        return mistake(rest, format!("the destination of {command} is empty"));
+    }
+    let source = |word: String| match lines::heredoc(&word) {
+        // In JSON a here-document's word is a path like any: there is no document behind it.
+        Some(head) => match heredocs.iter().rev().find(|doc| doc.name == head.name) {
+            Some(doc) => CopySource::Heredoc(doc.clone()),
+            None => CopySource::Path(word),
+        },
+        None => CopySource::Path(word),
+    };
+    Ok((words.into_iter().map(source).collect(), dest))
+}
+
+fn healthcheck(rest: &str, mut flags: Flags<'_>) -> Result<Healthcheck, Mistake> {
+    let (word, rest) = rest.split_once(char::is_whitespace).unwrap_or((rest, ""));
+    let rest = rest.trim();
+    match word.to_ascii_uppercase().as_str() {
+        "" => mistake("HEALTHCHECK", "HEALTHCHECK requires at least one argument: NONE or CMD command"),
+        "NONE" => {
+            flags.none()?;
+            if !rest.is_empty() {
+                return mistake(rest, "HEALTHCHECK NONE takes no arguments");
+            }
+            Ok(Healthcheck::None)
+        }
+        "CMD" => {
+            let interval_nanos = flags.nanos("interval")?;
+            let timeout_nanos = flags.nanos("timeout")?;
+            let start_period_nanos = flags.nanos("start-period")?;
+            let start_interval_nanos = flags.nanos("start-interval")?;
+            let retries = match flags.text("retries")? {
+                None => 0,
+                Some(text) => match text.parse::<u32>() {
+                    Ok(retries) if i32::try_from(retries).is_ok() => retries,
+                    _ => return mistake(text, "--retries requires a number, 0 or more"),
+                },
+            };
+            flags.done()?;
+            let command = command_line(rest)?;
+            if matches!(&command, CommandLine::Shell(text) if text.is_empty())
+                || matches!(&command, CommandLine::Exec(words) if words.is_empty())
+            {
+                return mistake(word, "HEALTHCHECK CMD requires a command");
+            }
+            Ok(Healthcheck::Command {
+                command,
+                interval_nanos,
+                timeout_nanos,
+                start_period_nanos,
+                start_interval_nanos,
+                retries,
+            })
+        }
+        _ => mistake(word, format!("unknown kind {word:?} of HEALTHCHECK: NONE or CMD is expected")),
+    }
+}
+
+/// The flags of one instruction; each is taken once.
+struct Flags<'a> {
+    command: &'a str,
+    given: Vec<String>,
+}
+
+fn flag_name(flag: &str) -> &str {
+    let flag = flag.strip_prefix("--").unwrap_or(flag);
+    flag.split_once('=').map_or(flag, |(name, _)| name)
+}
+
+impl Flags<'_> {
+    /// Takes all values given for `name`; `None` for a flag without `=`.
+    fn take(&mut self, name: &str) -> Vec<Option<String>> {
+        let (taken, rest) = std::mem::take(&mut self.given).into_iter().partition(|flag| flag_name(flag) == name);
+        self.given = rest;
+        Vec::into_iter(taken).map(|flag: String| flag.split_once('=').map(|(_, value)| value.to_owned())).collect()
+    }
+
+    fn texts(&mut self, name: &str) -> Result<Vec<String>, Mistake> {
+        let missing =
+            || Mistake { focus: format!("--{name}"), message: format!("--{name} requires a value: --{name}=…") };
+        self.take(name).into_iter().map(|value| value.ok_or_else(missing)).collect()
+    }
+
+    fn text(&mut self, name: &str) -> Result<Option<String>, Mistake> {
+        let mut values = self.texts(name)?;
+        match values.len() {
+            0 | 1 => Ok(values.pop()),
+            _ => mistake(format!("--{name}"), format!("--{name} is given more than once")),
+        }
+    }
+
+    fn boolean(&mut self, name: &str) -> Result<Option<bool>, Mistake> {
+        let mut values = self.take(name);
+        if values.len() > 1 {
+            return mistake(format!("--{name}"), format!("--{name} is given more than once"));
+        }
+        match values.pop() {
+            None => Ok(None),
+            Some(None) => Ok(Some(true)),
+            Some(Some(value)) => match value.to_ascii_lowercase().as_str() {
+                "true" => Ok(Some(true)),
+                "false" => Ok(Some(false)),
+                _ => mistake(format!("--{name}"), format!("--{name} requires true or false, not {value:?}")),
+            },
+        }
+    }
+
+    fn nanos(&mut self, name: &str) -> Result<u64, Mistake> {
+        let Some(text) = self.text(name)? else { return Ok(0) };
+        match go_duration_nanos(&text) {
+            Some(nanos) if nanos == 0 || nanos >= 1_000_000 => Ok(nanos),
+            Some(_) => mistake(text, format!("--{name} can't be less than 1ms")),
+            None => mistake(text, format!("--{name} requires a duration like 30s, 1m30s or 500ms")),
+        }
+    }
+
+    /// Whatever is left is a mistake.
+    fn done(&self) -> Result<(), Mistake> {
+        let known: &[&str] = match self.command {
+            "FROM" => &["platform"],
+            "COPY" => &["from", "chown", "chmod", "link", "exclude", "parents"],
+            "ADD" => &["chown", "chmod", "link", "exclude", "unpack", "checksum", "keep-git-dir"],
+            "HEALTHCHECK" => &["interval", "timeout", "start-period", "start-interval", "retries"],
+            _ => &[],
+        };
+        self.given.first().map_or(Ok(()), |flag| self.unknown(flag, known))
+    }
+
+    fn none(&self) -> Result<(), Mistake> {
+        self.done()
+    }
+
+    fn unknown(&self, flag: &str, known: &[&str]) -> Result<(), Mistake> {
+        let name = flag_name(flag);
+        let hint = match suggest(name, known.iter().copied()) {
+            Some(known) => format!(" (did you mean --{known}?)"),
+            None if known.is_empty() => format!(": {} has no flags", self.command),
+            None => format!(" ({} knows --{})", self.command, known.join(", --")),
+        };
+        mistake(format!("--{name}"), format!("unknown flag --{name}{hint}"))
+    }
+}
+
+/// Takes the `--flags` off the front. Quotes and escapes are undone in them, as in `BuildKit`; a lone `--` ends them.
+fn flags(text: &str, escape: char) -> (Vec<String>, &str) {
+    let mut flags = Vec::new();
+    let mut rest = text.trim_start();
+    while rest.starts_with("--") {
+        let mut flag = String::new();
+        let mut quote = None;
+        let mut chars = rest.char_indices();
+        let mut end = rest.len();
+        while let Some((at, c)) = chars.next() {
+            if quote.is_none() && c.is_whitespace() {
+                end = at;
+                break;
+            }
+            match (c, quote) {
+                (c, Some(open)) if c == open => quote = None,
+                ('\'' | '"', None) => quote = Some(c),
+                (c, _) if c == escape => flag.extend(chars.next().map(|(_, c)| c)),
+                (c, _) => flag.push(c),
+            }
+        }
+        rest = rest[end..].trim_start();
+        if flag == "--" {
+            break;
+        }
+        flags.push(flag);
+    }
+    (flags, rest)
+}
+
+/// What an argument is as JSON.
+enum Json {
+    /// An array of strings.
+    Strings(Vec<String>),
+    /// An array, but not of strings: always a mistake.
+    OtherArray,
+    /// Not JSON: text for the shell, or words.
+    No,
+}
+
+fn json(rest: &str) -> Json {
+    let rest = rest.trim_start();
+    if !rest.starts_with('[') {
+        return Json::No;
+    }
+    match serde_json::from_str::<Vec<serde_json::Value>>(rest) {
+        Err(_) => Json::No,
+        Ok(values) => {
+            let string = |value| if let serde_json::Value::String(text) = value { Some(text) } else { None };
+            values.into_iter().map(string).collect::<Option<Vec<_>>>().map_or(Json::OtherArray, Json::Strings)
+        }
+    }
+}
+
+fn strings_only<T>(rest: &str) -> Result<T, Mistake> {
+    mistake(rest, "a JSON array here can only hold strings")
+}
+
+/// Exec form if it is JSON, shell form otherwise: a slip in the JSON makes it a shell's text, as docker does.
+fn command_line(rest: &str) -> Result<CommandLine, Mistake> {
+    match json(rest) {
+        Json::Strings(words) => Ok(CommandLine::Exec(words)),
+        Json::OtherArray => strings_only(rest),
+        Json::No => Ok(CommandLine::Shell(rest.to_owned())),
+    }
+}
+
+/// JSON, or words between blanks.
+fn list(rest: &str) -> Result<Vec<String>, Mistake> {
+    match json(rest) {
+        Json::Strings(words) => Ok(words),
+        Json::OtherArray => strings_only(rest),
+        Json::No => Ok(blank_words(rest)),
+    }
+}
+
+fn blank_words(rest: &str) -> Vec<String> {
+    rest.split(is_blank).filter(|word| !word.is_empty()).map(str::to_owned).collect()
+}
+
+/// Words between blanks, where quotes and escapes hold words together; both stay, for the expansion to undo.
+fn quoted_words(rest: &str, escape: char) -> Vec<String> {
+    let mut words = Vec::new();
+    let mut word = String::new();
+    // A quoted nothing is a word too; its quotes are in `word`.
+    let mut quote = None;
+    let mut chars = rest.chars().peekable();
+    while let Some(c) = chars.next() {
+        if quote.is_none() && c.is_whitespace() {
+            if !word.is_empty() {
+                words.push(std::mem::take(&mut word));
+            }
+            continue;
+        }
+        if c == escape && quote != Some('\'') {
+            // An escape character at the very end is dropped.
+            if let Some(escaped) = chars.next() {
+                word.push(c);
+                word.push(escaped);
+            }
+            continue;
+        }
+        match quote {
+            Some(open) if c == open => quote = None,
+            None if c == '\'' || c == '"' => quote = Some(c),
+            _ => {}
+        }
+        word.push(c);
+    }
+    if !word.is_empty() {
+        words.push(word);
+    }
+    words
+}
+
+/// Go's durations: `1h30m`, `1.5s`, `500ms`; only positive ones mean anything here.
+fn go_duration_nanos(text: &str) -> Option<u64> {
+    let mut rest = text.strip_prefix('+').unwrap_or(text);
+    if rest == "0" {
+        return Some(0);
+    }
+    if rest.is_empty() {
+        return None;
+    }
+    let mut total: u128 = 0;
+    while !rest.is_empty() {
+        let digits = |text: &str| text.bytes().take_while(u8::is_ascii_digit).count();
+        let whole_len = digits(rest);
+        let (whole, mut after) = rest.split_at(whole_len);
+        let mut fraction = "";
+        if let Some(point) = after.strip_prefix('.') {
+            let (digits, tail) = point.split_at(digits(point));
+            (fraction, after) = (digits, tail);
+        }
+        if whole.is_empty() && fraction.is_empty() {
+            return None;
+        }
+        let units = [
+            ("ns", 1),
+            ("us", 1_000),
+            ("µs", 1_000),
+            ("μs", 1_000),
+            ("ms", 1_000_000),
+            ("s", 1_000_000_000u128),
+            ("m", 60_000_000_000),
+            ("h", 3_600_000_000_000),
+        ];
+        let unit_len = after.find(|c: char| c.is_ascii_digit() || c == '.').unwrap_or(after.len());
+        let (_, scale) = units.iter().find(|(unit, _)| *unit == &after[..unit_len])?;
+        let whole: u128 = if whole.is_empty() { 0 } else { whole.parse().ok()? };
+        total = total.checked_add(whole.checked_mul(*scale)?)?;
+        // Beyond nanoseconds nothing is kept.
+        let fraction = &fraction[..fraction.len().min(18)];
+        if !fraction.is_empty() {
+            total += fraction.parse::<u128>().ok()? * scale / 10u128.pow(u32::try_from(fraction.len()).ok()?);
+        }
+        rest = &after[unit_len..];
+    }
+    i64::try_from(total).ok().and_then(|nanos| u64::try_from(nanos).ok())
+}
+
+#[cfg(test)]
+#[path = "parse_tests.rs"]
+mod tests;
