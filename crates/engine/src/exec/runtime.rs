@@ -1,0 +1,346 @@
+//! Steps run by an OCI runtime: crun, runc, or what behaves like them.
+//!
+//! ```text
+//! <state dir>/runtime/state/    the runtime's own, given as --root
+//! <state dir>/runtime/bundles/<id>/config.json, log
+//! ```
+//!
+//! Both go with their step. What a dead process left is deleted when the next executor is made: the state directory
+//! belongs to one process at a time.
+
+use std::ffi::OsStr;
+use std::io::Write;
+use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use super::builtin::copy_streams;
+use super::sandbox::{CAPABILITIES, DEV_SIZE, MASKED_PATHS, READONLY_PATHS, UMASK};
+use super::stubs::Stubs;
+use super::{Access, Cancel, ExecError, Executor, ExitStatus, MountSource, Step, Streams, seccomp};
+
+/// How long to wait between attempts to kill a container that is just being made: the runtime knows it only once it is.
+const KILL_AGAIN: Duration = Duration::from_millis(50);
+
+/// How much of a runtime's log is looked at, in bytes.
+const LOG_BYTES_MAX: usize = 64 << 10;
+
+/// Runs steps with an OCI runtime.
+#[derive(Debug)]
+pub struct OciRuntime {
+    program: PathBuf,
+    name: String,
+    dir: PathBuf,
+    /// Whether the runtime can be told to leave cgroups alone.
+    cgroups: Cgroups,
+    next: AtomicU64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Cgroups {
+    /// `--cgroup-manager=disabled`: a step stays in our cgroup, so that a limit on us is a limit on it.
+    Disabled,
+    /// The runtime makes one for each container.
+    Own,
+}
+
+/// Whether there is something executable.
+pub(super) fn is_program(path: &Path) -> bool {
+    std::fs::metadata(path).is_ok_and(|metadata| metadata.is_file() && metadata.permissions().mode() & 0o111 != 0)
+}
+
+impl OciRuntime {
+    /// With the runtime at `program`; what it left under `state_dir` before is deleted.
+    ///
+    /// # Errors
+    /// [`ExecError::NoRuntime`], [`ExecError::Io`].
+    pub fn new(program: &Path, state_dir: &Path) -> Result<Self, ExecError> {
+        if !is_program(program) {
+            return Err(ExecError::NoRuntime { path: program.to_owned() });
+        }
+        let dir = std::path::absolute(state_dir)
+            .map_err(|source| ExecError::Io { op: "find", path: state_dir.to_owned(), source })?
+            .join("runtime");
+        for sub in ["state", "bundles"] {
+            let path = dir.join(sub);
+            let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&path);
+            made.map_err(|source| ExecError::Io { op: "make the directory", path, source })?;
+        }
+        let name = program.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let cgroups = if name.contains("crun") { Cgroups::Disabled } else { Cgroups::Own };
+        let runtime = Self { program: program.to_owned(), name, dir, cgroups, next: AtomicU64::new(0) };
+        runtime.sweep();
+        Ok(runtime)
+    }
+
+    /// Deletes what a dead process left. What can't be deleted harms nobody: ids are never used twice.
+    fn sweep(&self) {
+        for entry in std::fs::read_dir(self.dir.join("state")).into_iter().flatten().flatten() {
+            self.delete(&entry.file_name());
+        }
+        for entry in std::fs::read_dir(self.dir.join("bundles")).into_iter().flatten().flatten() {
+            let _ = std::fs::remove_dir_all(entry.path());
+        }
+    }
+
+    fn command(&self) -> Command {
+        let mut command = Command::new(&self.program);
+        command.env_clear().current_dir("/").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        // runc looks for its helpers there.
+        command.env("PATH", super::sandbox::DEFAULT_PATH);
+        command.arg("--root").arg(self.dir.join("state"));
+        if self.cgroups == Cgroups::Disabled {
+            command.arg("--cgroup-manager=disabled");
+        }
+        command
+    }
+
+    /// Kills everything in a container and forgets it.
+    fn delete(&self, id: &OsStr) {
+        let _ = self.command().args([OsStr::new("delete"), OsStr::new("--force"), id]).status();
+    }
+
+    fn run_in(
+        &self,
+        id: &str,
+        bundle: &Path,
+        step: &Step,
+        stdout: &mut (dyn Write + Send),
+        stderr: &mut (dyn Write + Send),
+        cancel: &Cancel,
+    ) -> Result<ExitStatus, ExecError> {
+        let failed = |op, path: &Path| {
+            let path = path.to_owned();
+            move |source| ExecError::Io { op, path, source }
+        };
+        let config = self.config(step, id)?;
+        let config_path = bundle.join("config.json");
+        std::fs::write(&config_path, config.to_string()).map_err(failed("write", &config_path))?;
+        let log = bundle.join("log");
+        let mut command = self.command();
+        command.arg("--log").arg(&log).args(["--log-format", "json", "run", "--bundle"]).arg(bundle).arg(id);
+        match step.streams {
+            Streams::Captured => command.stdout(Stdio::piped()).stderr(Stdio::piped()),
+            Streams::Inherited { .. } => {
+                command.stdin(Stdio::inherit()).stdout(Stdio::inherit()).stderr(Stdio::inherit())
+            }
+        };
+        let mut child = command.spawn().map_err(failed("start", &self.program))?;
+
+        let state = Arc::new((Mutex::new(Running { kill: false, ended: false }), Condvar::new()));
+        let kill = {
+            let state = Arc::clone(&state);
+            move || change(&state, |running| running.kill = true)
+        };
+        let guard = cancel.on_cancel(kill.clone());
+        let ended = std::thread::scope(|scope| {
+            scope.spawn(|| self.kill_when_asked(&state, id));
+            let copied = copy_streams(&mut child, stdout, stderr, &kill);
+            let ended = child.wait();
+            change(&state, |running| running.ended = true);
+            ended.map(|ended| (ended, copied))
+        });
+        drop(guard);
+        let (ended, copied) = ended.map_err(failed("wait for", &self.program))?;
+        // A runtime that was killed itself left its container.
+        if ended.code().is_none() || cancel.is_canceled() {
+            self.delete(OsStr::new(id));
+        }
+        if cancel.is_canceled() {
+            return Err(ExecError::Canceled);
+        }
+        copied.map_err(|source| ExecError::Output { source })?;
+        match ended.code() {
+            Some(0) => Ok(ExitStatus::exited(0)),
+            Some(code) => self.explain(code, &log),
+            None => Err(ExecError::HelperLost { status: ended.to_string() }),
+        }
+    }
+
+    /// Waits for the end or for the wish to end it.
+    fn kill_when_asked(&self, state: &(Mutex<Running>, Condvar), id: &str) {
+        let (lock, changed) = state;
+        let mut running = lock.lock().unwrap_or_else(PoisonError::into_inner);
+        while !running.ended {
+            if running.kill {
+                drop(running);
+                self.delete(OsStr::new(id));
+                running = lock.lock().unwrap_or_else(PoisonError::into_inner);
+                if !running.ended {
+                    running = changed.wait_timeout(running, KILL_AGAIN).unwrap_or_else(PoisonError::into_inner).0;
+                }
+            } else {
+                running = changed.wait(running).unwrap_or_else(PoisonError::into_inner);
+            }
+        }
+    }
+
+    /// Tells a step that failed from a runtime that did: only the latter writes errors to the log.
+    fn explain(&self, code: i32, log: &Path) -> Result<ExitStatus, ExecError> {
+        let text = std::fs::read(log).unwrap_or_default();
+        let text = String::from_utf8_lossy(&text[..text.len().min(LOG_BYTES_MAX)]).into_owned();
+        let errors: Vec<String> = text
+            .lines()
+            .filter_map(|line| serde_json::from_str::<Value>(line).ok())
+            .filter(|entry| matches!(entry["level"].as_str(), Some("error" | "fatal")))
+            .filter_map(|entry| entry["msg"].as_str().map(str::to_owned))
+            .collect();
+        let Some(message) = errors.last() else {
+            return Ok(if code > 128 && code < 128 + 65 {
+                ExitStatus::signalled(code - 128)
+            } else {
+                ExitStatus::exited(code)
+            });
+        };
+        // The words are those of execve's errors, in Go's, glibc's and crun's spelling: docker decides by them, too.
+        let lower = message.to_lowercase();
+        let about_command = lower.contains("exec") || lower.contains("open executable");
+        let code = match () {
+            () if !about_command => None,
+            () if ["not found", "no such file"].iter().any(|text| lower.contains(text)) => Some(ExitStatus::NOT_FOUND),
+            () if ["permission denied", "is a directory", "exec format error", "not executable"]
+                .iter()
+                .any(|text| lower.contains(text)) =>
+            {
+                Some(ExitStatus::NOT_EXECUTABLE)
+            }
+            () => None,
+        };
+        match code {
+            Some(code) => Ok(ExitStatus { code, reason: Some(message.clone()) }),
+            None => Err(ExecError::Runtime { runtime: self.name.clone(), message: errors.join("; ") }),
+        }
+    }
+
+    /// The bundle's `config.json` (runtime-spec 1.0).
+    fn config(&self, step: &Step, id: &str) -> Result<Value, ExecError> {
+        let capabilities: Vec<&str> = CAPABILITIES.iter().map(|(name, _)| *name).collect();
+        let args = step.args.iter().map(|arg| text(arg)).collect::<Result<Vec<_>, _>>()?;
+        let env = step
+            .env
+            .iter()
+            .map(|(name, value)| Ok(format!("{}={}", text(name)?, text(value)?)))
+            .collect::<Result<Vec<_>, ExecError>>()?;
+        let terminal = matches!(step.streams, Streams::Inherited { terminal: true });
+        let mut mounts = vec![
+            json!({ "destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid", "noexec", "nodev"] }),
+            json!({ "destination": "/dev", "type": "tmpfs", "source": "tmpfs",
+                "options": ["nosuid", "mode=755", format!("size={DEV_SIZE}")] }),
+            json!({ "destination": "/dev/pts", "type": "devpts", "source": "devpts",
+                "options": ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"] }),
+            json!({ "destination": "/dev/shm", "type": "tmpfs", "source": "shm",
+                "options": ["nosuid", "noexec", "nodev", "mode=1777", format!("size={DEV_SIZE}")] }),
+            json!({ "destination": "/dev/mqueue", "type": "mqueue", "source": "mqueue",
+                "options": ["nosuid", "noexec", "nodev"] }),
+            json!({ "destination": "/sys", "type": "sysfs", "source": "sysfs",
+                "options": ["nosuid", "noexec", "nodev", "ro"] }),
+        ];
+        for mount in &step.mounts {
+            let target = text(mount.target.as_os_str())?;
+            mounts.push(match &mount.source {
+                MountSource::Bind { path, access } => json!({
+                    "destination": target, "type": "bind", "source": text(path.as_os_str())?,
+                    "options": match access {
+                        Access::ReadOnly => vec!["rbind", "ro", "nosuid", "nodev"],
+                        Access::ReadWrite => vec!["rbind", "rw"],
+                    },
+                }),
+                MountSource::Tmpfs { size_bytes } => {
+                    let mut options = vec!["nosuid".to_owned(), "nodev".to_owned(), "mode=1777".to_owned()];
+                    options.extend(size_bytes.map(|bytes| format!("size={bytes}")));
+                    json!({ "destination": target, "type": "tmpfs", "source": "tmpfs", "options": options })
+                }
+            });
+        }
+        let mut linux = json!({
+            "namespaces": [{ "type": "mount" }, { "type": "pid" }, { "type": "ipc" }, { "type": "uts" }],
+            "maskedPaths": MASKED_PATHS,
+            "readonlyPaths": READONLY_PATHS,
+            "seccomp": seccomp::oci_profile(),
+        });
+        if self.cgroups == Cgroups::Own {
+            linux["cgroupsPath"] = json!(format!("/plies/{id}"));
+            linux["resources"] = json!({ "devices": [{ "allow": true, "access": "rwm" }] });
+        }
+        Ok(json!({
+            "ociVersion": "1.0.2",
+            "process": {
+                "terminal": terminal,
+                "user": {
+                    "uid": step.user.uid, "gid": step.user.gid, "additionalGids": step.user.groups, "umask": UMASK,
+                },
+                "args": args,
+                "env": env,
+                "cwd": text(step.cwd.as_os_str())?,
+                "capabilities": {
+                    "bounding": capabilities, "effective": capabilities, "permitted": capabilities,
+                    "inheritable": [], "ambient": [],
+                },
+                "noNewPrivileges": false,
+            },
+            "root": { "path": text(step.rootfs.as_os_str())?, "readonly": false },
+            "hostname": step.hostname,
+            "mounts": mounts,
+            "linux": linux,
+        }))
+    }
+}
+
+/// The configuration is JSON, which has no bytes.
+fn text(words: &OsStr) -> Result<&str, ExecError> {
+    words.to_str().ok_or(ExecError::InvalidStep {
+        what: "an OCI runtime takes only UTF-8; the built-in executor takes any bytes",
+    })
+}
+
+struct Running {
+    kill: bool,
+    ended: bool,
+}
+
+fn change(state: &(Mutex<Running>, Condvar), change: impl FnOnce(&mut Running)) {
+    change(&mut state.0.lock().unwrap_or_else(PoisonError::into_inner));
+    state.1.notify_all();
+}
+
+impl Executor for OciRuntime {
+    fn run(
+        &self,
+        step: &Step,
+        stdout: &mut (dyn Write + Send),
+        stderr: &mut (dyn Write + Send),
+        cancel: &Cancel,
+    ) -> Result<ExitStatus, ExecError> {
+        step.check()?;
+        if cancel.is_canceled() {
+            return Err(ExecError::Canceled);
+        }
+        let id = format!("plies-{}-{}", std::process::id(), self.next.fetch_add(1, Ordering::Relaxed));
+        let bundle = self.dir.join("bundles").join(&id);
+        std::fs::DirBuilder::new().mode(0o700).create(&bundle).map_err(|source| ExecError::Io {
+            op: "make the bundle",
+            path: bundle.clone(),
+            source,
+        })?;
+        let result = Stubs::make(step).and_then(|mut stubs| {
+            let result = self.run_in(&id, &bundle, step, stdout, stderr, cancel);
+            let removed = stubs.remove();
+            let status = result?;
+            removed.map(|()| status)
+        });
+        // The environment stands in it: it goes whatever happened.
+        let removed = std::fs::remove_dir_all(&bundle);
+        let status = result?;
+        removed.map_err(|source| ExecError::Io { op: "remove the bundle", path: bundle, source })?;
+        Ok(status)
+    }
+
+    fn name(&self) -> &str {
+        &self.name
+    }
+}
