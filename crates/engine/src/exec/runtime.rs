@@ -8,7 +8,7 @@
 //! Both go with their step. What a dead process left is deleted when the next executor is made: the state directory
 //! belongs to one process at a time.
 
-use std::ffi::OsStr;
+use std::ffi::{CStr, OsStr};
 use std::io::Write;
 use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
@@ -22,10 +22,15 @@ use serde_json::{Value, json};
 use super::builtin::copy_streams;
 use super::sandbox::{CAPABILITIES, DEV_SIZE, MASKED_PATHS, READONLY_PATHS, UMASK};
 use super::stubs::Stubs;
-use super::{Access, Cancel, ExecError, Executor, ExitStatus, MountSource, Step, Streams, seccomp};
+use super::{Access, Cancel, ExecError, Executor, ExitStatus, MountSource, Step, Streams, seccomp, sys};
 
 /// How long to wait between attempts to kill a container that is just being made: the runtime knows it only once it is.
 const KILL_AGAIN: Duration = Duration::from_millis(50);
+
+/// Where systemd mounts cgroup v2 beside v1.
+const HYBRID_MOUNT: &CStr = c"/sys/fs/cgroup/unified";
+/// What it says there that v2 controls.
+const HYBRID_CONTROLLERS: &str = "/sys/fs/cgroup/unified/cgroup.controllers";
 
 /// How much of a runtime's log is looked at, in bytes.
 const LOG_BYTES_MAX: usize = 64 << 10;
@@ -96,6 +101,10 @@ impl OciRuntime {
         command.arg("--root").arg(self.dir.join("state"));
         if self.cgroups == Cgroups::Disabled {
             command.arg("--cgroup-manager=disabled");
+            // crun refuses to start at all where cgroup v2 has controllers beside v1, cgroups wanted or not.
+            if std::fs::read(HYBRID_CONTROLLERS).is_ok_and(|controllers| !controllers.trim_ascii().is_empty()) {
+                sys::hide_mount(&mut command, HYBRID_MOUNT);
+            }
         }
         command
     }
@@ -264,7 +273,7 @@ impl OciRuntime {
             "seccomp": seccomp::oci_profile(),
         });
         if self.cgroups == Cgroups::Own {
-            linux["cgroupsPath"] = json!(format!("/plies/{id}"));
+            linux["cgroupsPath"] = json!(format!("/{id}"));
             linux["resources"] = json!({ "devices": [{ "allow": true, "access": "rwm" }] });
         }
         Ok(json!({

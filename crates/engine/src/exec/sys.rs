@@ -1,16 +1,17 @@
 //! The only unsafe code of this crate: what a process does between `fork` and `exec`, and three calls that no safe
 //! wrapper has.
 //!
-//! Everything but [`pass_fds`] runs in the helper, which has one thread; that is what makes most of it sound.
+//! Everything but [`pass_fds`] and [`hide_mount`] runs in the helper, which has one thread; that is what makes most of it sound.
 #![allow(unsafe_code)]
 
-use std::ffi::{c_int, c_long, c_ulong};
+use std::ffi::{CStr, c_int, c_long, c_ulong};
 use std::io;
 use std::os::fd::{BorrowedFd, RawFd};
 use std::os::unix::process::CommandExt as _;
 use std::process::Command;
 
 use rustix::io::FdFlags;
+use rustix::mount::{MountPropagationFlags, UnmountFlags};
 use rustix::process::Pid;
 use rustix::thread::{Gid, Uid, UnshareFlags};
 
@@ -55,6 +56,20 @@ pub(super) fn pass_fds(command: &mut Command, fds: Vec<RawFd>) {
     // SAFETY: between fork and exec only async-signal-safe calls are allowed; this makes plain fcntl system calls, and
     // allocates nothing: the list is made before.
     unsafe { command.pre_exec(keep) };
+}
+
+/// Has `command`'s process see the file systems without the mount at `path`, in a mount namespace of its own.
+pub(super) fn hide_mount(command: &mut Command, path: &'static CStr) {
+    let hide = move || {
+        // SAFETY: unsafe because of `UnshareFlags::FILES`, which isn't asked for.
+        unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS) }?;
+        rustix::mount::mount_change(c"/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)?;
+        rustix::mount::unmount(path, UnmountFlags::DETACH)?;
+        Ok(())
+    };
+    // SAFETY: between fork and exec only async-signal-safe calls are allowed; these are plain system calls on strings
+    // that are C strings already, so nothing is allocated.
+    unsafe { command.pre_exec(hide) };
 }
 
 /// Takes over a descriptor that [`pass_fds`] passed, by the number given on the command line. `None` if it isn't open.

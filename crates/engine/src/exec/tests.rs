@@ -1,1 +1,445 @@
+//! One suite over every executor that this machine has. As root only: namespaces and mounts are the point.
 
+use std::io::Write;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc;
+
+use super::*;
+
+/// A tree with a shell in it.
+fn rootfs() -> Option<tempfile::TempDir> {
+    let busybox = ["/bin/busybox", "/usr/bin/busybox"].iter().find(|path| Path::new(path).is_file());
+    let Some(busybox) = busybox else {
+        eprintln!("SKIPPED: no static busybox (Debian: busybox-static)");
+        return None;
+    };
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("SKIPPED: not root");
+        return None;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
+    for sub in ["bin", "etc", "tmp", "work dir"] {
+        std::fs::create_dir(dir.path().join(sub)).unwrap();
+    }
+    std::fs::copy(busybox, dir.path().join("bin/busybox")).unwrap();
+    for applet in [
+        "sh", "cat", "ls", "id", "mount", "umount", "sleep", "kill", "true", "env", "pwd", "readlink", "hostname",
+        "touch", "grep", "mknod", "unshare", "chroot", "stat", "wc", "setsid", "test", "echo", "awk", "date", "su",
+    ] {
+        std::os::unix::fs::symlink("busybox", dir.path().join("bin").join(applet)).unwrap();
+    }
+    Some(dir)
+}
+
+/// Every executor on this machine, each with a state directory of its own.
+fn executors() -> Vec<(Box<dyn Executor>, tempfile::TempDir)> {
+    let path: Vec<PathBuf> = ["/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin"].map(PathBuf::from).into();
+    let mut choices = vec![ExecutorChoice::Builtin];
+    for name in RUNTIMES {
+        match path.iter().map(|dir| dir.join(name)).find(|path| runtime::is_program(path)) {
+            Some(path) => choices.push(ExecutorChoice::Runtime(path)),
+            None => eprintln!("SKIPPED: no {name}"),
+        }
+    }
+    choices
+        .iter()
+        .map(|choice| {
+            let state = tempfile::tempdir().unwrap();
+            (pick(choice, state.path(), &path).unwrap(), state)
+        })
+        .collect()
+}
+
+struct Ran {
+    result: Result<ExitStatus, ExecError>,
+    out: String,
+    err: String,
+}
+
+impl Ran {
+    fn code(&self) -> i32 {
+        self.result.as_ref().unwrap_or_else(|error| panic!("{error:?}: {}", self.err)).code()
+    }
+}
+
+fn run(executor: &dyn Executor, step: &Step) -> Ran {
+    let (mut out, mut err) = (Vec::new(), Vec::new());
+    let result = executor.run(step, &mut out, &mut err, &Cancel::new());
+    let text = |bytes| String::from_utf8(bytes).unwrap();
+    Ran { result, out: text(out), err: text(err) }
+}
+
+fn sh(root: &Path, script: &str) -> Step {
+    let mut step = Step::new(root, ["/bin/sh", "-c", script]);
+    step.env.push(("PATH".into(), "/bin".into()));
+    step
+}
+
+/// Runs `test` for each executor, saying which.
+fn each(test: impl Fn(&dyn Executor, &Path)) {
+    for (executor, _state) in executors() {
+        let Some(root) = rootfs() else { return };
+        eprintln!("with {}", executor.name());
+        test(&*executor, root.path());
+    }
+}
+
+/// Runs a script and gives its output, which it must end well for.
+fn output(executor: &dyn Executor, root: &Path, script: &str) -> String {
+    let ran = run(executor, &sh(root, script));
+    assert_eq!(ran.code(), 0, "{script}: {}{}", ran.out, ran.err);
+    ran.out
+}
+
+#[test]
+fn privileged_output_and_exit_codes_come_through() {
+    each(|executor, root| {
+        let ran = run(executor, &sh(root, "echo out; echo err >&2; exit 7"));
+        assert_eq!((ran.code(), ran.out.as_str(), ran.err.as_str()), (7, "out\n", "err\n"));
+        assert_eq!(run(executor, &sh(root, "exit 0")).code(), 0);
+        if executor.name() == "builtin" {
+            // Under a runtime the step is pid 1 itself, which can't be killed from inside.
+            assert_eq!(run(executor, &sh(root, "kill -9 $$; sleep 5")).code(), 137);
+            assert_eq!(run(executor, &sh(root, "kill -TERM $$; sleep 5")).code(), 143);
+        }
+        assert_eq!(run(executor, &Step::new(root, ["no-such-command"])).code(), 127);
+        assert_eq!(run(executor, &Step::new(root, ["/no/such/command"])).code(), 127);
+        std::fs::write(root.join("bin/data"), "text").unwrap();
+        assert_eq!(run(executor, &Step::new(root, ["/bin/data"])).code(), 126);
+        assert_eq!(run(executor, &Step::new(root, ["/etc"])).code(), 126);
+        std::fs::write(root.join("bin/script"), "#!/no/interpreter\n").unwrap();
+        std::fs::set_permissions(root.join("bin/script"), std::fs::Permissions::from_mode(0o755)).unwrap();
+        assert_eq!(run(executor, &Step::new(root, ["/bin/script"])).code(), 127);
+    });
+}
+
+#[test]
+fn privileged_environment_directory_and_host_name_are_as_asked() {
+    each(|executor, root| {
+        let mut step = Step::new(root, ["env"]);
+        step.env = vec![("PATH".into(), "/nowhere:/bin".into()), ("A".into(), "b c\n=d".into())];
+        step.hostname = "stage".into();
+        let ran = run(executor, &step);
+        assert_eq!(ran.code(), 0, "{}", ran.err);
+        assert!(ran.out.contains("A=b c\n=d\n"), "{}", ran.out);
+        assert!(!ran.out.contains("CARGO"), "{}", ran.out);
+        step.args = ["sh", "-c", "pwd; hostname; umask"].map(Into::into).into();
+        step.cwd = "/work dir".into();
+        assert_eq!(run(executor, &step).out, "/work dir\nstage\n0022\n");
+    });
+}
+
+#[test]
+fn privileged_user_and_groups_are_as_asked() {
+    each(|executor, root| {
+        let mut step = sh(root, "id -u; id -g; id -G; grep Cap /proc/self/status; touch /etc/x");
+        step.user = User { uid: 1234, gid: 2345, groups: vec![3456, 4567] };
+        let ran = run(executor, &step);
+        assert!(ran.out.starts_with("1234\n2345\n2345 3456 4567\n"), "{}", ran.out);
+        assert!(ran.out.contains("CapEff:\t0000000000000000"), "{}", ran.out);
+        assert_ne!(ran.code(), 0, "a user can't write to root's directory");
+    });
+}
+
+#[test]
+fn privileged_capabilities_are_dockers() {
+    each(|executor, root| {
+        let status = output(executor, root, "grep -E 'Cap|NoNew' /proc/self/status");
+        for set in ["CapPrm", "CapEff", "CapBnd"] {
+            assert!(status.contains(&format!("{set}:\t00000000a80425fb\n")), "{status}");
+        }
+        for set in ["CapInh", "CapAmb"] {
+            assert!(status.contains(&format!("{set}:\t0000000000000000\n")), "{status}");
+        }
+        assert!(status.contains("NoNewPrivs:\t0\n"), "{status}");
+        assert!(output(executor, root, "grep Seccomp: /proc/self/status").contains("2"), "a filter is there");
+    });
+}
+
+#[test]
+fn f10_privileged_no_descriptor_leaks_into_a_step() {
+    // One that a careless caller left open for all children.
+    let leak = rustix::fs::open("/etc", rustix::fs::OFlags::RDONLY, rustix::fs::Mode::empty()).unwrap();
+    each(|executor, root| {
+        let step = Step::new(root, ["/bin/ls", "/proc/self/fd"]);
+        let ran = run(executor, &step);
+        // 3 is the directory that ls reads.
+        assert_eq!(ran.out, "0\n1\n2\n3\n", "{}", ran.err);
+    });
+    drop(leak);
+}
+
+#[test]
+fn privileged_a_step_sees_its_own_processes_only() {
+    each(|executor, root| {
+        let count = output(executor, root, "ls -d /proc/[0-9]* | wc -l");
+        assert!(count.trim().parse::<u32>().unwrap() <= 5, "{count}");
+        let own = output(executor, root, "echo $$");
+        assert!(own.trim().parse::<u32>().unwrap() <= 2, "{own}");
+        assert_ne!(run(executor, &sh(root, "kill -9 1; exit 3")).code(), 0);
+    });
+}
+
+#[test]
+fn f10_privileged_the_helper_is_out_of_reach() {
+    each(|executor, root| {
+        if executor.name() != "builtin" {
+            return;
+        }
+        for script in ["readlink /proc/1/exe", "cat /proc/1/environ", "readlink /proc/1/fd/0", "ls /proc/1/root/"] {
+            assert_ne!(run(executor, &sh(root, script)).code(), 0, "{script}");
+        }
+        // CVE-2019-5736: a command that is a link to the process's own program runs a sealed copy, if at all.
+        std::os::unix::fs::symlink("/proc/self/exe", root.join("bin/self")).unwrap();
+        let ran = run(executor, &Step::new(root, ["/bin/self"]));
+        assert_ne!(ran.result.map(|status| status.code()).unwrap_or(1), 0);
+    });
+}
+
+#[test]
+fn privileged_mounting_and_new_namespaces_are_refused() {
+    each(|executor, root| {
+        for script in [
+            "mount -t tmpfs x /tmp",
+            "umount /proc",
+            "unshare -m true",
+            "unshare -U true",
+            "mount -o remount,rw /proc/sys",
+            "echo 1 > /proc/sys/kernel/panic",
+            "echo x > /sys/kernel/uevent_helper",
+            "hostname other",
+        ] {
+            let ran = run(executor, &sh(root, script));
+            assert_ne!(ran.code(), 0, "{script} went through: {}{}", ran.out, ran.err);
+        }
+        assert_eq!(output(executor, root, "cat /proc/keys /proc/timer_list 2>/dev/null; ls /sys/firmware"), "");
+        // What docker allows stays allowed.
+        output(executor, root, "chroot / /bin/true && mknod /tmp/null c 1 3");
+    });
+}
+
+#[test]
+fn privileged_dev_is_a_small_one_of_its_own() {
+    each(|executor, root| {
+        output(executor, root, "echo x > /dev/null && test -c /dev/zero && test -c /dev/urandom && test -d /dev/shm");
+        output(executor, root, "test -e /dev/ptmx && test -d /dev/pts && test -e /dev/stdin && test -L /dev/fd");
+        output(executor, root, "touch /dev/shm/x && test ! -e /dev/vda && test ! -e /dev/kmsg && test ! -e /dev/mem");
+        assert_ne!(run(executor, &sh(root, "echo x > /dev/tty")).code(), 0, "no terminal to write to");
+        // Bytes are compared, not only existence.
+        assert_eq!(output(executor, root, "head -c 4 /dev/zero 2>/dev/null | wc -c || true").trim().len(), 1);
+    });
+}
+
+#[test]
+fn f02_privileged_mounts_appear_and_leave_no_trace() {
+    each(|executor, root| {
+        let host = tempfile::tempdir().unwrap();
+        std::fs::write(host.path().join("file"), "hello").unwrap();
+        let mut step = sh(
+            root,
+            "cat /etc/resolv.conf > /dev/null && cat /mnt/ro/file && echo new > /mnt/rw/out && touch /scratch/x \
+             && cat /dev/pipes/file && ! echo x > /mnt/ro/file && ! echo x > /etc/resolv.conf && ls -d /proc /sys",
+        );
+        step.mounts = StepMount::host_network_files();
+        let bind = |target: &str, access| StepMount {
+            target: target.into(),
+            source: MountSource::Bind { path: host.path().to_owned(), access },
+        };
+        step.mounts.push(bind("/mnt/ro", Access::ReadOnly));
+        step.mounts.push(bind("/mnt/rw", Access::ReadWrite));
+        step.mounts.push(bind("/dev/pipes", Access::ReadOnly));
+        step.mounts
+            .push(StepMount { target: "/scratch".into(), source: MountSource::Tmpfs { size_bytes: Some(1 << 20) } });
+        let ran = run(executor, &step);
+        assert_eq!(ran.code(), 0, "{}{}", ran.out, ran.err);
+        assert!(ran.out.starts_with("hellohello"), "{}", ran.out);
+        assert_eq!(std::fs::read_to_string(host.path().join("out")).unwrap(), "new\n");
+        let mut names: Vec<_> =
+            std::fs::read_dir(root).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        assert_eq!(names, ["bin", "etc", "tmp", "work dir"]);
+        assert_eq!(std::fs::read_dir(root.join("etc")).unwrap().count(), 0);
+    });
+}
+
+#[test]
+fn privileged_a_linked_mount_target_is_followed_inside_the_root() {
+    each(|executor, root| {
+        std::os::unix::fs::symlink("/run/resolv/stub.conf", root.join("etc/resolv.conf")).unwrap();
+        let host = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(host.path(), "nameserver 192.0.2.1").unwrap();
+        let mut step = sh(root, "cat /run/resolv/stub.conf");
+        let source = MountSource::Bind { path: host.path().to_owned(), access: Access::ReadOnly };
+        step.mounts = vec![StepMount { target: "/etc/resolv.conf".into(), source }];
+        assert_eq!(run(executor, &step).out, "nameserver 192.0.2.1");
+        assert!(!root.join("run").exists());
+        assert!(!Path::new("/run/resolv").exists());
+    });
+}
+
+#[test]
+fn j12_privileged_a_working_directory_outside_the_root_is_refused() {
+    each(|executor, root| {
+        if executor.name() != "builtin" {
+            return;
+        }
+        for cwd in ["/proc/self/fd/3", "/proc/self/cwd", "/no/such/directory", "/bin/sh"] {
+            let mut step = sh(root, "pwd");
+            step.cwd = cwd.into();
+            assert!(run(executor, &step).result.is_err(), "{cwd}");
+        }
+    });
+}
+
+#[test]
+fn privileged_what_a_step_leaves_running_is_killed() {
+    each(|executor, root| {
+        // The output stays open in the background process: if that lived on, this would hang.
+        let ran = run(executor, &sh(root, "sleep 1000 & setsid sleep 1000 & (sleep 1000 &) ; echo done"));
+        assert_eq!((ran.code(), ran.out.as_str()), (0, "done\n"));
+    });
+}
+
+#[test]
+fn privileged_orphans_are_reaped() {
+    each(|executor, root| {
+        if executor.name() != "builtin" {
+            return;
+        }
+        let script = "for i in 1 2 3 4 5; do (true &); done; \
+                      for i in 1 2 3 4 5 6 7 8 9; do cat /proc/[0-9]*/stat 2>/dev/null | grep -q ' Z ' || exit 0; sleep 0.1; done; \
+                      exit 1";
+        output(executor, root, script);
+    });
+}
+
+/// Tells when the first byte came.
+struct Tell(mpsc::Sender<()>);
+
+impl Write for Tell {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        let _ = self.0.send(());
+        Ok(bytes.len())
+    }
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn privileged_cancel_kills_everything() {
+    each(|executor, root| {
+        let cancel = Cancel::new();
+        let (started, wait) = mpsc::channel();
+        let step = sh(root, "trap '' TERM INT HUP; echo up; sleep 1000 & while true; do sleep 1000; done");
+        std::thread::scope(|scope| {
+            let running = scope.spawn(|| executor.run(&step, &mut Tell(started), &mut std::io::sink(), &cancel));
+            wait.recv().unwrap();
+            cancel.cancel();
+            assert!(matches!(running.join().unwrap(), Err(ExecError::Canceled)));
+        });
+        // Before it began, too.
+        let late = executor.run(&step, &mut std::io::sink(), &mut std::io::sink(), &cancel);
+        assert!(matches!(late, Err(ExecError::Canceled)));
+        assert!(!root.join("proc").exists());
+    });
+}
+
+struct Refuse;
+
+impl Write for Refuse {
+    fn write(&mut self, _: &[u8]) -> std::io::Result<usize> {
+        Err(std::io::ErrorKind::BrokenPipe.into())
+    }
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn privileged_a_sink_that_fails_ends_the_step() {
+    each(|executor, root| {
+        let step = sh(root, "while true; do echo y; done");
+        let result = executor.run(&step, &mut Refuse, &mut std::io::sink(), &Cancel::new());
+        assert!(matches!(result, Err(ExecError::Output { .. })), "{result:?}");
+    });
+}
+
+#[test]
+fn privileged_large_output_on_both_streams_does_not_block() {
+    each(|executor, root| {
+        let ran = run(
+            executor,
+            &sh(
+                root,
+                "awk 'BEGIN { for (i = 0; i < 40000; i++) { print \"0123456789\"; print \"0123456789\" > \"/dev/stderr\" } }'",
+            ),
+        );
+        assert_eq!((ran.code(), ran.out.len(), ran.err.len()), (0, 440_000, 440_000));
+    });
+}
+
+#[test]
+fn privileged_steps_run_side_by_side() {
+    each(|executor, _| {
+        std::thread::scope(|scope| {
+            for number in 0..4 {
+                scope.spawn(move || {
+                    let root = rootfs().unwrap();
+                    let code = run(executor, &sh(root.path(), &format!("exit {number}"))).code();
+                    assert_eq!(code, number);
+                });
+            }
+        });
+    });
+}
+
+#[test]
+fn privileged_pick_deletes_what_a_dead_process_left() {
+    let Some(root) = rootfs() else { return };
+    let path: Vec<PathBuf> = ["/usr/sbin", "/usr/bin"].map(PathBuf::from).into();
+    for name in RUNTIMES {
+        let Some(program) = path.iter().map(|dir| dir.join(name)).find(|path| runtime::is_program(path)) else {
+            eprintln!("SKIPPED: no {name}");
+            continue;
+        };
+        let state = tempfile::tempdir().unwrap();
+        let choice = ExecutorChoice::Runtime(program);
+        let executor = pick(&choice, state.path(), &path).unwrap();
+        let (started, wait) = mpsc::channel();
+        let step = sh(root.path(), "echo up; exec sleep 1000");
+        std::thread::scope(|scope| {
+            let running = scope.spawn(|| executor.run(&step, &mut Tell(started), &mut std::io::sink(), &Cancel::new()));
+            wait.recv().unwrap();
+            // The next owner of the state directory finds the container.
+            let _next = pick(&choice, state.path(), &path).unwrap();
+            assert!(running.join().unwrap().map(|status| status.success()).unwrap_or(false) == false);
+        });
+        assert_eq!(std::fs::read_dir(state.path().join("runtime/state")).unwrap().count(), 0);
+    }
+}
+
+#[test]
+fn steps_that_make_no_sense_are_refused() {
+    let executor = Builtin::new();
+    let bad = |change: &dyn Fn(&mut Step)| {
+        let mut step = Step::new("/", ["true"]);
+        change(&mut step);
+        run(&executor, &step).result.unwrap_err()
+    };
+    assert!(matches!(bad(&|step| step.args.clear()), ExecError::InvalidStep { .. }));
+    assert!(matches!(bad(&|step| step.cwd = "relative".into()), ExecError::InvalidStep { .. }));
+    assert!(matches!(bad(&|step| step.args.push("a\0b".into())), ExecError::InvalidStep { .. }));
+    assert!(matches!(bad(&|step| step.env.push(("A=B".into(), "".into()))), ExecError::InvalidStep { .. }));
+}
+
+#[test]
+fn auto_takes_the_built_in_executor_where_there_is_no_runtime() {
+    let state = tempfile::tempdir().unwrap();
+    let executor = pick(&ExecutorChoice::Auto, state.path(), &[state.path().to_owned()]).unwrap();
+    assert_eq!(executor.name(), "builtin");
+    let missing = ExecutorChoice::Runtime("/no/such/runtime".into());
+    assert!(matches!(pick(&missing, state.path(), &[]), Err(ExecError::NoRuntime { .. })));
+}
