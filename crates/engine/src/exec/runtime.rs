@@ -24,6 +24,9 @@ use super::sandbox::{CAPABILITIES, DEV_SIZE, MASKED_PATHS, READONLY_PATHS, UMASK
 use super::stubs::Stubs;
 use super::{Access, Cancel, ExecError, Executor, ExitStatus, MountSource, Step, Streams, seccomp, sys};
 
+/// Numbers the containers of this process: their cgroups and host-wide names are the same whatever the state directory.
+static NEXT_ID: AtomicU64 = AtomicU64::new(0);
+
 /// How long to wait between attempts to kill a container that is just being made: the runtime knows it only once it is.
 const KILL_AGAIN: Duration = Duration::from_millis(50);
 
@@ -43,7 +46,6 @@ pub struct OciRuntime {
     dir: PathBuf,
     /// Whether the runtime can be told to leave cgroups alone.
     cgroups: Cgroups,
-    next: AtomicU64,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -78,7 +80,7 @@ impl OciRuntime {
         }
         let name = program.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let cgroups = if name.contains("crun") { Cgroups::Disabled } else { Cgroups::Own };
-        let runtime = Self { program: program.to_owned(), name, dir, cgroups, next: AtomicU64::new(0) };
+        let runtime = Self { program: program.to_owned(), name, dir, cgroups };
         runtime.sweep();
         Ok(runtime)
     }
@@ -212,7 +214,7 @@ impl OciRuntime {
         let code = match () {
             () if !about_command => None,
             () if ["not found", "no such file"].iter().any(|text| lower.contains(text)) => Some(ExitStatus::NOT_FOUND),
-            () if ["permission denied", "is a directory", "exec format error", "not executable"]
+            () if ["permission denied", "not permitted", "is a directory", "exec format error", "not executable"]
                 .iter()
                 .any(|text| lower.contains(text)) =>
             {
@@ -329,7 +331,7 @@ impl Executor for OciRuntime {
         if cancel.is_canceled() {
             return Err(ExecError::Canceled);
         }
-        let id = format!("plies-{}-{}", std::process::id(), self.next.fetch_add(1, Ordering::Relaxed));
+        let id = format!("plies-{}-{}", std::process::id(), NEXT_ID.fetch_add(1, Ordering::Relaxed));
         let bundle = self.dir.join("bundles").join(&id);
         std::fs::DirBuilder::new().mode(0o700).create(&bundle).map_err(|source| ExecError::Io {
             op: "make the bundle",

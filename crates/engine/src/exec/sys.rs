@@ -20,7 +20,9 @@ use super::user::User;
 
 /// `sigset_t` of the C libraries on Linux: 1024 bits.
 #[repr(C)]
-struct SignalSet([c_ulong; 1024 / c_ulong::BITS as usize]);
+struct SignalSet([c_ulong; SIGNAL_SET_WORDS]);
+
+const SIGNAL_SET_WORDS: usize = 1024 / c_ulong::BITS as usize;
 
 /// `struct sock_fprog`.
 #[repr(C)]
@@ -90,11 +92,18 @@ pub(super) fn set_close_on_exec(fd: RawFd) {
     let _ = rustix::io::fcntl_setfd(unsafe { BorrowedFd::borrow_raw(fd) }, FdFlags::CLOEXEC);
 }
 
-/// Has `command`'s process act as `user` from the start: groups first, while it may still change them.
+/// Has `command`'s process act as `user` from the start, with no signal held back: groups first, while it may
+/// still change them.
 pub(super) fn run_as(command: &mut Command, user: &User) {
     let groups: Vec<Gid> = user.groups.iter().map(|gid| Gid::from_raw(*gid)).collect();
     let (uid, gid) = (Uid::from_raw(user.uid), Gid::from_raw(user.gid));
     let become_user = move || {
+        // The helper waits for its signals; the step gets them.
+        let none = SignalSet([0; SIGNAL_SET_WORDS]);
+        // SAFETY: the C library only reads the set, which is as large as its type.
+        if unsafe { sigprocmask(SIG_SETMASK, &raw const none, std::ptr::null_mut()) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
         rustix::thread::set_thread_groups(&groups)?;
         rustix::thread::set_thread_res_gid(gid, gid, gid)?;
         rustix::thread::set_thread_res_uid(uid, uid, uid)?;
@@ -140,7 +149,7 @@ pub(super) struct Signals(SignalSet);
 impl Signals {
     /// Holds back all signals that can be.
     pub(super) fn block() -> io::Result<Self> {
-        let mut set = SignalSet([0; 1024 / c_ulong::BITS as usize]);
+        let mut set = SignalSet([0; SIGNAL_SET_WORDS]);
         // SAFETY: `set` is as large as the C library's type, and both calls only read and write it.
         let result = unsafe {
             sigfillset(&raw mut set);

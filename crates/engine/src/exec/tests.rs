@@ -144,6 +144,20 @@ fn privileged_user_and_groups_are_as_asked() {
 }
 
 #[test]
+fn privileged_no_signal_is_held_back_or_ignored() {
+    each(|executor, root| {
+        let ran = run(executor, &Step::new(root, ["/bin/grep", "-E", "SigBlk|SigIgn", "/proc/self/status"]));
+        let sets: Vec<u64> = ran
+            .out
+            .lines()
+            .map(|line| u64::from_str_radix(line.split_whitespace().nth(1).unwrap(), 16).unwrap())
+            .collect();
+        // Real-time signals may be ignored by whoever started the tests.
+        assert_eq!(sets.iter().map(|set| set & 0x7fff_ffff).collect::<Vec<_>>(), [0, 0], "{}", ran.out);
+    });
+}
+
+#[test]
 fn privileged_capabilities_are_dockers() {
     each(|executor, root| {
         let status = output(executor, root, "grep -E 'Cap|NoNew' /proc/self/status");
