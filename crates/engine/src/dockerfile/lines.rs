@@ -5,7 +5,7 @@ use super::error::{DockerfileError, Location};
 use super::words::{Lexer, NoVariables};
 
 /// The largest Dockerfile that is read, in bytes. The largest real ones are generated and stay below 1 MiB.
-pub(super) const FILE_BYTES_MAX: usize = 16 << 20;
+pub(in crate::dockerfile) const FILE_BYTES_MAX: usize = 16 << 20;
 
 /// One instruction with everything that belongs to it.
 #[derive(Debug)]

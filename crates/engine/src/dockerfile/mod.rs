@@ -43,10 +43,14 @@ pub struct Dockerfile {
 }
 
 impl Dockerfile {
-    /// An error about one of this file's instructions that was found later, while building.
+    /// An error about one of this file's instructions that was found later, while building, or about the whole file if
+    /// `at` is nowhere. `focus` is the part of the instruction to point at.
     pub fn error(&self, at: Location, focus: &str, message: impl Into<String>) -> DockerfileError {
+        if at.first_line == 0 {
+            return DockerfileError::new(&self.file, 0, "", "", message.into());
+        }
         // The part to point at may stand on a continuation line.
-        let lines = at.first_line.max(1)..=at.last_line.max(at.first_line).max(1);
+        let lines = at.first_line..=at.last_line.max(at.first_line);
         let text = |line: u32| self.lines.get(line as usize - 1).map_or("", String::as_str);
         let line = if focus.is_empty() { None } else { lines.clone().find(|line| text(*line).contains(focus)) };
         let line = line.unwrap_or(*lines.start());

@@ -111,7 +111,9 @@ fn privileged_output_and_exit_codes_come_through() {
         assert_eq!(run(executor, &Step::new(root, ["/etc"])).code(), 126);
         std::fs::write(root.join("bin/script"), "#!/no/interpreter\n").unwrap();
         std::fs::set_permissions(root.join("bin/script"), std::fs::Permissions::from_mode(0o755)).unwrap();
-        assert_eq!(run(executor, &Step::new(root, ["/bin/script"])).code(), 127);
+        let missing_interpreter = run(executor, &Step::new(root, ["/bin/script"])).code();
+        // Runtimes find out when it is too late to tell it from a failing step, and end with 1, as under docker.
+        assert_eq!(missing_interpreter, if executor.name() == "builtin" { 127 } else { 1 });
     });
 }
 
