@@ -93,7 +93,8 @@ impl Tree {
         let mut hasher = Hasher { sum: Sha256::new(), owners: self.owners, buffer: vec![0; READ_BYTES] };
         hasher.sum.update(DOMAIN);
         for item in &selection.items {
-            hasher.bytes(&item.name);
+            // A directory's name doesn't appear in the copy.
+            hasher.bytes(if item.is_dir() { b"" } else { &item.name });
             match &item.kind {
                 SelectedKind::Inline { bytes, mode } => {
                     hasher.sum.update([b'i']);

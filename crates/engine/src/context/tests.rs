@@ -303,7 +303,8 @@ fn destinations_as_in_docker() {
     let root = dir(&[("file", "f"), ("other", "o"), ("d/x", "x"), ("d/sub/y", "y")]);
     let tree = context(root.path(), "");
     // What is there before, sources, destination, what is there after.
-    let table: &[(&[&str], &[&str], &str, &[&str])] = &[
+    type Case = (&'static [&'static str], &'static [&'static str], &'static str, &'static [&'static str]);
+    let table: &[Case] = &[
         (&[], &["file"], "/new", &["new"]),
         (&[], &["file"], "/new/", &["new/", "new/file"]),
         (&[], &["file"], "new/deep/name", &["new/", "new/deep/", "new/deep/name"]),

@@ -58,11 +58,15 @@ impl Found {
             return Ok(Vec::new());
         }
         let path = inroot::fd_path(self.handle.as_fd());
-        let mut names = vec![0; XATTR_BYTES_MAX];
-        let length = match rustix::fs::listxattr(path.as_str(), &mut names[..]) {
-            Ok(length) => length,
-            Err(Errno::NOTSUP) => return Ok(Vec::new()),
-            Err(error) => return Err(error.into()),
+        // Nearly all files have none: no large buffer for those.
+        let mut names = vec![0; 256];
+        let length = loop {
+            match rustix::fs::listxattr(path.as_str(), &mut names[..]) {
+                Ok(length) => break length,
+                Err(Errno::RANGE) if names.len() < XATTR_BYTES_MAX => names.resize(XATTR_BYTES_MAX, 0),
+                Err(Errno::NOTSUP) => return Ok(Vec::new()),
+                Err(error) => return Err(error.into()),
+            }
         };
         let mut xattrs = Vec::new();
         for name in names[..length].split(|byte| *byte == 0).filter(|name| kept_xattr(name)) {

@@ -31,6 +31,7 @@ use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags,
     UnmountFlags,
 };
+use rustix::pipe::PipeFlags;
 use rustix::process::{DumpableBehavior, Pid, Signal, WaitOptions};
 use rustix::thread::{CapabilitySet, CapabilitySets, UnshareFlags};
 use serde::{Deserialize, Serialize};
@@ -62,7 +63,7 @@ pub(super) fn helper_main() -> Option<i32> {
     let (Some(config), Some(report)) = (fd(), fd()) else { return Some(2) };
     let reporter = Reporter(report);
     match outer(config, &reporter) {
-        Ok(()) => Some(0),
+        Ok(code) => Some(code),
         Err(failure) => {
             reporter.say(&Report::Failed { what: failure.what, errno: failure.source.raw_os_error().unwrap_or(0) });
             Some(1)
@@ -104,7 +105,7 @@ impl Config {
         Self {
             parent: rustix::process::getpid().as_raw_nonzero().get(),
             args: step.args.iter().map(|arg| bytes(arg)).collect(),
-            env: step.env.iter().map(|(name, value)| (bytes(name), bytes(value))).collect(),
+            env: step.environment().iter().map(|(name, value)| (bytes(name), bytes(value))).collect(),
             cwd: bytes(step.cwd.as_os_str()),
             uid: step.user.uid,
             gid: step.user.gid,
@@ -161,8 +162,8 @@ impl<T, E: Into<io::Error>> Context<T> for Result<T, E> {
     }
 }
 
-/// The helper itself, in the host's pid namespace.
-fn outer(config: OwnedFd, reporter: &Reporter) -> Result<(), Failure> {
+/// The helper itself, in the host's pid namespace; its own exit code says how pid 1 ended.
+fn outer(config: OwnedFd, reporter: &Reporter) -> Result<i32, Failure> {
     die_with_parent()?;
     let mut text = Vec::new();
     File::from(config).read_to_end(&mut text).context(|| "read the step".to_owned())?;
@@ -183,8 +184,12 @@ fn outer(config: OwnedFd, reporter: &Reporter) -> Result<(), Failure> {
     sys::unshare_helper(UnshareFlags::NEWNS | UnshareFlags::NEWPID | UnshareFlags::NEWIPC | UnshareFlags::NEWUTS)
         .context(|| "make namespaces (the built-in executor needs root)".to_owned())?;
     let signals = Signals::block().context(|| "block signals".to_owned())?;
+    // Ends when we do: tells pid 1 what its parent's number, which is 0 to it, can't.
+    let (alive, held) =
+        rustix::pipe::pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).context(|| "make a pipe".to_owned())?;
     let Some(init) = sys::fork_helper().context(|| "start pid 1".to_owned())? else {
-        let code = match inner(&config, &filter, &signals, reporter) {
+        drop(held);
+        let code = match inner(&config, &filter, &signals, reporter, &alive) {
             Ok(()) => 0,
             Err(failure) => {
                 let errno = failure.source.raw_os_error().unwrap_or(0);
@@ -199,8 +204,8 @@ fn outer(config: OwnedFd, reporter: &Reporter) -> Result<(), Failure> {
     loop {
         match signals.wait() {
             CHILD => {
-                if let Ok(Some(_)) = rustix::process::waitpid(Some(init), WaitOptions::NOHANG) {
-                    return Ok(());
+                if let Ok(Some((_, status))) = rustix::process::waitpid(Some(init), WaitOptions::NOHANG) {
+                    return Ok(status.terminating_signal().map_or(0, |signal| 128 + signal));
                 }
             }
             // Pid 1's end is the end of its namespace; it is seen here as SIGCHLD once nothing is left.
@@ -233,8 +238,18 @@ fn close_on_exec() -> Result<(), Failure> {
 }
 
 /// Pid 1: never returns before the step has ended.
-fn inner(config: &Config, filter: &[Instruction], signals: &Signals, reporter: &Reporter) -> Result<(), Failure> {
+fn inner(
+    config: &Config,
+    filter: &[Instruction],
+    signals: &Signals,
+    reporter: &Reporter,
+    alive: &OwnedFd,
+) -> Result<(), Failure> {
     die_with_parent()?;
+    // The parent died before its death could be asked about.
+    if rustix::io::read(alive, &mut [0]) != Err(Errno::AGAIN) {
+        return Err(Failure { what: "find the parent".to_owned(), source: Errno::SRCH.into() });
+    }
     rustix::system::sethostname(config.hostname.as_bytes()).context(|| "set the host name".to_owned())?;
     enter_root(config)?;
     rustix::process::umask(Mode::from_raw_mode(UMASK));

@@ -51,7 +51,7 @@ pub struct Step {
     /// The command and its arguments; at least one. A command without a slash is looked for in the step's `PATH`,
     /// inside the root.
     pub args: Vec<OsString>,
-    /// The whole environment; nothing of this process's is added. Of equal names the last counts.
+    /// The environment; nothing of this process's is added, only `HOME` if there is none. Of equal names the last counts.
     pub env: Vec<(OsString, OsString)>,
     /// Where the process starts; absolute, inside the root, and there already.
     pub cwd: PathBuf,
@@ -83,6 +83,22 @@ impl Step {
             network: Network::Host,
             streams: Streams::Captured,
         }
+    }
+
+    /// The environment with one value for each name, and with `HOME`: the user's home in the tree's `/etc/passwd` unless
+    /// the step has one, as runtimes do it.
+    fn environment(&self) -> Vec<(OsString, OsString)> {
+        let mut variables: Vec<(OsString, OsString)> = Vec::with_capacity(self.env.len() + 1);
+        for (name, value) in &self.env {
+            match variables.iter_mut().find(|(known, _)| known == name) {
+                Some((_, old)) => old.clone_from(value),
+                None => variables.push((name.clone(), value.clone())),
+            }
+        }
+        if !variables.iter().any(|(name, _)| name == "HOME") {
+            variables.push(("HOME".into(), user::home(&self.rootfs, self.user.uid).into()));
+        }
+        variables
     }
 
     /// The first mistake in it that no executor could run.

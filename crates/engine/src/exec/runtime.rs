@@ -233,7 +233,7 @@ impl OciRuntime {
         let capabilities: Vec<&str> = CAPABILITIES.iter().map(|(name, _)| *name).collect();
         let args = step.args.iter().map(|arg| text(arg)).collect::<Result<Vec<_>, _>>()?;
         let env = step
-            .env
+            .environment()
             .iter()
             .map(|(name, value)| Ok(format!("{}={}", text(name)?, text(value)?)))
             .collect::<Result<Vec<_>, ExecError>>()?;

@@ -1,11 +1,12 @@
 //! Users by name, looked up inside a tree.
 
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd as _, BorrowedFd};
+use std::path::Path;
 
 use plies_oci::ErrorKind;
 
-use crate::context::inroot;
+use crate::context::{Tree, inroot};
 
 /// The largest `/etc/passwd` or `/etc/group` that is read, in bytes: `BuildKit`'s limit.
 const FILE_BYTES_MAX: u64 = 10 << 20;
@@ -141,6 +142,15 @@ pub fn resolve_user(rootfs: BorrowedFd<'_>, spec: &str) -> Result<User, UserErro
     Ok(User { uid, gid: entry_gid, groups: supplementary })
 }
 
+/// The home directory of a user in a tree; `/` if that isn't known.
+pub(super) fn home(rootfs: &Path, uid: u32) -> String {
+    let passwd =
+        Tree::open_dir(rootfs).ok().and_then(|root| read(root.as_fd(), "/etc/passwd").ok()).unwrap_or_default();
+    let entry = lines(&passwd).find(|fields| fields.get(2).and_then(|id| number(id)) == Some(uid));
+    let home = entry.and_then(|fields| fields.get(5).copied()).filter(|home| home.starts_with('/'));
+    home.unwrap_or("/").to_owned()
+}
+
 /// The file's text; empty when it is not there.
 fn read(rootfs: BorrowedFd<'_>, path: &'static str) -> Result<String, UserError> {
     match inroot::read_file(rootfs, path.as_bytes(), FILE_BYTES_MAX) {
@@ -181,10 +191,7 @@ fn looks_numeric(text: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use std::os::fd::AsFd as _;
-
     use super::*;
-    use crate::context::Tree;
 
     fn tree(passwd: &str, group: &str) -> tempfile::TempDir {
         let dir = tempfile::tempdir().unwrap();
