@@ -63,6 +63,12 @@ impl Dockerfile {
         self.stages.iter().take(before).rposition(named)
     }
 
+    /// The name of a stage before the stage `before` that `name` was perhaps meant to be: for the message when there is
+    /// no image of that name either.
+    pub fn stage_like(&self, name: &str, before: usize) -> Option<&str> {
+        error::suggest(name, self.stages.iter().take(before).filter_map(|stage| stage.name.as_deref()))
+    }
+
     /// The stage to build: the named or numbered one, or the last.
     ///
     /// # Errors
@@ -298,7 +304,8 @@ pub enum CopyFrom {
     Context,
     /// The tree of an earlier stage.
     Stage(usize),
-    /// An image: the name is no stage's.
+    /// An image, or a mistake: the name is no earlier stage's. If there is no such image, [`Dockerfile::stage_like`] may
+    /// know what was meant.
     Image(String),
 }
 

@@ -303,7 +303,6 @@ impl Parser<'_> {
         }
         // Before the first FROM: the missing FROM is the mistake to tell about.
         let Some(own) = self.stage.checked_sub(1) else { return Ok(CopyFrom::Image(from.to_owned())) };
-        let earlier = &self.file.stages[..own];
         if let Some(stage) = self.file.stage_named(from, own) {
             return Ok(CopyFrom::Stage(stage));
         }
@@ -317,15 +316,8 @@ impl Parser<'_> {
         if self.file.stages[own].name.as_deref().is_some_and(|name| name.eq_ignore_ascii_case(from)) {
             return mistake(from, format!("the stage {from} can't copy from itself"));
         }
-        // Image names are arbitrary, so only a near miss of a stage's name that can't be a registry's path is told.
-        let names = earlier.iter().filter_map(|stage| stage.name.as_deref());
-        match suggest(from, names) {
-            Some(name) if !from.contains(['/', ':', '@', '.']) => mistake(
-                from,
-                format!("unknown stage {from:?} (did you mean {name}? For an image of that name, add a tag)"),
-            ),
-            _ => Ok(CopyFrom::Image(from.to_owned())),
-        }
+        // Whether an image of that name exists is found out later: see [`Dockerfile::stage_like`].
+        Ok(CopyFrom::Image(from.to_owned()))
     }
 
     /// `name=value …`, or the old `name value`.

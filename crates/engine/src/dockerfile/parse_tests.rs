@@ -61,6 +61,8 @@ fn stages_and_global_args_with_their_lines() {
         .collect();
     assert_eq!(from, [&CopyFrom::Stage(0), &CopyFrom::Stage(0), &CopyFrom::Image("alpine:3".to_owned())]);
     assert_eq!(file.stage_named("BUILD", 2), Some(0));
+    assert_eq!(file.stage_like("biuld", 1), Some("build"));
+    assert_eq!(file.stage_like("alpine", 1), None);
     assert_eq!(file.target(None).unwrap(), 1);
     assert_eq!(file.target(Some("build")).unwrap(), 0);
     assert_eq!(file.target(Some("1")).unwrap(), 1);
@@ -221,11 +223,6 @@ fn errors_name_line_word_and_remedy() {
         (
             "FROM x\nCOPY --form=y a b\n",
             "Dockerfile:2: unknown flag --form (did you mean --from?)\n  COPY --form=y a b\n       ^^^^^^",
-        ),
-        (
-            "FROM a AS builder\nFROM x\nCOPY --from=bulider a b\n",
-            "Dockerfile:3: unknown stage \"bulider\" (did you mean builder? For an image of that name, add a tag)\n  \
-             COPY --from=bulider a b\n              ^^^^^^^",
         ),
         (
             "FROM x\nFROM y\nCOPY --from=1 a b\n",
