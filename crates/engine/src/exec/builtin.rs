@@ -8,7 +8,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
 
 use rustix::fs::{MemfdFlags, SealFlags};
-use rustix::process::{PidfdFlags, Signal};
+use rustix::process::{Pid, PidfdFlags, Signal};
 
 use super::init::{Config, HELPER_ARG, Report};
 use super::stubs::Stubs;
@@ -134,8 +134,7 @@ impl Builtin {
         let failed = |op| move |source| ExecError::Io { op, path: PathBuf::from("the helper"), source };
         let (mut report, report_end) = io::pipe().map_err(failed("make a pipe to"))?;
         let mut child = self.spawn(step, report_end.into())?;
-        let raw = i32::try_from(child.id()).ok().and_then(rustix::process::Pid::from_raw);
-        let pid = raw.expect("a process has a positive number");
+        let pid = pid_of(&child);
         // Never reaped before `wait` below, so the number is still its own.
         let handle = rustix::process::pidfd_open(pid, PidfdFlags::empty());
         let kill = match handle {
@@ -173,6 +172,11 @@ impl Builtin {
             Err(_) => Err(ExecError::HelperLost { status: ended.to_string() }),
         }
     }
+}
+
+/// A child's number.
+pub(super) fn pid_of(child: &Child) -> Pid {
+    i32::try_from(child.id()).ok().and_then(Pid::from_raw).expect("a process has a positive number")
 }
 
 /// Passes on what a child writes until it closes its ends; kills it when a sink fails, and goes on reading so that it

@@ -17,9 +17,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
+use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions};
 use serde_json::{Value, json};
 
-use super::builtin::copy_streams;
+use super::builtin::{copy_streams, pid_of};
 use super::sandbox::{CAPABILITIES, DEV_SIZE, MASKED_PATHS, READONLY_PATHS, UMASK};
 use super::stubs::Stubs;
 use super::{Access, Cancel, ExecError, Executor, ExitStatus, MountSource, Step, Streams, seccomp, sys};
@@ -27,8 +28,10 @@ use super::{Access, Cancel, ExecError, Executor, ExitStatus, MountSource, Step, 
 /// Numbers the containers of this process: their cgroups and host-wide names are the same whatever the state directory.
 static NEXT_ID: AtomicU64 = AtomicU64::new(0);
 
-/// How long to wait between attempts to kill a container that is just being made: the runtime knows it only once it is.
-const KILL_AGAIN: Duration = Duration::from_millis(50);
+/// How long to wait between attempts to kill a container: one that is just being made has no process yet.
+const KILL_AGAIN: Duration = Duration::from_millis(20);
+/// After how many attempts the runtime itself is killed: five seconds, in which it only has to see its child's end.
+const KILL_ROUNDS: u32 = 250;
 
 /// Where systemd mounts cgroup v2 beside v1.
 const HYBRID_MOUNT: &CStr = c"/sys/fs/cgroup/unified";
@@ -143,18 +146,21 @@ impl OciRuntime {
         };
         let mut child = command.spawn().map_err(failed("start", &self.program))?;
 
-        let state = Arc::new((Mutex::new(Running { kill: false, ended: false }), Condvar::new()));
+        let state = Arc::new((Mutex::new(Running { kill: false, ended: false, rounds: 0 }), Condvar::new()));
         let kill = {
             let state = Arc::clone(&state);
             move || change(&state, |running| running.kill = true)
         };
         let guard = cancel.on_cancel(kill.clone());
+        let pid = pid_of(&child);
         let ended = std::thread::scope(|scope| {
-            scope.spawn(|| self.kill_when_asked(&state, id));
+            scope.spawn(|| kill_when_asked(&state, pid));
             let copied = copy_streams(&mut child, stdout, stderr, &kill);
-            let ended = child.wait();
+            // Seen to have ended, and noted, before it is reaped: whoever kills relies on the number.
+            let how = WaitIdOptions::EXITED | WaitIdOptions::NOWAIT;
+            while matches!(rustix::process::waitid(WaitId::Pid(pid), how), Err(rustix::io::Errno::INTR)) {}
             change(&state, |running| running.ended = true);
-            ended.map(|ended| (ended, copied))
+            child.wait().map(|ended| (ended, copied))
         });
         drop(guard);
         let (ended, copied) = ended.map_err(failed("wait for", &self.program))?;
@@ -170,24 +176,6 @@ impl OciRuntime {
             Some(0) => Ok(ExitStatus::exited(0)),
             Some(code) => self.explain(code, &log),
             None => Err(ExecError::HelperLost { status: ended.to_string() }),
-        }
-    }
-
-    /// Waits for the end or for the wish to end it.
-    fn kill_when_asked(&self, state: &(Mutex<Running>, Condvar), id: &str) {
-        let (lock, changed) = state;
-        let mut running = lock.lock().unwrap_or_else(PoisonError::into_inner);
-        while !running.ended {
-            if running.kill {
-                drop(running);
-                self.delete(OsStr::new(id));
-                running = lock.lock().unwrap_or_else(PoisonError::into_inner);
-                if !running.ended {
-                    running = changed.wait_timeout(running, KILL_AGAIN).unwrap_or_else(PoisonError::into_inner).0;
-                }
-            } else {
-                running = changed.wait(running).unwrap_or_else(PoisonError::into_inner);
-            }
         }
     }
 
@@ -309,9 +297,55 @@ fn text(words: &OsStr) -> Result<&str, ExecError> {
     })
 }
 
+/// Waits for the end or for the wish to end it.
+///
+/// The container's first process is a child of the runtime, and its end is the end of all others. It is killed by us: a
+/// runtime asked to do that while it is still starting the container may forget it without killing anything (seen with
+/// crun 1.8.1). The runtime then sees its container end and tidies up as ever.
+fn kill_when_asked(state: &(Mutex<Running>, Condvar), runtime: Pid) {
+    let (lock, changed) = state;
+    let mut running = lock.lock().unwrap_or_else(PoisonError::into_inner);
+    while !running.ended {
+        if running.kill {
+            // The lock is kept: the runtime isn't reaped meanwhile, so its number is its own.
+            running.rounds += 1;
+            kill_children(runtime);
+            if running.rounds > KILL_ROUNDS {
+                // It has no child and doesn't end: it is stuck.
+                let _ = rustix::process::kill_process(runtime, Signal::KILL);
+            }
+            running = changed.wait_timeout(running, KILL_AGAIN).unwrap_or_else(PoisonError::into_inner).0;
+        } else {
+            running = changed.wait(running).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
+/// Kills the children of a process of ours that can't be reaped meanwhile.
+fn kill_children(parent: Pid) {
+    let is_child = |pid: Pid| {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        // "pid (name, which may hold anything) state ppid …"
+        let parent_of = stat.rsplit(')').next().and_then(|rest| rest.split_whitespace().nth(1)).map(str::parse::<i32>);
+        parent_of == Some(Ok(parent.as_raw_nonzero().get()))
+    };
+    for entry in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let pid = entry.file_name().to_str().and_then(|name| name.parse().ok()).and_then(Pid::from_raw);
+        let Some(pid) = pid.filter(|pid| is_child(*pid)) else { continue };
+        // Looked at again once it is held: a number may have gone to somebody else in between.
+        if let Ok(handle) = rustix::process::pidfd_open(pid, PidfdFlags::empty())
+            && is_child(pid)
+        {
+            let _ = rustix::process::pidfd_send_signal(&handle, Signal::KILL);
+        }
+    }
+}
+
 struct Running {
     kill: bool,
     ended: bool,
+    /// How often it was killed.
+    rounds: u32,
 }
 
 fn change(state: &(Mutex<Running>, Condvar), change: impl FnOnce(&mut Running)) {

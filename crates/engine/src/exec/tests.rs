@@ -365,6 +365,30 @@ fn privileged_cancel_kills_everything() {
     });
 }
 
+#[test]
+fn privileged_cancel_at_any_moment_leaves_nothing_running() {
+    for (executor, state) in executors() {
+        let Some(root) = rootfs() else { return };
+        eprintln!("with {}", executor.name());
+        let step = sh(root.path(), "trap '' TERM INT HUP; while true; do sleep 1000; done");
+        // The threads decide how far it gets.
+        for _ in 0..8 {
+            let cancel = Cancel::new();
+            std::thread::scope(|scope| {
+                let running = scope.spawn(|| executor.run(&step, &mut std::io::sink(), &mut std::io::sink(), &cancel));
+                scope.spawn(|| cancel.cancel());
+                assert!(matches!(running.join().unwrap(), Err(ExecError::Canceled)));
+            });
+        }
+        for sub in ["state", "bundles"] {
+            let left = std::fs::read_dir(state.path().join("runtime").join(sub)).into_iter().flatten().count();
+            assert_eq!(left, 0, "{sub}");
+        }
+        let mine = root.path().to_str().unwrap().to_owned();
+        assert!(!std::fs::read_to_string("/proc/self/mounts").unwrap().contains(&mine));
+    }
+}
+
 struct Refuse;
 
 impl Write for Refuse {
