@@ -14,7 +14,7 @@ use plies_oci::ErrorKind;
 use rustix::fs::{FileType, Stat};
 use rustix::io::{Errno, Result as SysResult};
 
-use crate::index::DirIndex;
+use crate::index::{DirIndex, Implied};
 use crate::sys::{self, Subject};
 use crate::tar::{Entry, EntryKind, EntryPath, Timestamp, WriteError, Writer};
 use crate::tree::{self, Below, Descent, Found, Kind, Names, WalkError};
@@ -59,7 +59,8 @@ fn read_error(path: &EntryPath) -> impl FnOnce(Errno) -> DiffError + '_ {
     |error| DiffError::Read(WalkError { path: path.clone(), source: error.into() })
 }
 
-/// Writes a stored layer as an archive; `index` says which directories to leave out. Gives the
+/// Writes a stored layer as an archive; `index` says which directories to leave out:
+/// those on the way, of which nothing is known. Gives the
 /// number of entries. The caller finishes `out`.
 ///
 /// # Errors
@@ -71,7 +72,7 @@ pub fn layer_to_tar<W: Write>(layer: BorrowedFd<'_>, index: &DirIndex, out: &mut
             let (dir, name) = found.path.split().expect("because the root is a directory");
             return archive.mark(&dir, Mark::Whiteout(name));
         }
-        if !index.is_implied(found.path) {
+        if index.why_implied(found.path) != Some(Implied::OnTheWay) {
             archive.found(&found)?;
         }
         if found.kind == Kind::Directory && found.is_opaque().map_err(|source| WalkError::at(found.path, source))? {

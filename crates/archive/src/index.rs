@@ -7,17 +7,28 @@
 //! |---|---|
 //! | 1 | version, 1 |
 //! | number | how many paths follow |
-//! | per path: number | leading bytes that it shares with the path before |
+//! | per path: 1 | 0 if it is on the way, 1 if it was copied up |
+//! | number | leading bytes that it shares with the path before |
 //! | number, bytes | how many bytes follow, and they |
 //!
 //! Paths are cleaned and strictly ascending, so equal indexes have equal bytes and a decoder can
 //! tell damage from content.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 
 use plies_oci::ErrorKind;
 
 use crate::tar::EntryPath;
+
+/// Why a directory is only implied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Implied {
+    /// It is on the way to an entry, and nobody said what it is like: its metadata is made up.
+    OnTheWay,
+    /// It was copied up from the tree below because of a change inside, and is just like it was there. An archive for
+    /// other programs has an entry for it: those that unpack a layer by itself would make up its metadata.
+    CopiedUp,
+}
 
 /// Which directories of a layer are only *implied*: there because something below them changed.
 /// All others are *explicit*: the layer set their owner, mode, times and attributes.
@@ -25,7 +36,7 @@ use crate::tar::EntryPath;
 /// The root is [`EntryPath::root`]. A lower layer's metadata stands where the index has a path.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct DirIndex {
-    implied: BTreeSet<EntryPath>,
+    implied: BTreeMap<EntryPath, Implied>,
 }
 
 /// Why bytes are not a directory index.
@@ -62,18 +73,23 @@ impl DirIndex {
     const VERSION: u8 = 1;
 
     /// Marks a directory as implied.
-    pub fn insert(&mut self, path: EntryPath) {
-        self.implied.insert(path);
+    pub fn insert(&mut self, path: EntryPath, why: Implied) {
+        self.implied.insert(path, why);
+    }
+
+    /// Whether a directory is only implied, and why.
+    pub fn why_implied(&self, path: &EntryPath) -> Option<Implied> {
+        self.implied.get(path).copied()
     }
 
     /// Whether a directory is only implied.
     pub fn is_implied(&self, path: &EntryPath) -> bool {
-        self.implied.contains(path)
+        self.implied.contains_key(path)
     }
 
     /// The implied directories, ascending by bytes.
     pub fn implied(&self) -> impl ExactSizeIterator<Item = &EntryPath> {
-        self.implied.iter()
+        self.implied.keys()
     }
 
     /// The bytes described at the top of this module.
@@ -81,8 +97,12 @@ impl DirIndex {
         let mut out = vec![Self::VERSION];
         put_number(&mut out, self.implied.len());
         let mut previous: &[u8] = b"";
-        for path in &self.implied {
+        for (path, why) in &self.implied {
             let bytes = path.as_bytes();
+            out.push(match why {
+                Implied::OnTheWay => 0,
+                Implied::CopiedUp => 1,
+            });
             let shared = previous.iter().zip(bytes).take_while(|(a, b)| a == b).count();
             put_number(&mut out, shared);
             put_number(&mut out, bytes.len() - shared);
@@ -106,9 +126,16 @@ impl DirIndex {
             found => return Err(IndexError::TooNew { found, known: Self::VERSION }),
         }
         let count = take_number(&mut rest).ok_or(corrupt("no count"))?;
-        let mut implied = BTreeSet::new();
+        let mut implied = BTreeMap::new();
         let mut previous: Option<EntryPath> = None;
         for _ in 0..count {
+            let (&why, after) = rest.split_first().ok_or(corrupt("ends inside a path"))?;
+            rest = after;
+            let why = match why {
+                0 => Implied::OnTheWay,
+                1 => Implied::CopiedUp,
+                _ => return Err(corrupt("says an unknown reason")),
+            };
             let shared = take_number(&mut rest).ok_or(corrupt("ends inside a path"))?;
             let length = take_number(&mut rest).ok_or(corrupt("ends inside a path"))?;
             let before = previous.as_ref().map_or(&b""[..], EntryPath::as_bytes);
@@ -121,15 +148,15 @@ impl DirIndex {
             if previous.as_ref().is_some_and(|previous| *previous >= path) {
                 return Err(corrupt("paths are not in order"));
             }
-            implied.insert(path.clone());
+            implied.insert(path.clone(), why);
             previous = Some(path);
         }
         if rest.is_empty() { Ok(Self { implied }) } else { Err(corrupt("bytes after the end")) }
     }
 }
 
-impl FromIterator<EntryPath> for DirIndex {
-    fn from_iter<T: IntoIterator<Item = EntryPath>>(paths: T) -> Self {
+impl FromIterator<(EntryPath, Implied)> for DirIndex {
+    fn from_iter<T: IntoIterator<Item = (EntryPath, Implied)>>(paths: T) -> Self {
         Self { implied: paths.into_iter().collect() }
     }
 }
@@ -186,13 +213,14 @@ mod tests {
     use proptest::prelude::*;
 
     fn index(paths: &[&str]) -> DirIndex {
-        paths.iter().map(|path| EntryPath::clean(path.as_bytes()).unwrap()).collect()
+        let why = |path: &str| if path == "usr/lib" { Implied::CopiedUp } else { Implied::OnTheWay };
+        paths.iter().map(|path| (EntryPath::clean(path.as_bytes()).unwrap(), why(path))).collect()
     }
 
     #[test]
     fn bytes_of_version_1_are_pinned() {
         let bytes = index(&["", "usr", "usr/lib", "var"]).encode();
-        assert_eq!(bytes, b"\x01\x04\x00\x00\x00\x03usr\x03\x04/lib\x00\x03var");
+        assert_eq!(bytes, b"\x01\x04\0\x00\x00\0\x00\x03usr\x01\x03\x04/lib\0\x00\x03var");
         assert_eq!(DirIndex::default().encode(), b"\x01\x00");
     }
 
@@ -204,12 +232,14 @@ mod tests {
             b"\x00",
             b"\x01",
             b"\x01\x01",
-            b"\x01\x01\x00\x03us",
-            b"\x01\x01\x01\x00",
-            b"\x01\x02\x00\x01b\x00\x01a",
-            b"\x01\x02\x00\x01a\x01\x00",
-            b"\x01\x01\x00\x02a/",
-            b"\x01\x01\x00\x02..",
+            b"\x01\x01\x00",
+            b"\x01\x01\x00\x00\x03us",
+            b"\x01\x01\x02\x00\x01a",
+            b"\x01\x01\x00\x01\x00",
+            b"\x01\x02\x00\x00\x01b\x00\x00\x01a",
+            b"\x01\x02\x00\x00\x01a\x00\x01\x00",
+            b"\x01\x01\x00\x00\x02a/",
+            b"\x01\x01\x00\x00\x02..",
             b"\x01\x00\x00",
             b"\x01\xff\xff\xff\xff\xff\xff",
         ] {
@@ -222,7 +252,7 @@ mod tests {
         #[test]
         fn decode_undoes_encode(paths in proptest::collection::btree_set("[a-c./]{0,8}", 0..20)) {
             let index: DirIndex =
-                paths.iter().filter_map(|path| EntryPath::clean(path.as_bytes()).ok()).collect();
+                paths.iter().filter_map(|path| Some((EntryPath::clean(path.as_bytes()).ok()?, Implied::CopiedUp))).collect();
             prop_assert_eq!(DirIndex::decode(&index.encode()), Ok(index));
         }
 

@@ -4,8 +4,12 @@ mod apply;
 pub mod compress;
 mod diff;
 pub mod hash;
+mod index;
 pub mod limits;
 pub mod prefetch;
+mod root;
+mod seal;
+mod sys;
 pub mod tar;
 pub mod tarsplit;
 #[cfg(test)]
@@ -17,7 +21,7 @@ mod xattr;
 
 pub use apply::{Applied, ApplyError, ApplyStyle, BaseNeed, Refusal, apply};
 pub use diff::{DiffError, diff_trees, layer_to_tar};
-pub use index::{DirIndex, IndexError, Usage};
+pub use index::{DirIndex, Implied, IndexError, Usage};
 pub use limits::{LimitExceeded, Limits};
 pub use root::Root;
 pub use seal::{SealError, Sealed, seal_upper};

@@ -17,7 +17,7 @@ use plies_oci::ErrorKind;
 use rustix::fs::{AtFlags, FileType, Mode, Stat};
 use rustix::io::Result as SysResult;
 
-use crate::index::{DirIndex, Usage};
+use crate::index::{DirIndex, Implied, Usage};
 use crate::sys::{self, Subject};
 use crate::tar::EntryPath;
 use crate::tree::{Below, Descent, Names};
@@ -194,7 +194,7 @@ impl Seal {
         if frame.needed {
             self.sealed.usage.add(&stat);
             if frame.implied {
-                self.sealed.index.insert(self.here.clone());
+                self.sealed.index.insert(self.here.clone(), Implied::CopiedUp);
             }
         }
         if let Some((outer, _)) = self.here.split() {

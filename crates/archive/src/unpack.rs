@@ -20,7 +20,7 @@ use crate::hash::HashingReader;
 use crate::limits::Limits;
 use crate::prefetch::Prefetch;
 use crate::tar::Reader;
-use crate::tarsplit::{Output, Recorded, Recorder};
+use crate::tarsplit::{Recorded, Recorder};
 
 /// A blob that became a tree.
 #[derive(Debug)]
@@ -32,8 +32,8 @@ pub struct Unpacked {
     pub unpacked_bytes: u64,
     /// What was done to the tree.
     pub applied: Applied,
-    /// What the archive held besides the contents of its files.
-    pub tar_split: Recorded,
+    /// What the archive held besides the contents of its files, if that was recorded.
+    pub tar_split: Option<Recorded>,
 }
 
 /// Why a blob could not be unpacked.
@@ -62,8 +62,8 @@ impl UnpackError {
     }
 }
 
-/// Applies a layer blob to the tree at `root`, reading it to its end; records its tar-split into
-/// `tar_split`. `progress` hears how many bytes of the blob were read so far, from another thread.
+/// Applies a layer blob to the tree at `root`, reading it to its end, in another thread. With a
+/// `recorder`, what is needed to assemble the archive again goes there.
 ///
 /// # Errors
 /// [`UnpackError`]; see [`apply`] for the state of the tree.
@@ -73,14 +73,15 @@ pub fn unpack(
     root: BorrowedFd<'_>,
     style: ApplyStyle,
     limits: &Limits,
-    tar_split: Output,
-    progress: &(dyn Fn(u64) + Sync),
+    recorder: Option<Recorder>,
 ) -> Result<Unpacked, UnpackError> {
     thread::scope(|scope| {
-        let blob = Progress { inner: blob, done_bytes: 0, report: progress };
         let decoder = Decoder::new(blob, compression, limits).map_err(|source| UnpackError::Decoder { source })?;
         let ahead = Prefetch::spawn(scope, HashingReader::new(decoder));
-        let mut reader = Reader::new(ahead, limits).with_recorder(Recorder::new(tar_split));
+        let mut reader = Reader::new(ahead, limits);
+        if let Some(recorder) = recorder {
+            reader = reader.with_recorder(recorder);
+        }
         let applied = apply(&mut reader, root, style, limits)?;
         let finished = reader.finish().map_err(ApplyError::from)?;
         let (_, hashed) = finished.inner.join().finish();
@@ -88,27 +89,9 @@ pub fn unpack(
             diff_id: DiffId::from_bytes(hashed.sha256),
             unpacked_bytes: hashed.size_bytes,
             applied,
-            tar_split: finished.recorded.expect("because a recorder was given"),
+            tar_split: finished.recorded,
         })
     })
-}
-
-/// Tells how far a reader got.
-struct Progress<'a, R> {
-    inner: R,
-    done_bytes: u64,
-    report: &'a (dyn Fn(u64) + Sync),
-}
-
-impl<R: Read> Read for Progress<'_, R> {
-    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        let n = self.inner.read(buf)?;
-        self.done_bytes += n as u64;
-        if n > 0 {
-            (self.report)(self.done_bytes);
-        }
-        Ok(n)
-    }
 }
 
 #[cfg(test)]
@@ -116,13 +99,12 @@ mod tests {
     use std::io::Write;
     use std::num::NonZeroUsize;
     use std::os::fd::AsFd;
-    use std::sync::atomic::{AtomicU64, Ordering};
 
     use super::*;
     use crate::Root;
     use crate::compress::Encoder;
     use crate::tar::EntryPath;
-    use crate::tarsplit::assemble;
+    use crate::tarsplit::{Output, assemble};
     use crate::testing::*;
 
     fn compressed(bytes: &[u8], compression: Compression) -> Vec<u8> {
@@ -133,8 +115,7 @@ mod tests {
 
     fn run(place: &Place, blob: &[u8], compression: Compression) -> Result<Unpacked, UnpackError> {
         let (root, limits) = (open(&place.root()), Limits::default());
-        let output = Output::Memory(Vec::new());
-        unpack(blob, compression, root.as_fd(), ApplyStyle::Layer, &limits, output, &|_| {})
+        unpack(blob, compression, root.as_fd(), ApplyStyle::Layer, &limits, Some(Recorder::in_memory()))
     }
 
     #[test]
@@ -158,27 +139,17 @@ mod tests {
         for compression in [Compression::None, Compression::Gzip, Compression::Zstd] {
             let blob = compressed(&tar, compression);
             let place = Place::new();
-            let (root, limits) = (open(&place.root()), Limits::default());
-            let told = AtomicU64::new(0);
-            let unpacked = unpack(
-                blob.as_slice(),
-                compression,
-                root.as_fd(),
-                ApplyStyle::Layer,
-                &limits,
-                Output::Memory(Vec::new()),
-                &|done| told.store(done, Ordering::Relaxed),
-            )
-            .unwrap();
-            assert_eq!(told.into_inner(), blob.len() as u64);
+            let root = open(&place.root());
+            let unpacked = run(&place, &blob, compression).unwrap();
             assert_eq!(unpacked.unpacked_bytes, tar.len() as u64);
             assert_eq!(unpacked.applied.entries, 8);
             let mut hasher = plies_oci::Sha256Hasher::default();
             hasher.update(&tar);
             assert_eq!(unpacked.diff_id, DiffId::from_bytes(hasher.finish()));
 
-            assert!(unpacked.tar_split.unfaithful.is_none());
-            let Output::Memory(tar_split) = unpacked.tar_split.output else { panic!("asked for memory") };
+            let recorded = unpacked.tar_split.unwrap();
+            assert!(recorded.unfaithful.is_none());
+            let Output::Memory(tar_split) = recorded.output else { panic!("asked for memory") };
             let tree = Root::new(&root).unwrap();
             let mut again = Vec::new();
             let open_file = |name: &[u8], _| {
@@ -220,9 +191,7 @@ mod tests {
         let place = Place::new();
         let root = open(&place.root());
         let limits = Limits::default();
-        let output = Output::Memory(Vec::new());
-        let error =
-            unpack(Endless, Compression::None, root.as_fd(), ApplyStyle::Layer, &limits, output, &|_| {}).unwrap_err();
+        let error = unpack(Endless, Compression::None, root.as_fd(), ApplyStyle::Layer, &limits, None).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::InvalidInput);
     }
 }

@@ -33,7 +33,7 @@ use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Stat, Uid};
 use rustix::io::Errno;
 
 use self::dirs::{Dirs, EPOCH, IMPLIED_MODE, Missing, Node, Origin, ROOT};
-use crate::index::{DirIndex, Usage};
+use crate::index::{DirIndex, Implied, Usage};
 use crate::limits::{LimitExceeded, Limits};
 use crate::sys::{self, Subject};
 use crate::tar::{Device, Entry, EntryKind, EntryPath, Reader, SparseRun, TarError, Timestamp};
@@ -633,7 +633,7 @@ impl Applier {
         for node in self.dirs.live().rev() {
             let (origin, touched) = (self.dirs.get(node).origin, self.dirs.get(node).touched);
             if origin == Origin::Implied && !hidden[node] {
-                index.insert(self.dirs.path(node));
+                index.insert(self.dirs.path(node), Implied::OnTheWay);
             }
             let (mtime, late_mode) = match origin {
                 Origin::Implied => (EPOCH, None),

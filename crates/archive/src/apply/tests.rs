@@ -5,6 +5,8 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 
 use super::ApplyStyle::{Layer, Merged};
 use super::*;
+#[allow(unused_imports)]
+use crate::Implied;
 use crate::testing::*;
 
 const BOTH: [ApplyStyle; 2] = [Layer, Merged];
@@ -388,7 +390,7 @@ fn privileged_w08_a_directory_that_a_whiteout_made_new_is_explicit() {
     for items in [[file(".wh.d", ""), file("d/s/x", "1")], [file("d/s/x", "1"), file(".wh.d", "")]] {
         let place = Place::new();
         let applied = place.apply(Layer, &items).unwrap();
-        assert_eq!(applied.index, [EntryPath::root()].into_iter().collect());
+        assert_eq!(applied.index, [(EntryPath::root(), Implied::OnTheWay)].into_iter().collect());
         let flat = Place::new();
         flat.apply(Merged, &[dir("d").mode(0o1777).xattr("user.note", b"old"), dir("d/s").owner(7, 7)]).unwrap();
         flat.apply(Merged, &items).unwrap();
@@ -421,7 +423,10 @@ fn privileged_w09_an_undescribed_opaque_directory_keeps_its_metadata_below() {
     }
     let place = Place::new();
     let applied = place.apply(Layer, &[file("d/.wh..wh..opq", "")]).unwrap();
-    assert_eq!(applied.index, [EntryPath::root(), path("d")].into_iter().collect());
+    assert_eq!(
+        applied.index,
+        [EntryPath::root(), path("d")].map(|path| (path, Implied::OnTheWay)).into_iter().collect()
+    );
     let place = Place::new();
     place.apply(Merged, &[dir("d").mode(0o1777), file("d/x", "1")]).unwrap();
     place.apply(Merged, &[file("d/.wh..wh..opq", "")]).unwrap();
@@ -623,7 +628,11 @@ fn privileged_l04_a_hard_link_into_a_lower_layer_asks_for_it() {
     drop(mounted);
     let sealed = crate::seal_upper(open(&upper).as_fd(), Some(open(&base).as_fd())).unwrap();
     assert_eq!(shape(&upper), ["etc/", "etc/a=a", "usr/", "usr/h==etc/a"]);
-    assert_eq!(sealed.index, [path("etc"), path("usr")].into_iter().collect(), "they kept their times");
+    assert_eq!(
+        sealed.index,
+        [path("etc"), path("usr")].map(|path| (path, Implied::CopiedUp)).into_iter().collect(),
+        "they kept their times"
+    );
 }
 
 #[test]
@@ -927,7 +936,7 @@ fn privileged_a_layer_is_the_same_whenever_it_is_applied() {
         let place = Place::new();
         fs::set_permissions(place.root(), fs::Permissions::from_mode(0o2700)).unwrap();
         let applied = place.apply(Layer, &items).unwrap();
-        assert_eq!(applied.index, ["", "a/b", "gone"].into_iter().map(path).collect());
+        assert_eq!(applied.index, ["", "a/b", "gone"].map(|raw| (path(raw), Implied::OnTheWay)).into_iter().collect());
         assert_eq!(applied.usage, measured(&place));
         assert_eq!(applied.entries, 5);
         let mut seen = snapshot(open(&place.root()));

@@ -157,7 +157,7 @@ proptest! {
         prop_assert_eq!(&snapshot(overlay(&[&upper, &lower])), &mounted, "sealed");
         let sealed_again = place.tree("sealed again");
         let resealed = apply_archive(&sealed_again, Layer, &to_tar(&upper, &sealed.index)).unwrap();
-        prop_assert_eq!(&resealed.index, &sealed.index);
+        prop_assert_eq!(resealed.index.implied().len(), 0, "what was copied up stands in the archive");
         fix_up(&sealed_again, resealed.index.implied().cloned(), &lower);
         prop_assert_eq!(&snapshot(overlay(&[&sealed_again, &lower])), &mounted, "sealed and applied");
 

@@ -37,7 +37,7 @@ pub(super) mod type_flag {
 
 /// Which tar wrote a header. It decides what the bytes behind the common fields mean.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Format {
+pub(super) enum Format {
     V7,
     Ustar,
     Star,
@@ -110,7 +110,7 @@ impl Header {
 }
 
 /// Verifies the checksum and reads the magic.
-fn format(block: &Block) -> Result<Format, &'static str> {
+pub(super) fn format(block: &Block) -> Result<Format, &'static str> {
     const CHECKSUM: std::ops::Range<usize> = 148..156;
     let all: u32 = block.iter().map(|byte| u32::from(*byte)).sum();
     let field: u32 = block[CHECKSUM].iter().map(|byte| u32::from(*byte)).sum();

@@ -15,3 +15,8 @@ pub use entry::{Device, Entry, EntryKind, EntryPath, Escaped, SparseRun, Timesta
 pub use error::TarError;
 pub use reader::{EntryData, Finished, Reader};
 pub use writer::{WriteError, Writer};
+
+/// Whether a block of 512 bytes is the header of an entry: what a file begins with if it is an archive.
+pub fn is_header(block: &[u8; 512]) -> bool {
+    header::format(block).is_ok()
+}

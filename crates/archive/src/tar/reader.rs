@@ -140,6 +140,12 @@ impl<R: Read> Reader<R> {
         result
     }
 
+    /// Bytes of the archive that were taken so far: right after [`Self::next_entry`], where the entry's stored bytes
+    /// begin.
+    pub fn position(&self) -> u64 {
+        self.offset
+    }
+
     /// The next chunk of the current entry's stored bytes (for a sparse file, its runs one after
     /// the other), straight from the buffer; empty at the end. The same bytes come again, and
     /// perhaps fewer than could, until [`Self::consume`] takes them.
