@@ -155,6 +155,14 @@ pub enum BlobError {
         /// On disk; `None` if there is no file.
         actual: Option<u64>,
     },
+    /// Its bytes are not those of its digest.
+    #[error("blob {digest} was changed on disk: its bytes now have {actual}")]
+    Changed {
+        /// Which.
+        digest: BlobDigest,
+        /// The digest of what is there.
+        actual: BlobDigest,
+    },
     /// Its file.
     #[error(transparent)]
     File(#[from] FileError),
@@ -172,7 +180,7 @@ impl BlobError {
     pub fn kind(&self) -> ErrorKind {
         match self {
             Self::NotFound { .. } => ErrorKind::NotFound,
-            Self::Damaged { .. } => ErrorKind::DataLoss,
+            Self::Damaged { .. } | Self::Changed { .. } => ErrorKind::DataLoss,
             Self::File(error) => error.kind(),
             Self::Catalogue(error) => error.kind(),
         }
@@ -285,7 +293,7 @@ impl<'a> Content<'a> {
     /// # Errors
     /// [`IngestError::Busy`] if it is open.
     pub fn abort(&self, ingest: &IngestRef) -> Result<bool, IngestError> {
-        let claim = Claim::take(self.store, ingest)?;
+        let claim = Claim::take(self.store, ingest, true)?;
         let there = claim.dir.try_exists().at("stat", &claim.dir)?;
         claim.remove()?;
         Ok(there)
@@ -313,6 +321,20 @@ impl<'a> Content<'a> {
     /// [`CatalogueError`].
     pub fn info(&self, digest: BlobDigest) -> Result<Option<BlobInfo>, CatalogueError> {
         Ok(self.store.read(|tx| tx.get(&BLOBS, &digest))?.map(Into::into))
+    }
+
+    /// Reads a document whole, and checks its digest: for blobs whose size the caller has limited when they came in.
+    ///
+    /// # Errors
+    /// As [`Content::open`]; [`BlobError::Changed`].
+    pub fn read(&self, digest: BlobDigest) -> Result<Vec<u8>, BlobError> {
+        let mut blob = self.open(digest)?;
+        let mut bytes = Vec::with_capacity(usize::try_from(blob.size_bytes()).unwrap_or(0));
+        blob.read_to_end(&mut bytes).at("read", blob_path(self.store, digest))?;
+        match BlobDigest::of(&bytes) {
+            actual if actual == digest => Ok(bytes),
+            actual => Err(BlobError::Changed { digest, actual }),
+        }
     }
 
     /// Calls `visit` for every blob, in the order of their digests, until it breaks.
@@ -405,13 +427,18 @@ struct Claim {
 }
 
 impl Claim {
-    fn take(store: &Store, ingest: &IngestRef) -> Result<Self, IngestError> {
+    /// One that nobody will resume lies among what goes with the process.
+    fn take(store: &Store, ingest: &IngestRef, named: bool) -> Result<Self, IngestError> {
         let hash = ingest.hash();
         let mut open = store.inner.open_ingests.lock().unwrap_or_else(PoisonError::into_inner);
         if !open.insert(hash) {
             return Err(IngestError::Busy { ingest: ingest.clone() });
         }
-        let dir = store.inner.paths.ingest.join(BlobDigest::from_bytes(hash).hex());
+        let hex = BlobDigest::from_bytes(hash).hex();
+        let dir = match named {
+            true => store.inner.paths.ingest.join(hex),
+            false => store.inner.paths.run.join(format!("ingest-{hex}")),
+        };
         Ok(Self { store: store.clone(), hash, dir })
     }
 
@@ -472,7 +499,7 @@ impl Ingest {
     fn open(store: &Store, ingest: IngestRef, named: bool) -> Result<Self, IngestError> {
         // Any id will do: asking for one marks the store as being written to.
         store.inner.fresh_id()?;
-        let claim = Claim::take(store, &ingest)?;
+        let claim = Claim::take(store, &ingest, named)?;
         match fs::DirBuilder::new().mode(0o700).create(&claim.dir) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
                 return Err(FileError::new("create directory", &claim.dir, error).into());

@@ -29,6 +29,7 @@ use crate::catalogue::{CatalogueError, Rows, Tx};
 use crate::error::{At as _, FileError};
 use crate::open::sync_dir;
 use crate::{LayerId, Lease, Stamp, Store, tree};
+use plies_archive::tar::EntryPath;
 use plies_archive::{DirIndex, Usage};
 
 const TREE: &str = "fs";
@@ -222,6 +223,25 @@ impl<'a> Layers<'a> {
             found.map(|id| tx.lease_hold(lease.id(), id)).transpose()?;
             Ok::<_, CatalogueError>(found)
         })?)
+    }
+
+    /// What the catalogue knows of the self-contained layer with this diff ID, if it is here. It is not held.
+    ///
+    /// # Errors
+    /// [`LayerError::Catalogue`].
+    pub fn find_by_diff_id(&self, diff_id: DiffId) -> Result<Option<LayerInfo>, LayerError> {
+        Ok(self.store.read(|tx| {
+            let Some(id) = by_diff_id(tx, diff_id)? else { return Ok(None) };
+            Ok::<_, CatalogueError>(tx.get(&LAYERS, &id)?.map(|row| LayerInfo::new(id, row)))
+        })?)
+    }
+
+    /// Whether it changes nothing of what it is put on: no entries, and a root that is only implied.
+    ///
+    /// # Errors
+    /// [`LayerError::NotFound`], [`LayerError::Damaged`].
+    pub fn is_empty(&self, id: LayerId) -> Result<bool, LayerError> {
+        Ok(self.row(id)?.usage.inodes <= 1 && read_index(self.store, id)?.is_implied(&EntryPath::root()))
     }
 
     /// What the catalogue knows of it.
@@ -461,6 +481,9 @@ pub(crate) fn publish<E: From<LayerError> + From<CatalogueError> + From<FileErro
     kind: LayerKind,
     mut and_then: impl FnMut(&mut Tx<'_>, &[LayerId]) -> Result<(), CatalogueError>,
 ) -> Result<Vec<LayerId>, E> {
+    if finished.is_empty() {
+        return Ok(Vec::new());
+    }
     let paths = &store.inner.paths;
     let now = store.now();
     let mut rows = Vec::with_capacity(finished.len());

@@ -76,7 +76,7 @@ pub use layers::{FinishedStage, LayerContents, LayerError, LayerInfo, Layers, St
 pub use lease::{Lease, LeaseInfo, LeaseOptions, held_by};
 pub use lock::{Holder, WaitPolicy};
 use open::Inner;
-pub use open::{Clock, OpenError, OpenOptions, Warn};
+pub use open::{BeforeRecovery, Clock, OpenError, OpenOptions, Warn};
 pub use snapshots::{ActiveInfo, ActiveOptions, Attach, Mounted, SnapshotError, SnapshotInfo, Snapshots};
 pub use usage::{UsageError, UsageKind, UsageRow};
 
@@ -103,6 +103,16 @@ impl Store {
     /// The root directory, absolute.
     pub fn root(&self) -> &Path {
         &self.inner.root
+    }
+
+    /// A directory for files that nobody needs after this process; emptied at the next start.
+    pub fn run_dir(&self) -> &Path {
+        &self.inner.paths.run
+    }
+
+    /// How snapshots are mounted, and why so.
+    pub fn driver(&self) -> &'static str {
+        self.inner.driver.describe()
     }
 
     /// The moment, by the injected clock.

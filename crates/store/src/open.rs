@@ -28,6 +28,9 @@ pub type Clock = Arc<dyn Fn() -> SystemTime + Send + Sync>;
 /// Told of errors that no caller is there to get: a hold that could not be released by `Drop`.
 pub type Warn = Arc<dyn Fn(&dyn Error) + Send + Sync>;
 
+/// Ends what a dead process left running.
+pub type BeforeRecovery = Arc<dyn Fn(&Path) + Send + Sync>;
+
 /// How to open a store.
 #[derive(Clone)]
 pub struct OpenOptions {
@@ -37,6 +40,9 @@ pub struct OpenOptions {
     pub command: String,
     /// Told of errors in destructors.
     pub warn: Warn,
+    /// Called with [`Store::run_dir`] once the store is ours and before anything that a dead process left is removed:
+    /// the place to end processes that still use it.
+    pub before_recovery: BeforeRecovery,
     /// Make the store if there is none.
     pub create: bool,
     /// Memory the catalogue may use for its pages.
@@ -61,6 +67,7 @@ impl OpenOptions {
             clock,
             command: String::new(),
             warn: Arc::new(|_| {}),
+            before_recovery: Arc::new(|_| {}),
             create: true,
             cache_bytes: Self::CACHE_BYTES,
             ingest_max_age: Self::INGEST_MAX_AGE,
@@ -329,7 +336,8 @@ pub(crate) fn open(root: &Path, options: OpenOptions, wait: WaitPolicy<'_>) -> R
     let catalogue = open_catalogue(&root, &paths, &options)?;
     check_schema(&catalogue)?;
     let driver: Box<dyn Driver> = match options.driver {
-        DriverKind::Overlay => Box::new(Overlay::new(paths.run.clone(), None)),
+        DriverKind::Auto if !Overlay::is_available() => Box::new(Native),
+        DriverKind::Auto | DriverKind::Overlay => Box::new(Overlay::new(paths.run.clone(), None)),
         DriverKind::OverlayBy(method) => Box::new(Overlay::new(paths.run.clone(), Some(method))),
         DriverKind::Native => Box::new(Native),
     };
@@ -348,6 +356,7 @@ pub(crate) fn open(root: &Path, options: OpenOptions, wait: WaitPolicy<'_>) -> R
         _lock: lock,
     };
     let store = Store { inner: Arc::new(inner) };
+    (store.inner.options.before_recovery)(store.run_dir());
     recover::at_open(&store)?;
     Ok(store)
 }

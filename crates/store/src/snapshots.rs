@@ -21,8 +21,8 @@ use std::path::{Path, PathBuf};
 use std::sync::PoisonError;
 
 use plies_archive::tar::EntryPath;
-use plies_archive::{DirIndex, SealError, Usage};
-use plies_oci::{BlobDigest, ErrorKind, Sha256Hasher};
+use plies_archive::{DirIndex, Implied, SealError, Usage};
+use plies_oci::{BlobDigest, ChainId, DiffId, ErrorKind, Sha256Hasher};
 use rustix::io::Errno;
 use rustix::mount::{MoveMountFlags, OpenTreeFlags, UnmountFlags, move_mount, open_tree};
 
@@ -384,6 +384,12 @@ impl<'a> Snapshots<'a> {
         Mounted::attach(self.store, tree, attach, scratch, hold, None)
     }
 
+    /// Whether what [`Snapshots::view`] shows can be left behind with [`Mounted::keep`]. With the native driver it
+    /// cannot, since it is a copy that belongs to this process; an active can.
+    pub fn views_can_be_kept(&self) -> bool {
+        !self.store.inner.driver.views_are_copies()
+    }
+
     /// Makes what was written to an active a layer, held by `lease` and durable when this returns.
     /// The active can no longer be used, and goes when nothing holds it any more.
     ///
@@ -391,6 +397,41 @@ impl<'a> Snapshots<'a> {
     /// [`SnapshotError::InUse`] while it is mounted, and those of [`Snapshots::mount_active`];
     /// [`SnapshotError::Seal`]. The active can be mounted or sealed again then.
     pub fn seal(&self, id: ActiveId, lease: &Lease) -> Result<LayerId, SnapshotError> {
+        self.seal_as(id, LayerContents::default(), lease)
+    }
+
+    /// As [`Snapshots::seal`], for a layer that was unpacked over the layers below it: it has the diff ID of its
+    /// archive, and is good for this chain alone.
+    ///
+    /// # Errors
+    /// As [`Snapshots::seal`].
+    pub fn seal_for_chain(
+        &self,
+        id: ActiveId,
+        diff_id: DiffId,
+        chain_id: ChainId,
+        lease: &Lease,
+    ) -> Result<LayerId, SnapshotError> {
+        let known = LayerContents { diff_id: Some(diff_id), chain_id: Some(chain_id), ..LayerContents::default() };
+        self.seal_as(id, known, lease)
+    }
+
+    /// As [`Snapshots::seal`], for an active on nothing whose directories `on_the_way` were only made to have a place
+    /// for something: they are implied, and hide nothing of the tree that the layer will be laid over.
+    ///
+    /// # Errors
+    /// As [`Snapshots::seal`].
+    pub fn seal_on_the_way(
+        &self,
+        id: ActiveId,
+        on_the_way: &[EntryPath],
+        lease: &Lease,
+    ) -> Result<LayerId, SnapshotError> {
+        let index = on_the_way.iter().map(|path| (path.clone(), Implied::OnTheWay)).collect();
+        self.seal_as(id, LayerContents { index, ..LayerContents::default() }, lease)
+    }
+
+    fn seal_as(&self, id: ActiveId, known: LayerContents, lease: &Lease) -> Result<LayerId, SnapshotError> {
         let _claim = Claim::take(self.store, id)?;
         let _hold = Hold::take(self.store, id.into())?;
         let row = self.usable(id)?;
@@ -405,7 +446,7 @@ impl<'a> Snapshots<'a> {
         noted?;
         // From here the upper may be in the stage, which must not take it along if it fails.
         stage.keep();
-        match self.seal_into(stage, id, &row, &lowers, &upper, lease) {
+        match self.seal_into(stage, id, &row, &lowers, &upper, known, lease) {
             Ok(layer) => {
                 // Only overlay's scratch directory is left of it.
                 self.store.inner.discard_dir(&upper.dir);
@@ -420,6 +461,7 @@ impl<'a> Snapshots<'a> {
         }
     }
 
+    #[allow(clippy::too_many_arguments, reason = "the parts of one active, which its caller has looked up")]
     fn seal_into(
         &self,
         stage: Stage,
@@ -427,16 +469,24 @@ impl<'a> Snapshots<'a> {
         row: &ActiveRow,
         lowers: &[Lower],
         upper: &Upper,
+        known: LayerContents,
         lease: &Lease,
     ) -> Result<LayerId, SnapshotError> {
         let sealed = self.store.inner.driver.seal(lowers, upper, &stage.tree(), &self.scratch()?)?;
-        let contents = LayerContents { usage: sealed.usage, index: sealed.index, ..LayerContents::default() };
+        let mut index = sealed.index;
+        known.index.implied().for_each(|path| index.insert(path.clone(), Implied::OnTheWay));
+        let contents = LayerContents { usage: sealed.usage, index, ..known };
         let finished = vec![stage.finish(contents)];
         let made = layers::publish::<SnapshotError>(self.store, finished, LayerKind::Full, |tx, made| {
             let sealed = ActiveRow { sealed: made.first().copied(), usage: None, ..row.clone() };
             tx.put_active(id, &sealed)?;
             tx.remove(&SEALING, &id)?;
-            made.iter().try_for_each(|layer| tx.lease_hold(lease.id(), *layer))
+            for layer in made {
+                // Whoever holds the active can find its layer by it, also after a crash before anything else does.
+                tx.add_edge(id, *layer)?;
+                tx.lease_hold(lease.id(), *layer)?;
+            }
+            Ok(())
         })?;
         Ok(*made.first().expect("because one stage makes one layer"))
     }
@@ -729,6 +779,18 @@ impl Mounted {
     /// Where it is attached, if anywhere.
     pub fn path(&self) -> Option<&Path> {
         self.path.as_deref()
+    }
+
+    /// Leaves the mount in place, beyond the life of this process. It must be attached to a directory of the caller's,
+    /// who from now on holds what is mounted by an owner of its own, and unmounts it.
+    ///
+    /// # Errors
+    /// [`SnapshotError::Catalogue`].
+    pub fn keep(mut self) -> Result<(), SnapshotError> {
+        debug_assert!(self.path.is_some(), "a mount that is attached nowhere would be lost");
+        self.tree = None;
+        self.claim = None;
+        Ok(self.hold.take().map_or(Ok(()), |hold| hold.lease.release())?)
     }
 
     /// Unmounts, and lets go of what was mounted.

@@ -22,8 +22,10 @@ pub use overlay::OverlayMethod;
 /// Which driver serves snapshots.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum DriverKind {
-    /// Overlay mounts; needs the right to mount. `None` finds out how the kernel takes the layers.
+    /// Overlay mounts where this process may make them, copies elsewhere.
     #[default]
+    Auto,
+    /// Overlay mounts; needs the right to mount. Finds out how the kernel takes the layers.
     Overlay,
     /// Overlay mounts made in one certain way.
     OverlayBy(OverlayMethod),
@@ -89,6 +91,14 @@ pub(crate) enum Form {
 /// How stacks become trees. `lowers` come bottom first; `scratch` is a path of the store's own that
 /// does not exist yet and that the driver may make a directory at.
 pub(crate) trait Driver: fmt::Debug + Send + Sync {
+    /// For people: which driver it is, and how it works here.
+    fn describe(&self) -> &'static str;
+
+    /// Whether a tree to read is a copy, made for one use and gone with this process, rather than a mount.
+    fn views_are_copies(&self) -> bool {
+        false
+    }
+
     /// The deepest stack one tree can be made of; the store squashes deeper ones.
     fn max_lowers(&self) -> usize;
 

@@ -45,6 +45,14 @@ fn merged(lowers: &[Lower], target: &Path, material: Material) -> Result<OwnedFd
 }
 
 impl Driver for Native {
+    fn describe(&self) -> &'static str {
+        "native (copies)"
+    }
+
+    fn views_are_copies(&self) -> bool {
+        true
+    }
+
     fn max_lowers(&self) -> usize {
         usize::MAX
     }

@@ -63,6 +63,11 @@ impl Overlay {
         overlay
     }
 
+    /// Whether this process may make overlay mounts.
+    pub(crate) fn is_available() -> bool {
+        fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC).is_ok()
+    }
+
     fn method(&self) -> OverlayMethod {
         *self.method.get_or_init(|| probe(&self.run).unwrap_or(OverlayMethod::OptionString))
     }
@@ -197,6 +202,14 @@ fn by_option_string(trees: &[PathBuf], upper: Option<&Upper>, scratch: &Path) ->
 }
 
 impl Driver for Overlay {
+    fn describe(&self) -> &'static str {
+        match self.method() {
+            OverlayMethod::Descriptors => "overlay (layers by descriptor)",
+            OverlayMethod::Paths => "overlay (layers by path, one by one)",
+            OverlayMethod::OptionString => "overlay (layers in one option string)",
+        }
+    }
+
     fn max_lowers(&self) -> usize {
         match self.method() {
             OverlayMethod::OptionString => MAX_LOWERS_IN_STRING,

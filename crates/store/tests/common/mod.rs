@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, UNIX_EPOCH};
 
 use plies_archive::tar::EntryPath;
-use plies_archive::{DirIndex, Usage};
+use plies_archive::{DirIndex, Implied, Usage};
 use plies_oci::{BlobDigest, DiffId};
 use plies_store::{
     CheckOptions, DriverKind, Expected, FinishedStage, LayerContents, LayerId, Lease, LeaseOptions, OpenOptions, Owner,
@@ -145,7 +145,7 @@ pub fn stage_layer(store: &Store, items: &[Item], diff_id: Option<DiffId>) -> Fi
         .collect();
     let entry = |path: &str| EntryPath::clean(path.as_bytes()).unwrap();
     if !explicit.contains(&"") {
-        index.insert(EntryPath::root());
+        index.insert(EntryPath::root(), Implied::OnTheWay);
     }
     let mut dirs = vec![root.clone()];
     let mut parents = |path: &str| {
@@ -157,7 +157,7 @@ pub fn stage_layer(store: &Store, items: &[Item], diff_id: Option<DiffId>) -> Fi
                 dirs.push(root.join(&parent));
             }
             if !explicit.contains(&parent.as_str()) {
-                index.insert(entry(&parent));
+                index.insert(entry(&parent), Implied::OnTheWay);
             }
         }
     };
