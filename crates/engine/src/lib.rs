@@ -1,5 +1,146 @@
-//! Requests composed of the other parts: load, save, run, build.
+//! Requests composed of the other parts: each file is one request, and this is the only crate that knows both the
+//! build cache and the image store.
+//!
+//! ```text
+//! lib.rs        Engine: a store with what requests need; opening and closing
+//! archive.rs    an image archive that a user hands in, readable at any place
+//! layers.rs     blobs become layers, layers become blobs
+//! load.rs       archive -> images          save.rs     images -> archive
+//! images.rs     list, inspect, history, tag, remove
+//! build/        Dockerfile -> graph -> solve -> image
+//! run.rs        run, mount, umount         records.rs  `ply ref`
+//! space.rs      du, tree, gc, info
+//! dockerfile/ context/ exec/   the parts of a build that need no store
+//! ```
+//!
+//! # Locks
+//! None here. Threads of one request share nothing but the store, whose own locks are described there.
 
+mod archive;
+pub mod build;
 pub mod context;
 pub mod dockerfile;
 pub mod exec;
+mod images;
+mod layers;
+mod load;
+pub mod progress;
+mod records;
+mod run;
+mod save;
+mod space;
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use plies_archive::Limits;
+use plies_oci::ErrorKind;
+use plies_store::{
+    CatalogueError, GcMode, Holder, Lease, LeaseOptions, OpenError, OpenOptions, Stamp, Store, WaitPolicy,
+};
+
+pub use archive::{ArchiveError, Input};
+pub use images::{HistoryLine, ImageDetails, ImageSummary, ImagesError, familiar};
+pub use layers::LayerTransferError;
+pub use load::{LoadError, LoadedImage};
+pub use plies_image::Removed as RemovedImage;
+pub use plies_store::DriverKind;
+pub use records::{RecordSummary, RecordsError};
+pub use run::{RunError, RunRequest};
+pub use save::{Output, SaveError, SaveFormat};
+pub use space::{GcSummary, Info, SpaceError, SpaceReport, SpaceRow, TreeNode};
+
+/// How to open an engine.
+pub struct EngineOptions {
+    /// How layers are kept and mounted.
+    pub driver: DriverKind,
+    /// Whether to wait for another process that owns the store.
+    pub wait: bool,
+    /// Told once for whom we wait.
+    pub on_wait: Box<dyn FnMut(&Holder)>,
+}
+
+impl std::fmt::Debug for EngineOptions {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("EngineOptions").field("driver", &self.driver).field("wait", &self.wait).finish_non_exhaustive()
+    }
+}
+
+/// An open store, ready for requests.
+#[derive(Debug)]
+pub struct Engine {
+    store: Store,
+    limits: Limits,
+}
+
+impl Engine {
+    /// Opens the store at `root`, making it if there is none.
+    ///
+    /// # Errors
+    /// [`OpenError`].
+    pub fn open(root: &Path, mut options: EngineOptions) -> Result<Self, OpenError> {
+        let command: Vec<String> = std::env::args().take(2).collect();
+        let store_options = OpenOptions {
+            command: command.join(" "),
+            driver: options.driver,
+            // Steps that outlived their `ply` use mounts and files that are about to go.
+            before_recovery: Arc::new(exec::end_leftovers),
+            warn: Arc::new(|error| eprintln!("ply: warning: {error}")),
+            ..OpenOptions::new(Arc::new(SystemTime::now))
+        };
+        let wait = if options.wait { WaitPolicy::Wait(&mut *options.on_wait) } else { WaitPolicy::Fail };
+        Ok(Self { store: Store::open(root, store_options, wait)?, limits: Limits::default() })
+    }
+
+    /// Gives the store up, telling what went wrong.
+    ///
+    /// # Errors
+    /// [`CatalogueError`].
+    pub fn close(self) -> Result<(), CatalogueError> {
+        self.store.close()
+    }
+
+    pub(crate) fn store(&self) -> &Store {
+        &self.store
+    }
+
+    pub(crate) fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    /// Does `work` with a lease that holds what it makes until something else does. If it fails, what it made is
+    /// removed again: the store is then as it was.
+    pub(crate) fn with_lease<T, E: From<CatalogueError>>(
+        &self,
+        label: &str,
+        work: impl FnOnce(&Lease) -> Result<T, E>,
+    ) -> Result<T, E> {
+        let lease = self.store.lease(LeaseOptions::process(label))?;
+        let done = work(&lease);
+        match done {
+            Ok(_) => lease.release()?,
+            // The error to tell is the first one; what could not be removed now goes with the next collection.
+            Err(_) => drop(lease.release().map(|()| self.store.gc(GcMode::Run))),
+        }
+        done
+    }
+}
+
+/// The request was cancelled by its caller.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("cancelled")]
+pub struct Canceled;
+
+impl Canceled {
+    /// Always [`ErrorKind::Canceled`].
+    pub fn kind(&self) -> ErrorKind {
+        ErrorKind::Canceled
+    }
+}
+
+/// A stored time as documents and people read it.
+pub(crate) fn rfc3339(stamp: Stamp) -> String {
+    let micros = i64::try_from(stamp.as_micros()).unwrap_or(i64::MAX);
+    jiff::Timestamp::from_microsecond(micros).unwrap_or(jiff::Timestamp::MAX).to_string()
+}

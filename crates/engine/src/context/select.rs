@@ -163,6 +163,11 @@ impl Selection {
         self.items.push(Selected { name: name.to_vec(), kind });
     }
 
+    /// Adds a source that was chosen before.
+    pub(crate) fn push(&mut self, selected: Selected) {
+        self.items.push(selected);
+    }
+
     /// The sources, in order.
     pub fn items(&self) -> &[Selected] {
         &self.items

@@ -25,7 +25,7 @@ pub mod words;
 pub use error::{DockerfileError, Location};
 pub use ignore::{Ignore, IgnoreError, Verdict};
 pub use parse::parse;
-pub use scope::{BuildArgs, Platform, Scope};
+pub use scope::{BuildArgs, Scope};
 
 /// A parsed Dockerfile.
 #[derive(Debug, Clone)]

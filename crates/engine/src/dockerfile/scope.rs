@@ -2,26 +2,10 @@
 
 use std::collections::BTreeMap;
 
+use plies_oci::Platform;
+
 use super::words::{Lexer, Variables, WordError};
 use super::{ArgDeclaration, Dockerfile, DockerfileError};
-
-/// An operating system and a processor, as `--platform` names them.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Platform {
-    /// Operating system: `linux`.
-    pub os: String,
-    /// Processor architecture in Go's words: `amd64`, `arm64`.
-    pub architecture: String,
-    /// Variant of the architecture: `v7`; empty for none.
-    pub variant: String,
-}
-
-impl std::fmt::Display for Platform {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}/{}", self.os, self.architecture)?;
-        if self.variant.is_empty() { Ok(()) } else { write!(f, "/{}", self.variant) }
-    }
-}
 
 /// Arguments that `RUN` sees without an `ARG`, and that no cache key and no history contains.
 const PROXY_ARGS: [&str; 10] = [
@@ -61,7 +45,7 @@ impl BuildArgs {
             global.insert(format!("{prefix}PLATFORM"), platform.to_string());
             global.insert(format!("{prefix}OS"), platform.os.clone());
             global.insert(format!("{prefix}ARCH"), platform.architecture.clone());
-            global.insert(format!("{prefix}VARIANT"), platform.variant.clone());
+            global.insert(format!("{prefix}VARIANT"), platform.variant.clone().unwrap_or_default());
         }
         global.insert("TARGETSTAGE".to_owned(), target_stage.unwrap_or("default").to_owned());
         // The predefined ones can be overridden like any.
@@ -218,7 +202,7 @@ mod tests {
     use crate::dockerfile::{InstructionKind, parse};
 
     fn platform(architecture: &str) -> Platform {
-        Platform { os: "linux".to_owned(), architecture: architecture.to_owned(), variant: String::new() }
+        Platform { os: "linux".to_owned(), architecture: architecture.to_owned(), variant: None }
     }
 
     fn given(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {

@@ -43,7 +43,7 @@ use plies_oci::ErrorKind;
 pub use builtin::Builtin;
 pub use init::init_main_if_asked;
 pub use runtime::OciRuntime;
-pub use user::{User, UserError, resolve_user};
+pub use user::{User, UserError, home_of, resolve_user};
 
 /// One process to run in a root file system.
 #[derive(Debug, Clone)]
@@ -272,6 +272,12 @@ pub enum ExecutorChoice {
 /// The OCI runtimes that [`ExecutorChoice::Auto`] looks for, in this order: crun starts a container in a fifth of runc's
 /// time.
 const RUNTIMES: [&str; 2] = ["crun", "runc"];
+
+/// Ends what a process that died left running. To be called when `state_dir` is ours, before anything that the steps
+/// use is taken away. (The built-in executor's steps die with their process.)
+pub fn end_leftovers(state_dir: &Path) {
+    OciRuntime::end_leftovers(state_dir);
+}
 
 /// Chooses an executor. `state_dir` is a directory of ours alone, for bundles and for the runtime's own state;
 /// containers that a dead process left in it are deleted. `search_path` is where runtimes are looked for: the caller's

@@ -10,6 +10,7 @@
 
 use std::ffi::{CStr, OsStr};
 use std::io::Write;
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -37,6 +38,9 @@ const KILL_ROUNDS: u32 = 250;
 const HYBRID_MOUNT: &CStr = c"/sys/fs/cgroup/unified";
 /// What it says there that v2 controls.
 const HYBRID_CONTROLLERS: &str = "/sys/fs/cgroup/unified/cgroup.controllers";
+
+/// Names the runtime that a state directory is used with.
+const PROGRAM: &str = "program";
 
 /// How much of a runtime's log is looked at, in bytes.
 const LOG_BYTES_MAX: usize = 64 << 10;
@@ -83,9 +87,23 @@ impl OciRuntime {
         }
         let name = program.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let cgroups = if name.contains("crun") { Cgroups::Disabled } else { Cgroups::Own };
+        // Whoever finds this directory after our death needs to know what to clean up with.
+        let note = dir.join(PROGRAM);
+        std::fs::write(&note, program.as_os_str().as_bytes()).map_err(|source| ExecError::Io {
+            op: "write",
+            path: note,
+            source,
+        })?;
         let runtime = Self { program: program.to_owned(), name, dir, cgroups };
         runtime.sweep();
         Ok(runtime)
+    }
+
+    /// Ends what a dead process left in `state_dir`, with the runtime that it used.
+    pub(super) fn end_leftovers(state_dir: &Path) {
+        let Ok(program) = std::fs::read(state_dir.join("runtime").join(PROGRAM)) else { return };
+        // Making a runtime sweeps. One that is gone cannot, and then nobody can.
+        drop(Self::new(Path::new(OsStr::from_bytes(&program)), state_dir));
     }
 
     /// Deletes what a dead process left. What can't be deleted harms nobody: ids are never used twice.

@@ -28,7 +28,7 @@ pub struct User {
 impl User {
     /// Root without supplementary groups.
     pub fn root() -> Self {
-        Self { uid: 0, gid: 0, groups: Vec::new() }
+        Self { uid: 0, gid: 0, groups: vec![0] }
     }
 }
 
@@ -125,9 +125,11 @@ pub fn resolve_user(rootfs: BorrowedFd<'_>, spec: &str) -> Result<User, UserErro
             None => return Err(UserError::NoGroup { name: group.to_owned() }),
         };
         let gid = gid.ok_or_else(|| UserError::OutOfRange { id: group.to_owned() })?;
-        return Ok(User { uid, gid, groups: Vec::new() });
+        return Ok(User { uid, gid, groups: vec![gid] });
     }
-    let mut supplementary: Vec<u32> = Vec::new();
+    // The primary group is among them: a step must not gain a right by a group that it is expressly denied
+    // (CVE-2022-36109).
+    let mut supplementary: Vec<u32> = vec![entry_gid];
     if let Some(name) = name {
         for fields in lines(&groups) {
             let is_member = fields.get(3).is_some_and(|members| members.split(',').any(|member| member.trim() == name));
@@ -161,6 +163,18 @@ fn read(rootfs: BorrowedFd<'_>, path: &'static str) -> Result<String, UserError>
         }
         Err(source) => Err(UserError::Read { path, source }),
     }
+}
+
+/// The home directory of a user inside the tree; `/` for one who has none. Docker and OCI runtimes set `HOME` to it
+/// where an image does not.
+///
+/// # Errors
+/// As [`resolve_user`].
+pub fn home_of(rootfs: BorrowedFd<'_>, uid: u32) -> Result<String, UserError> {
+    let passwd = read(rootfs, "/etc/passwd")?;
+    let entry = lines(&passwd).find(|fields| fields.get(2).and_then(|id| number(id)) == Some(uid));
+    let home = entry.and_then(|fields| fields.get(5).copied().filter(|home| home.starts_with('/')).map(str::to_owned));
+    Ok(home.unwrap_or_else(|| "/".into()))
 }
 
 fn lines(text: &str) -> impl Iterator<Item = Vec<&str>> {
@@ -216,17 +230,17 @@ mod tests {
             "root:x:0:\naudio:x:29:app,other\nvideo:x:44:app\nstaff:x:50:\n",
         );
         for (spec, expected) in [
-            ("", user(0, 0, &[])),
-            ("root", user(0, 0, &[])),
-            ("app", user(1000, 1001, &[29, 44])),
-            ("1000", user(1000, 1001, &[29, 44])),
-            ("app:staff", user(1000, 50, &[])),
-            ("app:77", user(1000, 77, &[])),
-            ("4242", user(4242, 0, &[])),
-            ("4242:4243", user(4242, 4243, &[])),
-            ("77", user(5, 6, &[])),
-            (":staff", user(0, 50, &[])),
-            ("2147483647", user(0x7fff_ffff, 0, &[])),
+            ("", user(0, 0, &[0])),
+            ("root", user(0, 0, &[0])),
+            ("app", user(1000, 1001, &[29, 44, 1001])),
+            ("1000", user(1000, 1001, &[29, 44, 1001])),
+            ("app:staff", user(1000, 50, &[50])),
+            ("app:77", user(1000, 77, &[77])),
+            ("4242", user(4242, 0, &[0])),
+            ("4242:4243", user(4242, 4243, &[4243])),
+            ("77", user(5, 6, &[6])),
+            (":staff", user(0, 50, &[50])),
+            ("2147483647", user(0x7fff_ffff, 0, &[0])),
         ] {
             assert_eq!(resolve(&dir, spec).unwrap(), expected, "{spec:?}");
         }
@@ -252,7 +266,7 @@ mod tests {
         std::fs::remove_dir_all(dir.path().join("etc")).unwrap();
         std::os::unix::fs::symlink("/etc", dir.path().join("etc")).unwrap();
         assert!(resolve(&dir, "root").is_err());
-        assert_eq!(resolve(&dir, "0").unwrap_or_else(|_| user(0, 0, &[])), user(0, 0, &[]));
+        assert_eq!(resolve(&dir, "0").unwrap_or_else(|_| user(0, 0, &[0])), user(0, 0, &[0]));
     }
 
     #[test]

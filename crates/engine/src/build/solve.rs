@@ -1,0 +1,716 @@
+//! Operations become snapshots: from the cache, or by doing them.
+//!
+//! A vertex's key is the digest of what it does, of the keys of what it stands on, and of the *content* of the files it
+//! takes in: mode, owner, extended attributes and bytes, not times. So a changed input changes the keys of all that
+//! stands on it, and an unchanged one finds its record whatever happened to file times.
+
+use std::collections::HashMap;
+use std::ffi::OsString;
+use std::io::{self, Write};
+use std::os::fd::{AsFd as _, BorrowedFd};
+use std::path::{Path, PathBuf};
+
+use plies_archive::tar::EntryPath;
+use plies_archive::{ApplyStyle, UnpackError, compress, unpack};
+
+use plies_cache::{CacheKey, KeyBuilder, RecordId, RecordRow};
+use plies_oci::{Compression, DiffId, ErrorKind};
+use plies_store::{
+    ActiveOptions, Attach, CatalogueError, LayerError, LayerId, Lease, Mounted, SnapshotError, SnapshotId, Stamp,
+};
+
+use super::config::DEFAULT_PATH;
+use super::graph::{CopyOp, FilesFrom, Graph, Op, RunOp, VertexId};
+use crate::context::{
+    self, Chmod, CopyError, CopyOptions, Destination, HashError, Owner, SelectError, Selection, Tree, inroot,
+};
+use crate::dockerfile::{Ignore, IgnoreError, Location, SCRIPT_DIR};
+use crate::exec::{
+    self, Access, Cancel, ExecError, Executor, MountSource, Network, Step, StepMount, Streams, User, UserError,
+    resolve_user,
+};
+use crate::progress::{Outcome, Progress, Task};
+use crate::{Canceled, Engine};
+
+/// Goes up when a step comes to mean something else, so that results of an older Plies are not taken for it.
+const KEY_VERSION: u32 = 1;
+
+/// Longest description of a record: a Dockerfile's line can hold a whole script.
+const DESCRIPTION_CHARS_MAX: usize = 300;
+
+/// Why a step could not be done.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SolveError {
+    /// Its command failed.
+    #[error("exit code {code}{}", reason.as_ref().map(|why| format!(" ({why})")).unwrap_or_default())]
+    Exit {
+        /// The command.
+        command: String,
+        /// As docker reports it.
+        code: i32,
+        /// Why, if more is known.
+        reason: Option<String>,
+    },
+    /// Its command could not be run.
+    #[error(transparent)]
+    Exec(#[from] ExecError),
+    /// Its user is not known.
+    #[error(transparent)]
+    User(#[from] UserError),
+    /// Its sources could not be chosen.
+    #[error(transparent)]
+    Select(#[from] SelectError),
+    /// Its sources could not be hashed.
+    #[error(transparent)]
+    Hash(#[from] HashError),
+    /// Its sources could not be copied.
+    #[error(transparent)]
+    Copy(#[from] CopyError),
+    /// Its `--exclude`.
+    #[error(transparent)]
+    Exclude(#[from] IgnoreError),
+    /// Its `--chmod`.
+    #[error(transparent)]
+    Chmod(#[from] context::ChmodError),
+    /// Its archive could not be unpacked.
+    #[error("unpack {name}")]
+    Unpack {
+        /// Which file.
+        name: String,
+        /// What is wrong with it.
+        #[source]
+        source: UnpackError,
+    },
+    /// Its archive is of a kind that is not unpacked yet.
+    #[error("{name} is {format}-compressed, and only plain, gzip and zstd archives are unpacked yet (use COPY)")]
+    Archive {
+        /// Which file.
+        name: String,
+        /// How it is compressed.
+        format: &'static str,
+    },
+    /// A directory could not be made.
+    #[error("make directory {path}")]
+    Directory {
+        /// Which.
+        path: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A file of ours.
+    #[error("{op} {}", path.display())]
+    Io {
+        /// What was tried.
+        op: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+    /// Its tree.
+    #[error("prepare, mount or seal a tree")]
+    Snapshot(#[from] SnapshotError),
+    /// Its layer.
+    #[error("read a layer's row")]
+    Layer(#[from] LayerError),
+    /// The catalogue failed.
+    #[error("read or change the catalogue")]
+    Catalogue(#[from] CatalogueError),
+    /// The caller asked to stop.
+    #[error(transparent)]
+    Canceled(#[from] Canceled),
+}
+
+impl SolveError {
+    /// What a caller can do about it.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Exit { .. } => ErrorKind::FailedPrecondition,
+            Self::Exec(source) => source.kind(),
+            Self::User(source) => source.kind(),
+            Self::Select(source) => source.kind(),
+            Self::Hash(source) => source.kind(),
+            Self::Copy(source) => source.kind(),
+            Self::Exclude(source) => source.kind(),
+            Self::Chmod(_) | Self::Archive { .. } => ErrorKind::InvalidInput,
+            Self::Unpack { source, .. } => source.kind(),
+            Self::Directory { .. } | Self::Io { .. } => ErrorKind::Unavailable,
+            Self::Snapshot(source) => source.kind(),
+            Self::Layer(source) => source.kind(),
+            Self::Catalogue(source) => source.kind(),
+            Self::Canceled(source) => source.kind(),
+        }
+    }
+
+    /// What the line of the Dockerfile that asked for it did not get; the cause follows.
+    pub(crate) fn headline(&self) -> String {
+        match self {
+            Self::Exit { command, .. } => format!("process {command:?} did not complete successfully"),
+            Self::Select(_) | Self::Hash(_) | Self::Copy(_) | Self::Exclude(_) | Self::Unpack { .. } => {
+                "files could not be copied".into()
+            }
+            _ => "the step could not be done".into(),
+        }
+    }
+}
+
+/// A step that could not be done, and where it was asked for.
+#[derive(Debug)]
+pub(crate) struct Failed {
+    pub(crate) location: Location,
+    /// What to point at in the line; empty for the whole of it.
+    pub(crate) focus: String,
+    pub(crate) error: SolveError,
+}
+
+/// The result of one vertex.
+#[derive(Debug, Clone)]
+pub(crate) struct Solved {
+    key: CacheKey,
+    /// The tree; `None` is the empty one.
+    pub(crate) snapshot: Option<SnapshotId>,
+    /// Diff IDs of the image that it stands on.
+    pub(crate) base_diff_ids: Vec<DiffId>,
+    /// Layers added to that image, bottom first.
+    pub(crate) layers: Vec<LayerId>,
+    /// When this vertex made its layer; `None` if it made none.
+    pub(crate) made: Option<Stamp>,
+}
+
+/// The results of a graph.
+#[derive(Debug)]
+pub(crate) struct Results {
+    solved: HashMap<VertexId, Solved>,
+    pub(crate) steps_count: usize,
+    pub(crate) cached_count: usize,
+}
+
+impl Results {
+    /// The result of a vertex of the graph.
+    pub(crate) fn of(&self, vertex: VertexId) -> &Solved {
+        &self.solved[&vertex]
+    }
+}
+
+/// Solves graphs.
+pub(crate) struct Solver<'a> {
+    pub(crate) engine: &'a Engine,
+    /// Holds every result until the caller has put it into an image.
+    pub(crate) lease: &'a Lease,
+    pub(crate) context: &'a Tree,
+    pub(crate) executor: &'a dyn Executor,
+    pub(crate) progress: &'a dyn Progress,
+    pub(crate) cancel: &'a Cancel,
+    pub(crate) no_cache: bool,
+}
+
+/// What a step made, besides what can be seen in its tree.
+#[derive(Default)]
+struct Made {
+    /// Directories that are only there to have a place for something.
+    on_the_way: Vec<EntryPath>,
+}
+
+impl Made {
+    /// With `--link`, the directories that lead to the files say nothing about those that will be there: a copy to
+    /// /tmp/x must not make /tmp 0755.
+    fn by(copy: &CopyOp, root: BorrowedFd<'_>) -> Result<Self, SolveError> {
+        if !copy.link {
+            return Ok(Self::default());
+        }
+        let dest = EntryPath::clean(copy.dest.as_bytes()).expect("because lowering made it clean");
+        let is_directory = inroot::open(root, dest.as_bytes(), rustix::fs::OFlags::DIRECTORY).is_ok();
+        let mut on_the_way: Vec<EntryPath> = vec![];
+        let mut at = if is_directory { Some(dest) } else { dest.split().map(|(parent, _)| parent) };
+        while let Some(path) = at {
+            at = path.split().map(|(parent, _)| parent);
+            on_the_way.push(path);
+        }
+        Ok(Self { on_the_way })
+    }
+}
+
+/// Where an operation's files come from, opened.
+enum Source<'a> {
+    Context(&'a Tree),
+    Stage(Box<Stage>),
+}
+
+/// The tree of an earlier stage or of an image.
+struct Stage {
+    tree: Tree,
+    /// Keeps it mounted; the empty tree needs no mount.
+    _mounted: Option<Mounted>,
+}
+
+impl Source<'_> {
+    fn tree(&self) -> &Tree {
+        match self {
+            Source::Context(tree) => tree,
+            Source::Stage(stage) => &stage.tree,
+        }
+    }
+}
+
+impl Solver<'_> {
+    /// Solves all vertices of a graph that was lowered for one target: each of them is needed.
+    pub(crate) fn solve(&self, graph: &Graph, target: VertexId) -> Result<Results, Failed> {
+        let mut results = Results { solved: HashMap::new(), steps_count: 0, cached_count: 0 };
+        for (id, vertex) in graph.iter() {
+            if self.cancel.is_canceled() {
+                return Err(Failed { location: vertex.location, focus: String::new(), error: Canceled.into() });
+            }
+            let task = (!vertex.name.is_empty()).then(|| Task::start(self.progress, &vertex.name, None));
+            let (solved, outcome) =
+                self.vertex(&vertex.op, &vertex.name, &results, task.as_ref()).map_err(|error| {
+                    let focus = match &error {
+                        SolveError::Select(_) => vertex.op.focus(),
+                        _ => String::new(),
+                    };
+                    Failed { location: vertex.location, focus, error }
+                })?;
+            if vertex.op.is_step() {
+                results.steps_count += 1;
+                results.cached_count += usize::from(outcome == Outcome::Cached);
+            }
+            if let Some(task) = task {
+                task.end(outcome);
+            }
+            results.solved.insert(id, solved);
+        }
+        debug_assert!(results.solved.contains_key(&target));
+        Ok(results)
+    }
+
+    fn vertex(
+        &self,
+        op: &Op,
+        name: &str,
+        results: &Results,
+        task: Option<&Task<'_>>,
+    ) -> Result<(Solved, Outcome), SolveError> {
+        match op {
+            Op::Scratch => {
+                let key = KeyBuilder::new("scratch", KEY_VERSION).finish();
+                let solved = Solved { key, snapshot: None, base_diff_ids: vec![], layers: vec![], made: None };
+                Ok((solved, Outcome::Done))
+            }
+            Op::Image { diff_ids, snapshot } => {
+                let key = KeyBuilder::new("image", KEY_VERSION).list(diff_ids.iter().map(DiffId::as_bytes)).finish();
+                let base_diff_ids = diff_ids.clone();
+                let solved = Solved { key, snapshot: *snapshot, base_diff_ids, layers: vec![], made: None };
+                Ok((solved, Outcome::Cached))
+            }
+            Op::Merge { base, over } => {
+                let (base, over) = (results.of(*base), results.of(*over));
+                let mut layers = self.layers_of(base.snapshot)?;
+                layers.extend(self.layers_of(over.snapshot)?);
+                let snapshot = if layers.is_empty() { None } else { Some(self.ensure(&layers)?) };
+                let solved = Solved {
+                    key: KeyBuilder::new("merge", KEY_VERSION).input(&base.key).input(&over.key).finish(),
+                    snapshot,
+                    base_diff_ids: base.base_diff_ids.clone(),
+                    layers: base.layers.iter().chain(&over.layers).copied().collect(),
+                    made: over.made,
+                };
+                Ok((solved, Outcome::Done))
+            }
+            Op::Run { base, run } => {
+                let base = results.of(*base);
+                let key = run_key(run, &base.key);
+                self.step(base, key, name, |root, path| self.run(run, root, path, task))
+            }
+            Op::Directory { base, path } => {
+                let base = results.of(*base);
+                let key = KeyBuilder::new("directory", KEY_VERSION).input(&base.key).bytes(path.as_bytes()).finish();
+                self.step(base, key, name, |root, _| make_directory(root, path).map(|()| Made::default()))
+            }
+            Op::Copy { base, copy } => {
+                let base = results.of(*base);
+                let source = self.source(copy.from, results)?;
+                let excludes = match copy.excludes.as_slice() {
+                    [] => None,
+                    patterns => Some(Ignore::from_patterns(patterns.iter().map(String::as_str))?),
+                };
+                let mut selection = Selection::new(excludes);
+                for path in &copy.paths {
+                    selection.add(source.tree(), path.as_bytes())?;
+                }
+                for (name, bytes) in &copy.inline {
+                    selection.add_inline(name.as_bytes(), bytes.clone());
+                }
+                let key = KeyBuilder::new("copy", KEY_VERSION)
+                    .input(&base.key)
+                    .bytes(source.tree().hash(&selection)?.as_bytes())
+                    .bytes(copy.dest.as_bytes())
+                    .list(copy.chown.iter())
+                    .list(copy.chmod.iter())
+                    .number(copy.unpack.into())
+                    .number(copy.link.into())
+                    .finish();
+                self.step(base, key, name, |root, _| self.copy(copy, &source, &selection, root))
+            }
+        }
+    }
+
+    /// Finds the result of a step in the cache, or does `work` in a tree on top of `base`.
+    fn step(
+        &self,
+        base: &Solved,
+        key: CacheKey,
+        name: &str,
+        work: impl FnOnce(BorrowedFd<'_>, &Path) -> Result<Made, SolveError>,
+    ) -> Result<(Solved, Outcome), SolveError> {
+        if !self.no_cache
+            && let Some(record) = self.lookup(&key)?
+        {
+            let snapshot = match record.tree {
+                plies_cache::Tree::Immutable(snapshot) => Some(snapshot),
+                plies_cache::Tree::Scratch | plies_cache::Tree::Mutable(_) => None,
+            };
+            let layer = self.layer_on(base, snapshot)?;
+            return Ok((self.solved(base, key, snapshot, layer, record.created_at), Outcome::Cached));
+        }
+        let (snapshot, layer) = self.work(base.snapshot, work)?;
+        let tree = snapshot.map_or(plies_cache::Tree::Scratch, plies_cache::Tree::Immutable);
+        let id = random_id()?;
+        let created_at = self.engine.store().now();
+        let row = RecordRow {
+            tree,
+            description: name.chars().take(DESCRIPTION_CHARS_MAX).collect(),
+            key: Some(key),
+            created_at,
+            last_used_at: created_at,
+            usage_count: 0,
+        };
+        self.engine.store().write(|tx| plies_cache::put(tx, id, &row))?;
+        Ok((self.solved(base, key, snapshot, layer, created_at), Outcome::Done))
+    }
+
+    fn solved(
+        &self,
+        base: &Solved,
+        key: CacheKey,
+        snapshot: Option<SnapshotId>,
+        layer: Option<LayerId>,
+        created_at: Stamp,
+    ) -> Solved {
+        Solved {
+            key,
+            snapshot,
+            base_diff_ids: base.base_diff_ids.clone(),
+            layers: base.layers.iter().copied().chain(layer).collect(),
+            made: layer.map(|_| created_at),
+        }
+    }
+
+    /// Finds a record and holds its tree. The hold and the note of its use need no sync: both end with this process or
+    /// may be lost.
+    fn lookup(&self, key: &CacheKey) -> Result<Option<RecordRow>, SolveError> {
+        let found = self.engine.store().write_lazily(|tx| {
+            let Some((id, row)) = plies_cache::lookup(tx, key)? else { return Ok(None) };
+            if let plies_cache::Tree::Immutable(snapshot) = row.tree {
+                tx.lease_hold(self.lease.id(), snapshot)?;
+            }
+            plies_cache::touch(tx, id)?;
+            Ok::<_, CatalogueError>(Some(row))
+        })?;
+        Ok(found)
+    }
+
+    /// The layer that `snapshot` has more than `base`, if it has one.
+    fn layer_on(&self, base: &Solved, snapshot: Option<SnapshotId>) -> Result<Option<LayerId>, SolveError> {
+        if snapshot == base.snapshot {
+            return Ok(None);
+        }
+        Ok(self.layers_of(snapshot)?.pop())
+    }
+
+    fn layers_of(&self, snapshot: Option<SnapshotId>) -> Result<Vec<LayerId>, SolveError> {
+        let info = snapshot.map(|id| self.engine.store().snapshots().info(id)).transpose()?;
+        Ok(info.map(|info| info.layers).unwrap_or_default())
+    }
+
+    fn ensure(&self, layers: &[LayerId]) -> Result<SnapshotId, SolveError> {
+        Ok(self.engine.store().snapshots().ensure(layers, self.lease)?)
+    }
+
+    /// Does `work` in a writable tree on top of `base` and seals what it changed. A step that changes nothing adds no
+    /// layer.
+    fn work(
+        &self,
+        base: Option<SnapshotId>,
+        work: impl FnOnce(BorrowedFd<'_>, &Path) -> Result<Made, SolveError>,
+    ) -> Result<(Option<SnapshotId>, Option<LayerId>), SolveError> {
+        let snapshots = self.engine.store().snapshots();
+        let active = snapshots.prepare(base, self.lease, ActiveOptions { volatile: true })?;
+        let mounted = snapshots.mount_active(active, Attach::InStore)?;
+        let path = mounted.path().expect("because it was attached").to_owned();
+        let worked = work(mounted.root(), &path);
+        mounted.unmount()?;
+        let Made { on_the_way } = worked?;
+        let layer = snapshots.seal_on_the_way(active, &on_the_way, self.lease)?;
+        if self.engine.store().layers().is_empty(layer)? {
+            return Ok((base, None));
+        }
+        let mut layers = self.layers_of(base)?;
+        layers.push(layer);
+        Ok((Some(self.ensure(&layers)?), Some(layer)))
+    }
+
+    fn run(&self, run: &RunOp, root: BorrowedFd<'_>, path: &Path, task: Option<&Task<'_>>) -> Result<Made, SolveError> {
+        make_directory(root, &run.working_dir)?;
+        let os = |(name, value): &(String, String)| (OsString::from(name), OsString::from(value));
+        let mut mounts = StepMount::host_network_files();
+        let script = run.invocation.script.as_ref();
+        let script = script.map(|(name, text)| Script::write(self.engine.store().run_dir(), name, text)).transpose()?;
+        mounts.extend(script.as_ref().map(Script::mount));
+        let user = user(root, &run.user)?;
+        let defaults = [
+            ("PATH".to_owned(), DEFAULT_PATH.to_owned()),
+            ("HOME".to_owned(), exec::home_of(root, user.uid)?),
+        ];
+        let step = Step {
+            args: run.invocation.argv.iter().map(OsString::from).collect(),
+            // Of equal names the last counts.
+            env: defaults.iter().chain(&run.unkeyed_env).chain(&run.env).map(os).collect(),
+            cwd: PathBuf::from(&run.working_dir),
+            user,
+            rootfs: path.to_owned(),
+            mounts,
+            hostname: "buildkitsandbox".into(),
+            network: Network::Host,
+            streams: Streams::Captured,
+        };
+        let (mut stdout, mut stderr) = (TaskOutput(task), TaskOutput(task));
+        let status = match self.executor.run(&step, &mut stdout, &mut stderr, self.cancel) {
+            Err(ExecError::Canceled) => return Err(Canceled.into()),
+            other => other?,
+        };
+        if !status.success() {
+            let (code, reason) = (status.code(), status.reason().map(str::to_owned));
+            return Err(SolveError::Exit { command: run.invocation.argv.join(" "), code, reason });
+        }
+        Ok(Made::default())
+    }
+
+    fn source(&self, from: FilesFrom, results: &Results) -> Result<Source<'_>, SolveError> {
+        let FilesFrom::Vertex(vertex) = from else { return Ok(Source::Context(self.context)) };
+        let Some(snapshot) = results.of(vertex).snapshot else {
+            let empty = self.engine.store().run_dir().join("empty");
+            let io = |op| {
+                let path = empty.clone();
+                move |source| SolveError::Io { op, path, source }
+            };
+            std::fs::create_dir_all(&empty).map_err(io("create directory"))?;
+            let tree = Tree::stage(Tree::open_dir(&empty).map_err(io("open"))?);
+            return Ok(Source::Stage(Box::new(Stage { tree, _mounted: None })));
+        };
+        let mounted = self.engine.store().snapshots().view(snapshot, Attach::Detached)?;
+        let dir = rustix::io::fcntl_dupfd_cloexec(mounted.root(), 0);
+        let dir = dir.map_err(|errno| SolveError::Io { op: "open", path: "/".into(), source: errno.into() })?;
+        Ok(Source::Stage(Box::new(Stage { tree: Tree::stage(dir), _mounted: Some(mounted) })))
+    }
+
+    fn copy(
+        &self,
+        copy: &CopyOp,
+        source: &Source<'_>,
+        selection: &Selection,
+        root: BorrowedFd<'_>,
+    ) -> Result<Made, SolveError> {
+        let owner = copy.chown.as_ref().map(|chown| owner(root, chown)).transpose()?;
+        let chmod = copy.chmod.as_ref().map(|chmod| Chmod::parse(chmod)).transpose()?;
+        let dest = Destination::new(b"/", copy.dest.as_bytes());
+        let options = CopyOptions { dest, owner, chmod };
+        if !copy.unpack {
+            context::copy(source.tree(), selection, root, &options)?;
+            return Made::by(copy, root);
+        }
+        // ADD: archives go where they are unpacked, the rest is copied.
+        let mut plain = Selection::new(None);
+        for item in selection.items() {
+            let archive = match item.path() {
+                Some(path) if !item.is_dir() => Archive::open(source.tree(), path)?,
+                _ => None,
+            };
+            match archive {
+                Some(archive) => {
+                    make_directory(root, &copy.dest)?;
+                    let dir = inroot::open(root, copy.dest.as_bytes(), rustix::fs::OFlags::DIRECTORY);
+                    let dir = dir.map_err(|source| SolveError::Directory { path: copy.dest.clone(), source })?;
+                    archive.unpack(dir.as_fd(), self.engine.limits())?;
+                }
+                None => plain.push(item.clone()),
+            }
+        }
+        if !plain.items().is_empty() {
+            context::copy(source.tree(), &plain, root, &options)?;
+        }
+        Made::by(copy, root)
+    }
+}
+
+impl Op {
+    /// Whether it counts as a step for people.
+    fn is_step(&self) -> bool {
+        matches!(self, Op::Run { .. } | Op::Copy { .. } | Op::Directory { .. })
+    }
+
+    /// What a complaint about its files points at.
+    fn focus(&self) -> String {
+        match self {
+            Op::Copy { copy, .. } => copy.paths.first().cloned().unwrap_or_default(),
+            _ => String::new(),
+        }
+    }
+}
+
+fn run_key(run: &RunOp, base: &CacheKey) -> CacheKey {
+    let script = run.invocation.script.iter().flat_map(|(name, text)| [name, text]);
+    KeyBuilder::new("run", KEY_VERSION)
+        .input(base)
+        .list(run.invocation.argv.iter())
+        .list(script.collect::<Vec<_>>())
+        .list(run.env.iter().flat_map(|(name, value)| [name, value]).collect::<Vec<_>>())
+        .bytes(run.working_dir.as_bytes())
+        .bytes(run.user.as_bytes())
+        .finish()
+}
+
+/// A fresh name for a record.
+pub(crate) fn random_id() -> Result<RecordId, SolveError> {
+    let mut bytes = [0; 16];
+    // 16 bytes are never cut short (random(4)): up to 256 come whole or not at all.
+    rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty()).map_err(|errno| SolveError::Io {
+        op: "read",
+        path: "/dev/urandom".into(),
+        source: errno.into(),
+    })?;
+    Ok(RecordId::from_bytes(bytes))
+}
+
+/// Makes a directory with its parents (0755, root's) inside a root; one that is there is left alone.
+pub(crate) fn make_directory(root: BorrowedFd<'_>, path: &str) -> Result<(), SolveError> {
+    let make = || -> io::Result<()> {
+        let resolved = inroot::resolve(root, path.as_bytes(), inroot::Missing::Make(&mut |_, _| Ok(())))?;
+        let Some(name) = &resolved.name else { return Ok(()) };
+        let mode = rustix::fs::Mode::from_raw_mode(0o755);
+        rustix::fs::mkdirat(resolved.dir(), name.as_slice(), mode).map_err(|errno| match errno {
+            rustix::io::Errno::EXIST => io::Error::from(rustix::io::Errno::NOTDIR),
+            other => other.into(),
+        })?;
+        let made = inroot::open_dir(resolved.dir(), name)?;
+        // mkdir obeys the umask, which is the caller's business and not the image's.
+        Ok(rustix::fs::fchmod(&made, mode)?)
+    };
+    make().map_err(|source| SolveError::Directory { path: path.to_owned(), source })
+}
+
+pub(crate) fn user(root: BorrowedFd<'_>, text: &str) -> Result<User, UserError> {
+    if text.is_empty() { Ok(User::root()) } else { resolve_user(root, text) }
+}
+
+/// `--chown`: a user without a group means the group of the same number, unlike in USER (Dockerfile reference).
+fn owner(root: BorrowedFd<'_>, text: &str) -> Result<Owner, UserError> {
+    let user = resolve_user(root, text)?;
+    let gid = if text.contains(':') { user.gid } else { user.uid };
+    Ok(Owner { uid: user.uid, gid })
+}
+
+/// Passes a command's output on to its task.
+struct TaskOutput<'a>(Option<&'a Task<'a>>);
+
+impl Write for TaskOutput<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if let Some(task) = self.0 {
+            task.output(bytes);
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// A here-document that is executed: a file in a directory of its own, gone when dropped.
+struct Script {
+    dir: PathBuf,
+}
+
+impl Script {
+    fn write(run_dir: &Path, name: &str, text: &str) -> Result<Self, SolveError> {
+        use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
+        let dir = run_dir.join(format!("script-{}", random_id()?));
+        let io = |op, path: PathBuf| move |source| SolveError::Io { op, path, source };
+        std::fs::create_dir(&dir).map_err(io("create directory", dir.clone()))?;
+        let script = Self { dir };
+        // The step may run as anybody.
+        std::fs::set_permissions(&script.dir, std::fs::Permissions::from_mode(0o755))
+            .map_err(io("change the mode of", script.dir.clone()))?;
+        let path = script.dir.join(name);
+        let mut file = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o755).open(&path);
+        file.as_mut().map_or(Ok(()), |file| file.write_all(text.as_bytes())).map_err(io("write", path.clone()))?;
+        file.map_err(io("create", path))?;
+        Ok(script)
+    }
+
+    fn mount(&self) -> StepMount {
+        let source = MountSource::Bind { path: self.dir.clone(), access: Access::ReadOnly };
+        StepMount { target: SCRIPT_DIR.into(), source }
+    }
+}
+
+impl Drop for Script {
+    fn drop(&mut self) {
+        // What is left is removed with the run directory at the next start.
+        drop(std::fs::remove_dir_all(&self.dir));
+    }
+}
+
+/// A local file that ADD unpacks.
+struct Archive {
+    name: String,
+    file: std::fs::File,
+    compression: Compression,
+}
+
+impl Archive {
+    /// Opens `path` if it is an archive: by its content, as docker decides, not by its name.
+    fn open(tree: &Tree, path: &[u8]) -> Result<Option<Self>, SolveError> {
+        use std::os::unix::fs::FileExt as _;
+        let name = path.escape_ascii().to_string();
+        let io = |source| SolveError::Io { op: "read", path: PathBuf::from(&name), source };
+        let flags = rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::NONBLOCK;
+        let file = std::fs::File::from(inroot::open(tree.as_fd(), path, flags).map_err(io)?);
+        let mut head = [0; 512];
+        let length = file.read_at(&mut head, 0).map_err(io)?;
+        let head = &head[..length];
+        for (magic, format) in [(&b"\xfd7zXZ\0"[..], "xz"), (b"BZh", "bzip2")] {
+            if head.starts_with(magic) {
+                return Err(SolveError::Archive { name, format });
+            }
+        }
+        let compression = compress::detect(head);
+        let mut first = [0; 512];
+        let decoder = compress::Decoder::new(file.try_clone().map_err(io)?, compression, &Default::default());
+        let peeked = decoder.and_then(|mut decoder| {
+            use std::io::Read as _;
+            decoder.read_exact(&mut first)
+        });
+        // What does not decompress to a tar is a file like any other.
+        let is_tar = peeked.is_ok() && plies_archive::tar::is_header(&first);
+        io::Seek::rewind(&mut &file).map_err(io)?;
+        Ok(is_tar.then_some(Self { name, file, compression }))
+    }
+
+    fn unpack(self, dir: BorrowedFd<'_>, limits: &plies_archive::Limits) -> Result<(), SolveError> {
+        let style = ApplyStyle::Merged;
+        let unpacked = unpack(self.file, self.compression, dir, style, limits, None);
+        unpacked.map(drop).map_err(|source| SolveError::Unpack { name: self.name, source })
+    }
+}

@@ -1,0 +1,260 @@
+//! Requests on images that are here: list, inspect, history, tag, remove.
+
+use plies_image::{Found, ImageError, Removed};
+use plies_oci::{BlobDigest, DiffId, DocumentError, ErrorKind, ImageConfig, ImageId, Reference, ReferenceError};
+use plies_store::{BlobError, CatalogueError, LayerError};
+use serde::Serialize;
+use serde_json::Value;
+
+use crate::Engine;
+
+/// Why a request on images failed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ImagesError {
+    /// The image store said no.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// Not an image name.
+    #[error(transparent)]
+    Reference(#[from] ReferenceError),
+    /// A name was expected that can be given, not a digest.
+    #[error("{name} holds a digest, which cannot be given as a name")]
+    Pinned {
+        /// The name.
+        name: String,
+    },
+    /// A config or manifest could not be read back.
+    #[error("read blob {digest}")]
+    Content {
+        /// Which one.
+        digest: BlobDigest,
+        /// Why.
+        #[source]
+        source: BlobError,
+    },
+    /// A layer's row could not be read.
+    #[error("read a layer's row")]
+    Layer(#[from] LayerError),
+    /// A config or manifest that is here does not parse.
+    #[error("image {id} is damaged")]
+    Document {
+        /// Which image.
+        id: ImageId,
+        /// What is wrong with it.
+        #[source]
+        source: DocumentError,
+    },
+}
+
+impl From<CatalogueError> for ImagesError {
+    fn from(source: CatalogueError) -> Self {
+        Self::Image(source.into())
+    }
+}
+
+impl ImagesError {
+    /// What a caller can do about it.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Image(source) => source.kind(),
+            Self::Reference(source) => source.kind(),
+            Self::Pinned { .. } => ErrorKind::InvalidInput,
+            Self::Content { source, .. } => source.kind(),
+            Self::Layer(source) => source.kind(),
+            Self::Document { .. } => ErrorKind::DataLoss,
+        }
+    }
+}
+
+/// One line of `ply images`.
+#[derive(Debug, Clone, Serialize)]
+pub struct ImageSummary {
+    /// The image's ID.
+    pub id: ImageId,
+    /// Its names, as short as docker prints them; none if it is dangling.
+    pub names: Vec<String>,
+    /// When the image was made, as it says itself (RFC 3339).
+    pub created: Option<String>,
+    /// What it runs on.
+    pub platform: String,
+    /// How many layers it has.
+    pub layers_count: usize,
+    /// What its unpacked layers take on disk, shared or not.
+    pub size_bytes: u64,
+}
+
+/// What `ply inspect` shows.
+#[derive(Debug, Clone, Serialize)]
+pub struct ImageDetails {
+    /// As in the list.
+    #[serde(flatten)]
+    pub summary: ImageSummary,
+    /// Digests of the manifests that the image is known under.
+    pub manifests: Vec<BlobDigest>,
+    /// Diff IDs of the layers, bottom first.
+    pub diff_ids: Vec<DiffId>,
+    /// The config as it is.
+    pub config: Value,
+}
+
+/// One step of how an image came to be.
+#[derive(Debug, Clone, Serialize)]
+pub struct HistoryLine {
+    /// RFC 3339.
+    pub created: Option<String>,
+    /// The instruction.
+    pub created_by: String,
+    /// Free text.
+    pub comment: Option<String>,
+    /// The layer that the step made.
+    pub diff_id: Option<DiffId>,
+    /// What that layer takes on disk.
+    pub size_bytes: u64,
+}
+
+impl Engine {
+    /// All images, newest first.
+    ///
+    /// # Errors
+    /// [`ImagesError`].
+    pub fn images(&self) -> Result<Vec<ImageSummary>, ImagesError> {
+        let images = self.store().read(plies_image::list)?;
+        images.into_iter().map(|image| self.summary(image)).collect()
+    }
+
+    fn summary(&self, image: plies_image::Image) -> Result<ImageSummary, ImagesError> {
+        let config = self.config_of(image.id)?;
+        let size_bytes = self.layer_sizes(config.diff_ids())?.into_iter().sum();
+        Ok(ImageSummary {
+            id: image.id,
+            names: image.names.iter().map(|name| familiar(name)).collect(),
+            created: config.document().value().created().clone(),
+            platform: config.platform().to_string(),
+            layers_count: config.diff_ids().len(),
+            size_bytes,
+        })
+    }
+
+    /// What each layer takes on disk; 0 for one that is not unpacked under its diff ID.
+    fn layer_sizes(&self, diff_ids: &[DiffId]) -> Result<Vec<u64>, ImagesError> {
+        let layers = self.store().layers();
+        let size = |diff_id: &DiffId| Ok(layers.find_by_diff_id(*diff_id)?.map_or(0, |info| info.usage.size_bytes));
+        diff_ids.iter().map(size).collect()
+    }
+
+    /// Reads and parses an image's config.
+    pub(crate) fn config_of(&self, id: ImageId) -> Result<ImageConfig, ImagesError> {
+        let raw = self.blob_bytes(BlobDigest::from_bytes(*id.as_bytes()))?;
+        ImageConfig::parse(&raw).map_err(|source| ImagesError::Document { id, source })
+    }
+
+    /// Reads a small blob whole.
+    pub(crate) fn blob_bytes(&self, digest: BlobDigest) -> Result<Vec<u8>, ImagesError> {
+        self.store().content().read(digest).map_err(|source| ImagesError::Content { digest, source })
+    }
+
+    /// Finds an image by name or ID.
+    ///
+    /// # Errors
+    /// [`ImageError::NotFound`], [`ImageError::Ambiguous`].
+    pub fn find_image(&self, wanted: &str) -> Result<Found, ImageError> {
+        self.store().read(|rows| plies_image::find(rows, wanted))
+    }
+
+    /// Everything about one image.
+    ///
+    /// # Errors
+    /// [`ImagesError`].
+    pub fn inspect(&self, wanted: &str) -> Result<ImageDetails, ImagesError> {
+        let found = self.find_image(wanted)?;
+        let config = self.config_of(found.id)?;
+        let all = self.store().read(plies_image::list)?;
+        let image = all.into_iter().find(|image| image.id == found.id);
+        let names = image.map(|image| image.names).unwrap_or_default();
+        let manifests = found.row.manifests.iter().map(|manifest| manifest.digest).collect();
+        Ok(ImageDetails {
+            summary: self.summary(plies_image::Image { id: found.id, row: found.row, names })?,
+            manifests,
+            diff_ids: config.diff_ids().to_vec(),
+            config: serde_json::from_slice(config.document().raw()).expect("because it was parsed just now"),
+        })
+    }
+
+    /// How an image came to be, newest step first.
+    ///
+    /// # Errors
+    /// [`ImagesError`].
+    pub fn history(&self, wanted: &str) -> Result<Vec<HistoryLine>, ImagesError> {
+        let config = self.config_of(self.find_image(wanted)?.id)?;
+        let sizes = self.layer_sizes(config.diff_ids())?;
+        let mut layers = config.diff_ids().iter().copied().zip(sizes);
+        let history = config.document().value().history();
+        let mut lines: Vec<HistoryLine> = history
+            .iter()
+            .flatten()
+            .map(|entry| {
+                let layer = if entry.empty_layer().unwrap_or(false) { None } else { layers.next() };
+                HistoryLine {
+                    created: entry.created().clone(),
+                    created_by: entry.created_by().clone().unwrap_or_default(),
+                    comment: entry.comment().clone(),
+                    diff_id: layer.map(|(diff_id, _)| diff_id),
+                    size_bytes: layer.map_or(0, |(_, size)| size),
+                }
+            })
+            .collect();
+        // Layers that no history speaks of are shown all the same.
+        lines.extend(layers.map(|(diff_id, size_bytes)| HistoryLine {
+            created: None,
+            created_by: "<missing>".into(),
+            comment: None,
+            diff_id: Some(diff_id),
+            size_bytes,
+        }));
+        lines.reverse();
+        Ok(lines)
+    }
+
+    /// Gives an image another name. The name is taken from whatever had it.
+    ///
+    /// # Errors
+    /// [`ImagesError`].
+    pub fn tag(&self, source: &str, target: &str) -> Result<(), ImagesError> {
+        let name = plain_name(target)?;
+        self.store().write(|tx| {
+            let found = plies_image::find(tx, source)?;
+            plies_image::set_name(tx, &name, found.id, found.manifest)
+        })?;
+        Ok(())
+    }
+
+    /// Removes names, and images that lose their last one: all that are given, or none.
+    ///
+    /// # Errors
+    /// [`ImagesError`].
+    pub fn remove_images(&self, wanted: &[String]) -> Result<Vec<Removed>, ImagesError> {
+        let removed = self.store().write(|tx| {
+            let mut removed = Vec::new();
+            for one in wanted {
+                removed.extend(plies_image::remove(tx, one)?);
+            }
+            Ok::<_, ImageError>(removed)
+        })?;
+        Ok(removed)
+    }
+}
+
+/// A name that can be given to an image: one without a digest.
+pub(crate) fn plain_name(text: &str) -> Result<Reference, ImagesError> {
+    let name: Reference = text.parse()?;
+    match name.digest() {
+        Some(_) => Err(ImagesError::Pinned { name: text.to_owned() }),
+        None => Ok(name),
+    }
+}
+
+/// A stored name as short as docker prints it.
+pub fn familiar(full: &str) -> String {
+    full.parse::<Reference>().map_or_else(|_| full.to_owned(), |name| name.familiar())
+}

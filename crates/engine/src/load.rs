@@ -1,0 +1,579 @@
+//! `ply load`: images out of an archive.
+
+use std::io;
+
+use plies_image::{ImageError, ImageRow, ManifestRow};
+use plies_oci::{
+    BlobDigest, ChainId, Descriptor, DocumentError, ErrorKind, ImageConfig, ImageId, Index, Manifest, MediaClass,
+    MediaType, Platform, Reference, classify, limits,
+};
+use plies_store::{CatalogueError, CommitError, Expected, IngestError, Lease, Resource};
+use serde::{Deserialize, Serialize};
+
+use crate::Engine;
+use crate::archive::{Archive, ArchiveError, Input};
+use crate::exec::Cancel;
+use crate::images::{ImagesError, plain_name};
+use crate::layers::{LayerBlob, LayerTransferError, Offered};
+use crate::progress::Progress;
+
+/// Indexes inside indexes that are followed. Builders nest one level (a manifest list in an `index.json`); a chain of
+/// them could be endless.
+const INDEX_DEPTH_MAX: usize = 4;
+
+/// Bytes of docker's `manifest.json`: a line of names and paths an image.
+const DOCKER_MANIFEST_BYTES_MAX: u64 = 8 << 20;
+
+/// The only version of an OCI layout that there is (image-spec, `image-layout.md`).
+const LAYOUT_VERSION: &str = "1.0.0";
+
+/// Bytes of an OCI layout's marker file, which holds its version.
+const LAYOUT_BYTES_MAX: u64 = 64 << 10;
+
+/// Where OCI layouts carry an image's name: containerd's and BuildKit's key, which holds the whole name, before the
+/// specification's, which by its letter holds a tag only.
+const NAME_ANNOTATIONS: [&str; 2] = ["io.containerd.image.name", "org.opencontainers.image.ref.name"];
+
+/// Why an archive could not be loaded. Nothing of it is then in the store.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum LoadError {
+    /// The archive itself.
+    #[error(transparent)]
+    Archive(#[from] ArchiveError),
+    /// Neither kind of archive that we know.
+    #[error("{path} is neither an OCI layout nor a docker archive: it has no index.json and no manifest.json")]
+    Unknown {
+        /// The archive.
+        path: String,
+    },
+    /// An OCI layout of another version.
+    #[error("{path}: oci-layout has version {version:?}, only {LAYOUT_VERSION} is known")]
+    LayoutVersion {
+        /// The archive.
+        path: String,
+        /// Its version.
+        version: String,
+    },
+    /// An OCI layout's marker file.
+    #[error("{path}: oci-layout is not valid")]
+    Layout {
+        /// The archive.
+        path: String,
+        /// Where it goes wrong.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// A document in the archive.
+    #[error("load {path}")]
+    Document {
+        /// The archive.
+        path: String,
+        /// What is wrong.
+        #[source]
+        source: DocumentError,
+    },
+    /// docker's `manifest.json`.
+    #[error("{path}: manifest.json is not valid")]
+    DockerManifest {
+        /// The archive.
+        path: String,
+        /// Where it goes wrong.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// Bytes are not those of their digest.
+    #[error("{path}: {what} {expected} has other bytes: they give {actual}")]
+    Digest {
+        /// The archive.
+        path: String,
+        /// What it should be.
+        what: &'static str,
+        /// The digest that names it.
+        expected: BlobDigest,
+        /// The digest of what is there.
+        actual: BlobDigest,
+    },
+    /// A blob is longer or shorter than its descriptor says.
+    #[error("{path}: {what} {digest} has {actual} bytes, its descriptor says {expected}")]
+    Size {
+        /// The archive.
+        path: String,
+        /// What it is.
+        what: &'static str,
+        /// Which one.
+        digest: BlobDigest,
+        /// As announced.
+        expected: u64,
+        /// As it is.
+        actual: u64,
+    },
+    /// A descriptor of something that is no image.
+    #[error("{path}: {digest} has media type {media_type:?}, which is not supported")]
+    MediaType {
+        /// The archive.
+        path: String,
+        /// What it describes.
+        digest: BlobDigest,
+        /// Its media type.
+        media_type: String,
+    },
+    /// Layers and diff IDs do not pair up.
+    #[error("{path}: image {config} has {layers} layers but {diff_ids} diff IDs")]
+    LayerCount {
+        /// The archive.
+        path: String,
+        /// The image's config.
+        config: BlobDigest,
+        /// Layers in the manifest.
+        layers: usize,
+        /// Diff IDs in the config.
+        diff_ids: usize,
+    },
+    /// An index without an image for this machine.
+    #[error("{path}: no image for {wanted} (there are: {there})")]
+    NoPlatform {
+        /// The archive.
+        path: String,
+        /// What was looked for.
+        wanted: String,
+        /// What there is.
+        there: String,
+    },
+    /// Indexes nested too deep.
+    #[error("{path}: indexes are nested more than {INDEX_DEPTH_MAX} deep (INDEX_DEPTH_MAX)")]
+    Nested {
+        /// The archive.
+        path: String,
+    },
+    /// An archive without images.
+    #[error("{path}: there is no image in it")]
+    Empty {
+        /// The archive.
+        path: String,
+    },
+    /// `--tag` for an archive with several images.
+    #[error("{path} has {count} images, --tag can name only one")]
+    TagForMany {
+        /// The archive.
+        path: String,
+        /// How many images it has.
+        count: usize,
+    },
+    /// A layer.
+    #[error("load {path}")]
+    Layer {
+        /// The archive.
+        path: String,
+        /// Which layer, and what is wrong with it.
+        #[source]
+        source: LayerTransferError,
+    },
+    /// A name.
+    #[error(transparent)]
+    Name(#[from] ImagesError),
+    /// Writing a document.
+    #[error("write a document")]
+    Write {
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+    /// Keeping a document.
+    #[error("keep a document")]
+    Ingest(#[from] IngestError),
+    /// Keeping a document.
+    #[error("keep a document")]
+    Commit(#[from] CommitError),
+    /// The catalogue failed.
+    #[error("read or change the catalogue")]
+    Catalogue(#[from] CatalogueError),
+}
+
+impl From<ImageError> for LoadError {
+    fn from(source: ImageError) -> Self {
+        Self::Name(source.into())
+    }
+}
+
+impl LoadError {
+    /// What a caller can do about it.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Archive(source) => source.kind(),
+            Self::Document { source, .. } => source.kind(),
+            Self::Digest { .. } | Self::Size { .. } => ErrorKind::DataLoss,
+            Self::Nested { .. } => ErrorKind::Limit,
+            Self::NoPlatform { .. } | Self::Empty { .. } => ErrorKind::NotFound,
+            Self::Unknown { .. }
+            | Self::LayoutVersion { .. }
+            | Self::Layout { .. }
+            | Self::DockerManifest { .. }
+            | Self::MediaType { .. }
+            | Self::LayerCount { .. }
+            | Self::TagForMany { .. } => ErrorKind::InvalidInput,
+            Self::Layer { source, .. } => source.kind(),
+            Self::Name(source) => source.kind(),
+            Self::Write { .. } => ErrorKind::Unavailable,
+            Self::Ingest(source) => source.kind(),
+            Self::Commit(source) => source.kind(),
+            Self::Catalogue(source) => source.kind(),
+        }
+    }
+}
+
+/// An image that was loaded.
+#[derive(Debug, Clone, Serialize)]
+pub struct LoadedImage {
+    /// Its ID.
+    pub id: ImageId,
+    /// The names that it was given, as short as docker prints them.
+    pub names: Vec<String>,
+}
+
+/// An image that an archive offers, checked as far as documents go.
+struct Candidate {
+    names: Vec<Reference>,
+    /// `None`: a docker archive has no manifests, it is made once the layers' digests are known.
+    manifest: Option<Manifest>,
+    config: ImageConfig,
+    layers: Vec<Offered>,
+}
+
+/// An OCI layout's marker file.
+#[derive(Deserialize)]
+struct OciLayout {
+    #[serde(rename = "imageLayoutVersion")]
+    version: String,
+}
+
+/// An entry of docker's `manifest.json`.
+#[derive(Deserialize)]
+struct DockerImage {
+    #[serde(rename = "Config")]
+    config: String,
+    #[serde(rename = "RepoTags", default)]
+    repo_tags: Option<Vec<String>>,
+    #[serde(rename = "Layers", default)]
+    layers: Option<Vec<String>>,
+}
+
+impl Engine {
+    /// Loads all images of an archive. `tag` names an image that the archive leaves nameless.
+    ///
+    /// # Errors
+    /// [`LoadError`]; the store is then as it was.
+    pub fn load(
+        &self,
+        input: &Input,
+        tag: Option<&str>,
+        progress: &dyn Progress,
+        cancel: &Cancel,
+    ) -> Result<Vec<LoadedImage>, LoadError> {
+        let tag = tag.map(plain_name).transpose()?;
+        let archive = Archive::open(input, self.store().run_dir(), self.limits())?;
+        let path = archive.path().display().to_string();
+        let mut candidates = if archive.find("index.json")?.is_some() {
+            self.oci_candidates(&archive, &path)?
+        } else if archive.find("manifest.json")?.is_some() {
+            self.docker_candidates(&archive, &path)?
+        } else {
+            return Err(LoadError::Unknown { path });
+        };
+        match (tag, candidates.as_mut_slice()) {
+            (_, []) => return Err(LoadError::Empty { path }),
+            (Some(tag), [only]) if only.names.is_empty() => only.names.push(tag),
+            (Some(tag), [only]) if !only.names.contains(&tag) => only.names.push(tag),
+            (Some(_), [_]) | (None, _) => {}
+            (Some(_), several) => return Err(LoadError::TagForMany { path, count: several.len() }),
+        }
+        self.with_lease(&format!("load {path}"), |lease| {
+            let mut ready = Vec::new();
+            for candidate in &candidates {
+                ready.push(self.take_image(candidate, &path, lease, progress, cancel)?);
+            }
+            // All images of an archive appear at once.
+            self.store().write(|tx| {
+                for (candidate, (manifest, row)) in candidates.iter().zip(&ready) {
+                    let row = ImageRow { added_at: tx.now(), ..row.clone() };
+                    plies_image::put(tx, candidate.config.id(), &row)?;
+                    for name in &candidate.names {
+                        plies_image::set_name(tx, name, candidate.config.id(), Some(*manifest))?;
+                    }
+                }
+                Ok::<_, ImageError>(())
+            })?;
+            Ok::<_, LoadError>(())
+        })?;
+        let loaded = |candidate: &Candidate| LoadedImage {
+            id: candidate.config.id(),
+            names: candidate.names.iter().map(Reference::familiar).collect(),
+        };
+        Ok(candidates.iter().map(loaded).collect())
+    }
+
+    /// Keeps the blobs and layers of one image, held by `lease`.
+    fn take_image(
+        &self,
+        candidate: &Candidate,
+        path: &str,
+        lease: &Lease,
+        progress: &dyn Progress,
+        cancel: &Cancel,
+    ) -> Result<(BlobDigest, ImageRow), LoadError> {
+        let (blobs, snapshot) = self
+            .take_layers(&candidate.layers, lease, progress, cancel)
+            .map_err(|source| LoadError::Layer { path: path.to_owned(), source })?;
+        let config = candidate.config.document().raw();
+        let manifest = match &candidate.manifest {
+            Some(manifest) => manifest.clone(),
+            None => {
+                let digest = candidate.config.document().digest();
+                let config = Descriptor::new(MediaType::ImageConfig, digest, config.len() as u64);
+                let layers: Vec<Descriptor> = blobs.iter().map(LayerBlob::descriptor).collect();
+                Manifest::build(&config, &layers)
+            }
+        };
+        let layer_blobs: Vec<BlobDigest> = blobs.iter().map(|blob| blob.digest).collect();
+        self.keep_documents(&manifest, config, &layer_blobs, lease)?;
+        let row = ImageRow {
+            config_bytes: config.len() as u64,
+            manifests: vec![manifest_row(&manifest)],
+            snapshot,
+            added_at: self.store().now(),
+        };
+        Ok((manifest.document().digest(), row))
+    }
+
+    /// Keeps an image's documents as blobs, and writes down what the manifest needs.
+    pub(crate) fn keep_documents(
+        &self,
+        manifest: &Manifest,
+        config: &[u8],
+        layer_blobs: &[BlobDigest],
+        lease: &Lease,
+    ) -> Result<(), DocumentsError> {
+        let content = self.store().content();
+        let mut ingests = Vec::new();
+        for bytes in [config, manifest.document().raw()] {
+            let mut ingest = content.ingest_unnamed()?;
+            io::Write::write_all(&mut ingest, bytes).map_err(|source| DocumentsError::Write { source })?;
+            ingests.push((ingest, Expected::exactly(BlobDigest::of(bytes), bytes.len() as u64)));
+        }
+        content.commit_all(ingests, lease)?;
+        let (manifest, config) = (manifest.document().digest(), BlobDigest::of(config));
+        self.store().write(|tx| {
+            for needed in layer_blobs.iter().chain([&config]) {
+                tx.add_edge(Resource::Blob(manifest), Resource::Blob(*needed))?;
+            }
+            Ok::<_, CatalogueError>(())
+        })?;
+        Ok(())
+    }
+
+    fn oci_candidates(&self, archive: &Archive, path: &str) -> Result<Vec<Candidate>, LoadError> {
+        if archive.find("oci-layout")?.is_some() {
+            let raw = archive.read("oci-layout", LAYOUT_BYTES_MAX)?;
+            let layout: Result<OciLayout, _> = serde_json::from_slice(&raw);
+            match layout {
+                Ok(layout) if layout.version == LAYOUT_VERSION => {}
+                Ok(layout) => return Err(LoadError::LayoutVersion { path: path.to_owned(), version: layout.version }),
+                Err(source) => return Err(LoadError::Layout { path: path.to_owned(), source }),
+            }
+        }
+        let index = Index::parse(&archive.read("index.json", limits::MANIFEST_BYTES_MAX)?)
+            .map_err(|source| LoadError::Document { path: format!("{path}: index.json"), source })?;
+        let mut candidates: Vec<Candidate> = Vec::new();
+        for descriptor in index.manifests() {
+            let manifest = self.manifest(archive, path, descriptor, 0)?;
+            let name = NAME_ANNOTATIONS.iter().find_map(|key| descriptor.annotations.get(*key));
+            // What is no name (umoci writes any word) leaves the image nameless rather than unloaded.
+            let name = name.and_then(|name| name.parse::<Reference>().ok()).filter(|name| name.digest().is_none());
+            match candidates.iter_mut().find(|have| have.manifest.as_ref() == Some(&manifest)) {
+                Some(have) => have.names.extend(name),
+                None => candidates.push(oci_candidate(archive, path, manifest, name.into_iter().collect())?),
+            }
+        }
+        Ok(candidates)
+    }
+
+    /// Follows indexes down to the manifest for this machine.
+    fn manifest(
+        &self,
+        archive: &Archive,
+        path: &str,
+        descriptor: &Descriptor,
+        depth: usize,
+    ) -> Result<Manifest, LoadError> {
+        let document = |source| LoadError::Document { path: path.to_owned(), source };
+        match classify(&descriptor.media_type) {
+            Some(MediaClass::Manifest) => {
+                let raw = document_bytes(archive, path, "manifest", descriptor, limits::MANIFEST_BYTES_MAX)?;
+                Manifest::parse(&raw).map_err(document)
+            }
+            Some(MediaClass::Index) if depth < INDEX_DEPTH_MAX => {
+                let raw = document_bytes(archive, path, "index", descriptor, limits::MANIFEST_BYTES_MAX)?;
+                let index = Index::parse(&raw).map_err(document)?;
+                let wanted = Platform::host();
+                let serves = |one: &&Descriptor| one.platform.as_ref().is_none_or(|there| there.serves(&wanted));
+                let chosen = index.manifests().iter().find(serves).ok_or_else(|| {
+                    let there: Vec<String> =
+                        index.manifests().iter().flat_map(|one| one.platform.iter().map(Platform::to_string)).collect();
+                    LoadError::NoPlatform { path: path.to_owned(), wanted: wanted.to_string(), there: there.join(", ") }
+                })?;
+                self.manifest(archive, path, chosen, depth + 1)
+            }
+            Some(MediaClass::Index) => Err(LoadError::Nested { path: path.to_owned() }),
+            _ => Err(LoadError::MediaType {
+                path: path.to_owned(),
+                digest: descriptor.digest,
+                media_type: descriptor.media_type.to_string(),
+            }),
+        }
+    }
+
+    fn docker_candidates(&self, archive: &Archive, path: &str) -> Result<Vec<Candidate>, LoadError> {
+        let raw = archive.read("manifest.json", DOCKER_MANIFEST_BYTES_MAX)?;
+        let images: Vec<DockerImage> = serde_json::from_slice(&raw)
+            .map_err(|source| LoadError::DockerManifest { path: path.to_owned(), source })?;
+        let mut candidates = Vec::new();
+        for image in images {
+            let raw = archive.read(&image.config, limits::CONFIG_BYTES_MAX)?;
+            let config = ImageConfig::parse(&raw)
+                .map_err(|source| LoadError::Document { path: format!("{path}: {}", image.config), source })?;
+            let files = image.layers.unwrap_or_default();
+            let mut chain = Chain::new(path, &config, files.len())?;
+            let mut layers = Vec::new();
+            for file in &files {
+                let section = archive.section(file)?;
+                let compression = section.compression().map_err(|source| ArchiveError::Io {
+                    op: "read",
+                    path: archive.path().join(file),
+                    source,
+                })?;
+                let (diff_id, chain_id) = chain.next();
+                // A plain layer's blob is its tar, so the diff ID is the digest to expect.
+                let plain = compression == plies_oci::Compression::None;
+                let digest = plain.then(|| BlobDigest::from_bytes(*diff_id.as_bytes()));
+                layers.push(Offered { section, digest, compression, diff_id, chain_id });
+            }
+            let names = image.repo_tags.unwrap_or_default();
+            let names = names.iter().map(|name| plain_name(name)).collect::<Result<_, _>>()?;
+            candidates.push(Candidate { names, manifest: None, config, layers });
+        }
+        Ok(candidates)
+    }
+}
+
+/// Why documents could not be kept.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum DocumentsError {
+    #[error("write a document")]
+    Write { source: io::Error },
+    #[error(transparent)]
+    Ingest(#[from] IngestError),
+    #[error(transparent)]
+    Commit(#[from] CommitError),
+    #[error(transparent)]
+    Catalogue(#[from] CatalogueError),
+}
+
+impl From<DocumentsError> for LoadError {
+    fn from(error: DocumentsError) -> Self {
+        match error {
+            DocumentsError::Write { source } => Self::Write { source },
+            DocumentsError::Ingest(source) => source.into(),
+            DocumentsError::Commit(source) => source.into(),
+            DocumentsError::Catalogue(source) => source.into(),
+        }
+    }
+}
+
+/// What the image store remembers of a manifest.
+pub(crate) fn manifest_row(manifest: &Manifest) -> ManifestRow {
+    let descriptor = manifest.descriptor();
+    ManifestRow {
+        digest: descriptor.digest,
+        size_bytes: descriptor.size_bytes,
+        media_type: descriptor.media_type.to_string(),
+    }
+}
+
+fn oci_candidate(
+    archive: &Archive,
+    path: &str,
+    manifest: Manifest,
+    names: Vec<Reference>,
+) -> Result<Candidate, LoadError> {
+    let raw = document_bytes(archive, path, "config", manifest.config(), limits::CONFIG_BYTES_MAX)?;
+    let config = ImageConfig::parse(&raw).map_err(|source| LoadError::Document { path: path.to_owned(), source })?;
+    let mut chain = Chain::new(path, &config, manifest.layers().len())?;
+    let mut layers = Vec::new();
+    for layer in manifest.layers() {
+        let section = archive.section(&blob_name(layer.digest))?;
+        check_size(path, "layer", layer, section.size_bytes())?;
+        let Some(MediaClass::Layer(compression)) = classify(&layer.media_type) else {
+            unreachable!("because a manifest with another kind of layer does not parse");
+        };
+        let (diff_id, chain_id) = chain.next();
+        layers.push(Offered { section, digest: Some(layer.digest), compression, diff_id, chain_id });
+    }
+    Ok(Candidate { names, manifest: Some(manifest), config, layers })
+}
+
+/// Where an OCI layout keeps a blob.
+pub(crate) fn blob_name(digest: BlobDigest) -> String {
+    format!("blobs/sha256/{}", digest.hex())
+}
+
+/// Pairs layers with the diff IDs and chain IDs of their config.
+struct Chain<'a> {
+    diff_ids: std::slice::Iter<'a, plies_oci::DiffId>,
+    chain: Option<ChainId>,
+}
+
+impl<'a> Chain<'a> {
+    fn new(path: &str, config: &'a ImageConfig, layers: usize) -> Result<Self, LoadError> {
+        if layers != config.diff_ids().len() {
+            return Err(LoadError::LayerCount {
+                path: path.to_owned(),
+                config: config.document().digest(),
+                layers,
+                diff_ids: config.diff_ids().len(),
+            });
+        }
+        Ok(Self { diff_ids: config.diff_ids().iter(), chain: None })
+    }
+
+    fn next(&mut self) -> (plies_oci::DiffId, ChainId) {
+        let diff_id = *self.diff_ids.next().expect("because the counts were compared");
+        let chain_id = ChainId::extend(self.chain, diff_id);
+        self.chain = Some(chain_id);
+        (diff_id, chain_id)
+    }
+}
+
+fn check_size(path: &str, what: &'static str, descriptor: &Descriptor, actual: u64) -> Result<(), LoadError> {
+    if actual == descriptor.size_bytes {
+        return Ok(());
+    }
+    let (digest, expected) = (descriptor.digest, descriptor.size_bytes);
+    Err(LoadError::Size { path: path.to_owned(), what, digest, expected, actual })
+}
+
+/// Reads a document and checks that it is the one described.
+fn document_bytes(
+    archive: &Archive,
+    path: &str,
+    what: &'static str,
+    descriptor: &Descriptor,
+    maximum: u64,
+) -> Result<Vec<u8>, LoadError> {
+    let raw = archive.read(&blob_name(descriptor.digest), maximum)?;
+    check_size(path, what, descriptor, raw.len() as u64)?;
+    let actual = BlobDigest::of(&raw);
+    if actual != descriptor.digest {
+        return Err(LoadError::Digest { path: path.to_owned(), what, expected: descriptor.digest, actual });
+    }
+    Ok(raw)
+}

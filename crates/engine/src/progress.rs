@@ -1,0 +1,107 @@
+//! What a request tells while it runs.
+//!
+//! The engine never prints. It reports tasks (a layer being unpacked, a build step) to a [`Progress`] that the front
+//! end hands in: live bars on a terminal, plain lines in a pipe, nothing in a test.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Names a task within one request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct TaskId(u64);
+
+/// How a task ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// The work was done.
+    Done,
+    /// There was nothing to do: the result was there.
+    Cached,
+    /// The request fails because of it.
+    Failed,
+}
+
+/// Something that happened to a task.
+#[derive(Debug)]
+pub enum Event<'a> {
+    /// It began.
+    Started {
+        /// What it is, for people.
+        name: &'a str,
+        /// How many bytes it will take in, if known.
+        total_bytes: Option<u64>,
+    },
+    /// It took in this many more bytes.
+    Advanced {
+        /// Bytes since the last event.
+        bytes: u64,
+    },
+    /// The command it runs wrote this.
+    Output {
+        /// As written, any encoding, not necessarily whole lines.
+        bytes: &'a [u8],
+    },
+    /// It ended.
+    Ended {
+        /// How.
+        outcome: Outcome,
+    },
+}
+
+/// Takes reports, from several threads at once.
+pub trait Progress: Sync {
+    /// Takes one report. Must not block for long: workers call it between writes.
+    fn report(&self, task: TaskId, event: Event<'_>);
+}
+
+/// Nobody listens.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Silent;
+
+impl Progress for Silent {
+    fn report(&self, _: TaskId, _: Event<'_>) {}
+}
+
+/// A running task. Dropped without [`Task::end`] it reports a failure, so an early return needs no extra line.
+pub(crate) struct Task<'p> {
+    id: TaskId,
+    progress: &'p dyn Progress,
+    ended: bool,
+}
+
+impl std::fmt::Debug for Task<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Task({})", self.id.0)
+    }
+}
+
+/// Task ids are unique in the process, so that requests may share a renderer.
+static NEXT_TASK: AtomicU64 = AtomicU64::new(1);
+
+impl<'p> Task<'p> {
+    pub(crate) fn start(progress: &'p dyn Progress, name: &str, total_bytes: Option<u64>) -> Self {
+        let id = TaskId(NEXT_TASK.fetch_add(1, Ordering::Relaxed));
+        progress.report(id, Event::Started { name, total_bytes });
+        Self { id, progress, ended: false }
+    }
+
+    pub(crate) fn advance(&self, bytes: u64) {
+        self.progress.report(self.id, Event::Advanced { bytes });
+    }
+
+    pub(crate) fn output(&self, bytes: &[u8]) {
+        self.progress.report(self.id, Event::Output { bytes });
+    }
+
+    pub(crate) fn end(mut self, outcome: Outcome) {
+        self.ended = true;
+        self.progress.report(self.id, Event::Ended { outcome });
+    }
+}
+
+impl Drop for Task<'_> {
+    fn drop(&mut self) {
+        if !self.ended {
+            self.progress.report(self.id, Event::Ended { outcome: Outcome::Failed });
+        }
+    }
+}

@@ -1,0 +1,370 @@
+//! `ply run`, `ply mount`, `ply umount`: look inside, try.
+//!
+//! A mount outlives the process that made it, so what it shows is held in the store under the owner `mount:<path>`,
+//! until `ply umount`, or until gc sees that nothing is mounted there any more (after a restart of the machine).
+
+use std::ffi::OsString;
+use std::io;
+use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
+use std::path::{Path, PathBuf};
+
+use plies_image::{Found, ImageError};
+use plies_oci::ErrorKind;
+use plies_store::{
+    ActiveId, ActiveOptions, Attach, CatalogueError, GcError, GcMode, Lease, Mounted, Owner, Row, Rows as _,
+    SnapshotError, SnapshotId, Table,
+};
+use serde::{Deserialize, Serialize};
+
+use crate::Engine;
+use crate::build::SolveError;
+use crate::exec::{self, Cancel, ExecError, ExecutorChoice, Network, Step, StepMount, Streams, UserError};
+use crate::images::ImagesError;
+use crate::records::RecordsError;
+
+/// Where `ply mount` has mounted what.
+pub(crate) const MOUNTS: Table<Vec<u8>, MountRow> = Table::new("engine.mounts");
+
+/// What is mounted on a directory.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub(crate) enum MountRow {
+    /// A tree to read.
+    View(SnapshotId),
+    /// A mutable record.
+    Record(ActiveId),
+    /// An upper that goes with the mount.
+    Scratch(ActiveId),
+}
+
+impl Row for MountRow {
+    const VERSION: u8 = 1;
+}
+
+/// Why a tree could not be mounted, or a command not be run in it.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RunError {
+    /// There is neither an image nor a record of this name.
+    #[error("no image and no record {wanted:?} (see `ply images`, `ply ref ls`)")]
+    NotFound {
+        /// What was asked for.
+        wanted: String,
+    },
+    /// Finding the image.
+    #[error(transparent)]
+    Image(#[from] ImagesError),
+    /// Finding the record.
+    #[error(transparent)]
+    Record(#[from] RecordsError),
+    /// The image has neither ENTRYPOINT nor CMD.
+    #[error("image {image} has no command of its own: give one")]
+    NoCommand {
+        /// The image.
+        image: String,
+    },
+    /// There is a mount of ours already.
+    #[error("{} is a mount of ply's already", dir.display())]
+    Mounted {
+        /// Where.
+        dir: PathBuf,
+    },
+    /// The record is mounted.
+    #[error("the record is mounted on {}: unmount it first", dir.display())]
+    RecordMounted {
+        /// Where.
+        dir: PathBuf,
+    },
+    /// There is no mount of ours.
+    #[error("{} is no mount of ply's", dir.display())]
+    NotMounted {
+        /// Where.
+        dir: PathBuf,
+    },
+    /// A mutable record can only be mounted to be written.
+    #[error("record {record} is mutable: mount it with --rw")]
+    Mutable {
+        /// Which.
+        record: String,
+    },
+    /// The directory can't be used.
+    #[error("use {}", dir.display())]
+    Directory {
+        /// Which.
+        dir: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The user to run as.
+    #[error(transparent)]
+    User(#[from] UserError),
+    /// The command could not be run.
+    #[error(transparent)]
+    Exec(#[from] ExecError),
+    /// Preparing the tree.
+    #[error(transparent)]
+    Prepare(#[from] SolveError),
+    /// Mounting.
+    #[error("mount or unmount a tree")]
+    Snapshot(#[from] SnapshotError),
+    /// Throwing away what the command changed.
+    #[error("remove what the command changed")]
+    Gc(#[from] GcError),
+    /// The catalogue failed.
+    #[error("read or change the catalogue")]
+    Catalogue(#[from] CatalogueError),
+}
+
+impl From<ImageError> for RunError {
+    fn from(source: ImageError) -> Self {
+        Self::Image(source.into())
+    }
+}
+
+impl RunError {
+    /// What a caller can do about it.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::NotFound { .. } | Self::NotMounted { .. } => ErrorKind::NotFound,
+            Self::Mounted { .. } => ErrorKind::AlreadyExists,
+            Self::RecordMounted { .. } => ErrorKind::Busy,
+            Self::NoCommand { .. } | Self::Mutable { .. } => ErrorKind::InvalidInput,
+            Self::Directory { source, .. } if source.kind() == io::ErrorKind::NotFound => ErrorKind::NotFound,
+            Self::Directory { .. } => ErrorKind::Unavailable,
+            Self::Image(source) => source.kind(),
+            Self::Record(source) => source.kind(),
+            Self::User(source) => source.kind(),
+            Self::Exec(source) => source.kind(),
+            Self::Prepare(source) => source.kind(),
+            Self::Snapshot(source) => source.kind(),
+            Self::Gc(source) => source.kind(),
+            Self::Catalogue(source) => source.kind(),
+        }
+    }
+}
+
+/// A command to run in an image.
+#[derive(Debug, Clone, Default)]
+pub struct RunRequest {
+    /// The image's name or ID.
+    pub image: String,
+    /// The command; empty means the image's own.
+    pub command: Vec<OsString>,
+    /// What runs it.
+    pub executor: ExecutorChoice,
+    /// Directories in which OCI runtimes are looked for.
+    pub search_path: Vec<PathBuf>,
+    /// Whether it is given a terminal.
+    pub terminal: bool,
+}
+
+/// What a name given to `ply mount` means.
+pub(crate) enum Target {
+    /// A finished tree; `None` is the empty one.
+    Tree(Option<SnapshotId>),
+    /// A mutable record's.
+    Mutable(ActiveId),
+}
+
+impl Engine {
+    /// Runs a command in an image, with this process's streams, and tells its exit code. What it changes is thrown
+    /// away.
+    ///
+    /// # Errors
+    /// [`RunError`]. A command that fails is not an error.
+    pub fn run(&self, request: &RunRequest, cancel: &Cancel) -> Result<i32, RunError> {
+        let found = self.find_image(&request.image)?;
+        let image = self.config_of(found.id)?;
+        let config = crate::build::Config::from_image(&image);
+        let mut args: Vec<OsString> = config.entrypoint().iter().map(OsString::from).collect();
+        match request.command.as_slice() {
+            [] => args.extend(config.cmd().iter().map(OsString::from)),
+            command => args.extend_from_slice(command),
+        }
+        if args.is_empty() {
+            return Err(RunError::NoCommand { image: request.image.clone() });
+        }
+        let executor = exec::pick(&request.executor, self.store().run_dir(), &request.search_path)?;
+        let done = self.with_lease(&format!("run {}", request.image), |lease| {
+            let (_, mounted) = self.mount_scratch(found.row.snapshot, Attach::InStore, true, lease)?;
+            self.run_in(mounted, &found, &config, args, request, &*executor, cancel)
+        });
+        self.store().gc(GcMode::Run)?;
+        done
+    }
+
+    #[allow(clippy::too_many_arguments, reason = "the parts of one request, each of its own type")]
+    fn run_in(
+        &self,
+        mounted: Mounted,
+        found: &Found,
+        config: &crate::build::Config,
+        args: Vec<OsString>,
+        request: &RunRequest,
+        executor: &dyn exec::Executor,
+        cancel: &Cancel,
+    ) -> Result<i32, RunError> {
+        let rootfs = mounted.path().expect("because it was attached").to_owned();
+        crate::build::make_directory(mounted.root(), config.working_dir())?;
+        let user = crate::build::user(mounted.root(), config.user())?;
+        let home = exec::home_of(mounted.root(), user.uid)?;
+        let mut env: Vec<(OsString, OsString)> =
+            vec![("PATH".into(), crate::build::DEFAULT_PATH.into()), ("HOME".into(), home.into())];
+        if request.terminal {
+            env.push(("TERM".into(), "xterm".into()));
+        }
+        env.extend(config.env().iter().map(|line| {
+            let (name, value) = line.split_once('=').unwrap_or((line, ""));
+            (name.into(), value.into())
+        }));
+        let step = Step {
+            args,
+            env,
+            cwd: PathBuf::from(config.working_dir()),
+            user,
+            rootfs,
+            mounts: StepMount::host_network_files(),
+            hostname: found.id.hex()[..12].to_owned(),
+            network: Network::Host,
+            streams: Streams::Inherited { terminal: request.terminal },
+        };
+        let status = executor.run(&step, &mut io::stdout(), &mut io::stderr(), cancel);
+        mounted.unmount()?;
+        Ok(status?.code())
+    }
+
+    /// Mounts an image or a record on a directory until [`Engine::umount`]. With `rw`, a mutable record is written
+    /// itself; anything else gets an upper of its own that goes with the mount.
+    ///
+    /// # Errors
+    /// [`RunError`].
+    pub fn mount(&self, wanted: &str, dir: &Path, rw: bool) -> Result<(), RunError> {
+        let dir = dir.canonicalize().map_err(|source| RunError::Directory { dir: dir.to_owned(), source })?;
+        let key = dir.as_os_str().as_bytes().to_vec();
+        if self.store().read(|rows| rows.contains(&MOUNTS, &key))? {
+            if is_mount_point(&dir) {
+                return Err(RunError::Mounted { dir });
+            }
+            self.forget_mount(&key)?;
+        }
+        self.with_lease(&format!("mount {wanted}"), |lease| self.mount_held(wanted, &dir, key, rw, lease))
+    }
+
+    fn mount_held(&self, wanted: &str, dir: &Path, key: Vec<u8>, rw: bool, lease: &Lease) -> Result<(), RunError> {
+        let at = Attach::At(dir);
+        let snapshots = self.store().snapshots();
+        let (row, mounted) = match (self.target(wanted)?, rw) {
+            (Target::Mutable(active), true) => {
+                self.check_not_mounted(active)?;
+                (MountRow::Record(active), snapshots.mount_active(active, at)?)
+            }
+            (Target::Mutable(_), false) => return Err(RunError::Mutable { record: wanted.to_owned() }),
+            (Target::Tree(Some(snapshot)), false) if snapshots.views_can_be_kept() => {
+                (MountRow::View(snapshot), snapshots.view(snapshot, at)?)
+            }
+            // The empty tree has no snapshot, and a copy would not outlive this process: an upper serves for both.
+            (Target::Tree(tree), _) => {
+                let (active, mounted) = self.mount_scratch(tree, at, false, lease)?;
+                (MountRow::Scratch(active), mounted)
+            }
+        };
+        let owner = Owner::new("mount", dir.display());
+        self.store().write(|tx| {
+            match row {
+                MountRow::View(snapshot) => tx.hold(&owner, snapshot)?,
+                MountRow::Record(active) | MountRow::Scratch(active) => tx.hold(&owner, active)?,
+            }
+            tx.put(&MOUNTS, &key, &row)
+        })?;
+        Ok(mounted.keep()?)
+    }
+
+    /// Undoes [`Engine::mount`].
+    ///
+    /// # Errors
+    /// [`RunError::NotMounted`]; [`RunError::Snapshot`] if something still uses the mount.
+    pub fn umount(&self, dir: &Path) -> Result<(), RunError> {
+        // The path may have been mounted over, or its directory be gone: as named is good enough then.
+        let dir = dir.canonicalize().unwrap_or_else(|_| dir.to_owned());
+        let key = dir.as_os_str().as_bytes().to_vec();
+        if !self.store().read(|rows| rows.contains(&MOUNTS, &key))? {
+            return Err(RunError::NotMounted { dir });
+        }
+        if is_mount_point(&dir) {
+            rustix::mount::unmount(&dir, rustix::mount::UnmountFlags::NOFOLLOW)
+                .map_err(|errno| RunError::Directory { dir: dir.clone(), source: errno.into() })?;
+        }
+        self.forget_mount(&key)
+    }
+
+    /// Fails if a mutable record is mounted by a process that has ended since: nobody else may write to it or seal it.
+    pub(crate) fn check_not_mounted(&self, active: ActiveId) -> Result<(), RunError> {
+        for (key, row) in self.store().read(|rows| rows.all(&MOUNTS))? {
+            let dir = PathBuf::from(OsString::from_vec(key));
+            if matches!(row, MountRow::Record(have) if have == active) && is_mount_point(&dir) {
+                return Err(RunError::RecordMounted { dir });
+            }
+        }
+        Ok(())
+    }
+
+    /// Forgets mounts that are not there any more, as after a restart of the machine.
+    pub(crate) fn forget_dead_mounts(&self) -> Result<(), RunError> {
+        for (key, _) in self.store().read(|rows| rows.all(&MOUNTS))? {
+            if !is_mount_point(Path::new(&OsString::from_vec(key.clone()))) {
+                self.forget_mount(&key)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn forget_mount(&self, key: &Vec<u8>) -> Result<(), RunError> {
+        let dir = PathBuf::from(OsString::from_vec(key.clone()));
+        self.store().write(|tx| {
+            tx.remove(&MOUNTS, key)?;
+            tx.unhold_all(&Owner::new("mount", dir.display()))
+        })?;
+        Ok(())
+    }
+
+    /// Mounts a tree with a fresh upper on it.
+    fn mount_scratch(
+        &self,
+        tree: Option<SnapshotId>,
+        attach: Attach<'_>,
+        volatile: bool,
+        lease: &Lease,
+    ) -> Result<(ActiveId, Mounted), RunError> {
+        let snapshots = self.store().snapshots();
+        let active = snapshots.prepare(tree, lease, ActiveOptions { volatile })?;
+        Ok((active, snapshots.mount_active(active, attach)?))
+    }
+
+    /// What a name or an ID means: an image first, then a record.
+    pub(crate) fn target(&self, wanted: &str) -> Result<Target, RunError> {
+        match self.find_image(wanted) {
+            Ok(found) => return Ok(Target::Tree(found.row.snapshot)),
+            Err(ImageError::NotFound { .. }) => {}
+            Err(other) => return Err(other.into()),
+        }
+        match self.store().read(|rows| plies_cache::find(rows, wanted)) {
+            Ok((_, row)) => Ok(match row.tree {
+                plies_cache::Tree::Scratch => Target::Tree(None),
+                plies_cache::Tree::Immutable(snapshot) => Target::Tree(Some(snapshot)),
+                plies_cache::Tree::Mutable(active) => Target::Mutable(active),
+            }),
+            Err(plies_cache::RecordError::NotFound { .. }) => Err(RunError::NotFound { wanted: wanted.to_owned() }),
+            Err(other) => Err(RunError::Record(other.into())),
+        }
+    }
+}
+
+/// Whether something is mounted right on `path`: its device or mount differs from its parent's.
+fn is_mount_point(path: &Path) -> bool {
+    use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
+    let mount_id = |path: &Path| {
+        let stat = statx(CWD, path, AtFlags::NO_AUTOMOUNT, StatxFlags::MNT_ID).ok()?;
+        Some(stat.stx_mnt_id)
+    };
+    path.parent().is_some_and(|parent| mount_id(path) != mount_id(parent))
+}

@@ -1,0 +1,320 @@
+//! `ply du`, `ply tree`, `ply gc`, `ply info`: what there is and what it costs. Sums of rows; nothing here walks a tree.
+
+use std::collections::{BTreeMap, HashMap};
+use std::ops::ControlFlow;
+
+use plies_oci::ErrorKind;
+use plies_store::{
+    BlobError, CatalogueError, GcError, GcMode, LayerError, LayerId, Resource, SnapshotError, UsageError, UsageKind,
+};
+use serde::Serialize;
+
+use crate::Engine;
+use crate::images::ImagesError;
+use crate::records::RecordsError;
+use crate::run::{RunError, Target};
+
+/// Why space could not be accounted for.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SpaceError {
+    /// Images.
+    #[error(transparent)]
+    Images(#[from] ImagesError),
+    /// Records.
+    #[error(transparent)]
+    Records(#[from] RecordsError),
+    /// What was named.
+    #[error(transparent)]
+    Target(#[from] RunError),
+    /// Totals.
+    #[error("add up what is in use")]
+    Usage(#[from] UsageError),
+    /// Blobs.
+    #[error("read blobs")]
+    Blobs(#[from] BlobError),
+    /// Layers.
+    #[error("read layers")]
+    Layers(#[from] LayerError),
+    /// Snapshots.
+    #[error("read snapshots")]
+    Snapshots(#[from] SnapshotError),
+    /// Collecting.
+    #[error("collect")]
+    Gc(#[from] GcError),
+    /// The catalogue failed.
+    #[error("read the catalogue")]
+    Catalogue(#[from] CatalogueError),
+}
+
+impl SpaceError {
+    /// What a caller can do about it.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Images(source) => source.kind(),
+            Self::Records(source) => source.kind(),
+            Self::Target(source) => source.kind(),
+            Self::Usage(source) => source.kind(),
+            Self::Blobs(source) => source.kind(),
+            Self::Layers(source) => source.kind(),
+            Self::Snapshots(source) => source.kind(),
+            Self::Gc(source) => source.kind(),
+            Self::Catalogue(source) => source.kind(),
+        }
+    }
+}
+
+/// One line of `ply du`. Every byte is in one line only.
+#[derive(Debug, Clone, Serialize)]
+pub struct SpaceRow {
+    /// `layer` or `blob`.
+    pub kind: &'static str,
+    /// Its ID or digest.
+    pub id: String,
+    /// What it takes on disk.
+    pub size_bytes: u64,
+    /// How many images and records stand on it.
+    pub users_count: usize,
+    /// One of them.
+    pub description: String,
+}
+
+/// What `ply du` shows.
+#[derive(Debug, Clone, Serialize)]
+pub struct SpaceReport {
+    /// Layers and blobs, the largest first.
+    pub rows: Vec<SpaceRow>,
+    /// Bytes by kind: all kinds, those without rows included.
+    pub totals: BTreeMap<&'static str, u64>,
+    /// The sum of the totals.
+    pub total_bytes: u64,
+}
+
+/// Something that `ply tree` shows, with what it stands on below it.
+#[derive(Debug, Clone, Serialize)]
+pub struct TreeNode {
+    /// What it is.
+    pub label: String,
+    /// What it takes on disk itself.
+    pub size_bytes: Option<u64>,
+    /// What it stands on.
+    pub children: Vec<TreeNode>,
+}
+
+/// What was collected, or would be.
+#[derive(Debug, Clone, Serialize)]
+pub struct GcSummary {
+    /// Thing by thing.
+    pub removed: Vec<GcRow>,
+}
+
+/// One thing that was collected.
+#[derive(Debug, Clone, Serialize)]
+pub struct GcRow {
+    /// What.
+    pub what: String,
+    /// Its bytes on disk.
+    pub size_bytes: u64,
+}
+
+impl GcSummary {
+    /// The bytes of all that went.
+    pub fn total_bytes(&self) -> u64 {
+        self.removed.iter().map(|row| row.size_bytes).sum()
+    }
+}
+
+/// What `ply info` shows.
+#[derive(Debug, Clone, Serialize)]
+pub struct Info {
+    /// The version of this program.
+    pub version: &'static str,
+    /// The state directory.
+    pub root: String,
+    /// How layers are kept and mounted.
+    pub driver: &'static str,
+    /// How many images there are.
+    pub images_count: usize,
+    /// How many records the build cache has.
+    pub records_count: usize,
+    /// How many layers there are.
+    pub layers_count: usize,
+    /// What everything takes on disk.
+    pub total_bytes: u64,
+}
+
+impl Info {
+    /// As a table.
+    pub fn lines(&self) -> Vec<(&'static str, String)> {
+        vec![
+            ("version", self.version.into()),
+            ("root", self.root.clone()),
+            ("driver", self.driver.into()),
+            ("images", self.images_count.to_string()),
+            ("records", self.records_count.to_string()),
+            ("layers", self.layers_count.to_string()),
+            ("bytes on disk", self.total_bytes.to_string()),
+        ]
+    }
+}
+
+fn kind_name(kind: UsageKind) -> &'static str {
+    match kind {
+        UsageKind::Blobs => "blobs",
+        UsageKind::Layers => "layers",
+        UsageKind::Actives => "actives",
+        UsageKind::Ingests => "ingests",
+        UsageKind::Trash => "trash",
+        UsageKind::Catalogue => "catalogue",
+    }
+}
+
+impl Engine {
+    /// What everything takes on disk.
+    ///
+    /// # Errors
+    /// [`SpaceError`].
+    pub fn usage(&self) -> Result<SpaceReport, SpaceError> {
+        let users = self.layer_users()?;
+        let mut rows = Vec::new();
+        self.store().layers().scan(|layer| {
+            let (count, first) = users.get(&layer.id).cloned().unwrap_or_default();
+            let description = if layer.derived { "directories' metadata (fix-up)".into() } else { first };
+            rows.push(SpaceRow {
+                kind: "layer",
+                id: layer.id.to_string(),
+                size_bytes: layer.usage.size_bytes,
+                users_count: count,
+                description,
+            });
+            ControlFlow::Continue(())
+        })?;
+        let mut blobs = Vec::new();
+        self.store().content().scan(|digest, info| {
+            blobs.push((digest, info.size_bytes));
+            ControlFlow::Continue(())
+        })?;
+        for (digest, size_bytes) in blobs {
+            let of = self.store().read(|rows| plies_image::diff_id_of_blob(rows, digest))?;
+            let description = of.map_or_else(|| "document".into(), |diff_id| format!("layer {diff_id}"));
+            rows.push(SpaceRow { kind: "blob", id: digest.to_string(), size_bytes, users_count: 0, description });
+        }
+        rows.sort_by(|a, b| b.size_bytes.cmp(&a.size_bytes).then_with(|| a.id.cmp(&b.id)));
+        let totals: BTreeMap<_, _> =
+            self.store().usage()?.into_iter().map(|row| (kind_name(row.kind), row.size_bytes)).collect();
+        let total_bytes = totals.values().sum();
+        Ok(SpaceReport { rows, totals, total_bytes })
+    }
+
+    /// For each layer, how many images and records stand on it, and the name of one.
+    fn layer_users(&self) -> Result<HashMap<LayerId, (usize, String)>, SpaceError> {
+        let mut users: HashMap<LayerId, (usize, String)> = HashMap::new();
+        let mut add = |layers: Vec<LayerId>, name: &str| {
+            for layer in layers {
+                users.entry(layer).or_insert_with(|| (0, name.to_owned())).0 += 1;
+            }
+        };
+        for image in self.store().read(plies_image::list)? {
+            let name = image.names.first().map_or_else(|| image.id.to_string(), |name| crate::familiar(name));
+            if let Some(snapshot) = image.row.snapshot {
+                add(self.store().snapshots().info(snapshot)?.layers, &name);
+            }
+        }
+        for (_, row) in self.store().read(plies_cache::list)? {
+            if let plies_cache::Tree::Immutable(snapshot) = row.tree {
+                add(self.store().snapshots().info(snapshot)?.layers, &row.description);
+            }
+        }
+        Ok(users)
+    }
+
+    /// What stands on what: all images and records, or one of them.
+    ///
+    /// # Errors
+    /// [`SpaceError`].
+    pub fn tree(&self, wanted: Option<&str>) -> Result<Vec<TreeNode>, SpaceError> {
+        if let Some(wanted) = wanted {
+            let children = match self.target(wanted)? {
+                Target::Tree(Some(snapshot)) => self.layer_nodes(snapshot)?,
+                Target::Tree(None) => vec![],
+                Target::Mutable(active) => match self.store().snapshots().active(active)?.base {
+                    Some(base) => self.layer_nodes(base)?,
+                    None => vec![],
+                },
+            };
+            return Ok(vec![TreeNode { label: wanted.to_owned(), size_bytes: None, children }]);
+        }
+        let mut nodes = Vec::new();
+        for image in self.store().read(plies_image::list)? {
+            let names: Vec<String> = image.names.iter().map(|name| crate::familiar(name)).collect();
+            let name = if names.is_empty() { "<none>".to_owned() } else { names.join(", ") };
+            let children = image.row.snapshot.map_or(Ok(vec![]), |snapshot| self.layer_nodes(snapshot))?;
+            let label = format!("image {name} {}", &image.id.hex()[..12]);
+            nodes.push(TreeNode { label, size_bytes: None, children });
+        }
+        for record in self.records()? {
+            let children = record.layers.last().map(|layer| TreeNode {
+                label: format!("layer {layer} on {} more", record.layers.len() - 1),
+                size_bytes: Some(record.size_bytes),
+                children: vec![],
+            });
+            nodes.push(TreeNode {
+                label: format!("record {} ({}) {}", &record.id[..12], record.state, record.description),
+                size_bytes: None,
+                children: children.into_iter().collect(),
+            });
+        }
+        Ok(nodes)
+    }
+
+    /// The layers of a snapshot, the topmost first.
+    fn layer_nodes(&self, snapshot: plies_store::SnapshotId) -> Result<Vec<TreeNode>, SpaceError> {
+        let info = self.store().snapshots().info(snapshot)?;
+        let mut nodes = Vec::new();
+        for layer in info.fixup.into_iter().chain(info.layers.into_iter().rev()) {
+            let info = self.store().layers().info(layer)?;
+            let what = match info.diff_id {
+                Some(diff_id) => diff_id.to_string(),
+                None if info.derived => "fix-up".into(),
+                None => "no diff ID yet".into(),
+            };
+            let size_bytes = Some(info.usage.size_bytes);
+            nodes.push(TreeNode { label: format!("layer {layer} {what}"), size_bytes, children: vec![] });
+        }
+        Ok(nodes)
+    }
+
+    /// Removes what nothing holds, or says what it would remove.
+    ///
+    /// # Errors
+    /// [`SpaceError`].
+    pub fn gc(&self, dry_run: bool) -> Result<GcSummary, SpaceError> {
+        self.forget_dead_mounts()?;
+        let report = self.store().gc(if dry_run { GcMode::DryRun } else { GcMode::Run })?;
+        let row = |(resource, size_bytes): (Resource, u64)| GcRow { what: resource.to_string(), size_bytes };
+        let collected = report.collected.into_iter().map(|one| row((one.resource, one.size_bytes)));
+        let ingests = report
+            .ingests
+            .into_iter()
+            .map(|ingest| GcRow { what: format!("ingest {}", ingest.ingest), size_bytes: ingest.offset_bytes });
+        Ok(GcSummary { removed: collected.chain(ingests).collect() })
+    }
+
+    /// What this store is.
+    ///
+    /// # Errors
+    /// [`SpaceError`].
+    pub fn info(&self) -> Result<Info, SpaceError> {
+        let usage = self.store().usage()?;
+        let layers = usage.iter().find(|row| row.kind == UsageKind::Layers).map_or(0, |row| row.count);
+        Ok(Info {
+            version: env!("CARGO_PKG_VERSION"),
+            root: self.store().root().display().to_string(),
+            driver: self.store().driver(),
+            images_count: self.store().read(plies_image::list)?.len(),
+            records_count: self.store().read(plies_cache::list)?.len(),
+            layers_count: usize::try_from(layers).unwrap_or(usize::MAX),
+            total_bytes: usage.iter().map(|row| row.size_bytes).sum(),
+        })
+    }
+}
