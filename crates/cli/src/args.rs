@@ -1,0 +1,248 @@
+//! What users type.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap_complete::Shell;
+
+use crate::progress;
+
+/// Stores, builds and moves container images.
+#[derive(Debug, Parser)]
+#[command(name = "ply", version, max_term_width = 100, arg_required_else_help = true)]
+pub(crate) struct Ply {
+    #[command(flatten)]
+    pub(crate) global: Global,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Global {
+    /// State directory [default: /var/lib/plies as root, the XDG data directory otherwise]
+    #[arg(long, global = true, env = "PLY_ROOT", value_name = "DIR", help_heading = "Global options")]
+    pub(crate) root: Option<PathBuf>,
+    /// How layers are kept and mounted
+    #[arg(long, global = true, value_enum, default_value_t, value_name = "DRIVER", help_heading = "Global options")]
+    pub(crate) driver: Driver,
+    /// One JSON document on standard output instead of a table
+    #[arg(long, global = true, help_heading = "Global options")]
+    pub(crate) json: bool,
+    /// Show the whole chain of causes of an error
+    #[arg(short, long, global = true, help_heading = "Global options")]
+    pub(crate) verbose: bool,
+    /// No progress
+    #[arg(short, long, global = true, help_heading = "Global options")]
+    pub(crate) quiet: bool,
+    /// Fail at once if another process holds the state directory
+    #[arg(long, global = true, help_heading = "Global options")]
+    pub(crate) no_wait: bool,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Driver {
+    /// `overlay` where it works, `native` elsewhere
+    #[default]
+    Auto,
+    /// A directory a layer, stacked by the kernel
+    Overlay,
+    /// Plain copies, works everywhere
+    Native,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Build an image from a Dockerfile
+    Build(Build),
+    /// Take in images from an archive: OCI layout or docker archive, directory or tar
+    Load(Load),
+    /// Write images into an archive
+    Save(Save),
+    /// List images
+    Images,
+    /// Show an image's config, layers and digests
+    Inspect {
+        /// Image name or ID
+        image: String,
+    },
+    /// Show how an image came to be, newest step first
+    History {
+        /// Image name or ID
+        image: String,
+    },
+    /// Give an image another name
+    Tag {
+        /// Image name or ID
+        source: String,
+        /// The new name
+        target: String,
+    },
+    /// Remove names, and images that lost their last one
+    Rmi {
+        /// Image names or IDs
+        #[arg(required = true)]
+        images: Vec<String>,
+    },
+    /// Run a command in an image; what it changes is thrown away
+    Run(Run),
+    /// Mount an image or a record on a directory
+    Mount {
+        /// Image name or ID, or record ID
+        target: String,
+        /// An existing directory
+        dir: PathBuf,
+        /// Writable: of a mutable record its own data; of anything else a fresh upper, kept until unmounted
+        #[arg(long)]
+        rw: bool,
+    },
+    /// Undo `ply mount`
+    Umount {
+        /// The directory
+        dir: PathBuf,
+    },
+    /// Records of the build cache by hand
+    #[command(subcommand)]
+    Ref(Ref),
+    /// Show what uses disk space
+    Du,
+    /// Show what stands on what
+    Tree {
+        /// Only this image or record
+        target: Option<String>,
+    },
+    /// Remove what nothing refers to
+    Gc {
+        /// Only say what would go
+        #[arg(long)]
+        dry_run: bool,
+    },
+    /// Say what this store is
+    Info,
+    /// Print completions for a shell
+    Completions {
+        /// Which shell
+        shell: Shell,
+    },
+    /// Write man pages
+    Man {
+        /// Into this directory
+        dir: PathBuf,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Load {
+    /// File or directory to read [default: standard input]
+    #[arg(short, long, value_name = "PATH")]
+    pub(crate) input: Option<PathBuf>,
+    /// Name for an image that the archive leaves nameless
+    #[arg(long, value_name = "NAME")]
+    pub(crate) tag: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Save {
+    /// File, or directory for `oci-dir`, to write [default: standard output]
+    #[arg(short, long, value_name = "PATH")]
+    pub(crate) output: Option<PathBuf>,
+    /// What to write
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) format: SaveFormat,
+    /// Image names or IDs
+    #[arg(required = true)]
+    pub(crate) images: Vec<String>,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+pub(crate) enum SaveFormat {
+    /// OCI layout in a tar
+    #[default]
+    Oci,
+    /// OCI layout in a directory
+    OciDir,
+    /// Docker archive, plain layers
+    Docker,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Build {
+    /// Name of the result; may be given several times
+    #[arg(short, long, value_name = "NAME[:TAG]")]
+    pub(crate) tag: Vec<String>,
+    /// The Dockerfile [default: CONTEXT/Dockerfile]
+    #[arg(short, long, value_name = "FILE")]
+    pub(crate) file: Option<PathBuf>,
+    /// Stage to build [default: the last]
+    #[arg(long, value_name = "STAGE")]
+    pub(crate) target: Option<String>,
+    /// Value of an ARG; without `=VALUE` it is taken from the environment
+    #[arg(long, value_name = "KEY[=VALUE]")]
+    pub(crate) build_arg: Vec<String>,
+    /// Label of the result
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub(crate) label: Vec<String>,
+    /// Run every step, whatever is cached
+    #[arg(long)]
+    pub(crate) no_cache: bool,
+    /// Write the image ID to this file
+    #[arg(long, value_name = "FILE")]
+    pub(crate) iidfile: Option<PathBuf>,
+    /// How to show progress
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) progress: progress::Style,
+    /// What runs the steps
+    #[command(flatten)]
+    pub(crate) executor: ExecutorArg,
+    /// Directory whose files COPY and ADD take
+    pub(crate) context: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ExecutorArg {
+    /// What runs commands: `auto`, `builtin`, or the path of an OCI runtime
+    #[arg(long, default_value = "auto", value_name = "auto|builtin|PATH")]
+    pub(crate) executor: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Run {
+    #[command(flatten)]
+    pub(crate) executor: ExecutorArg,
+    /// Image name or ID
+    pub(crate) image: String,
+    /// Command and arguments [default: the image's]
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    pub(crate) command: Vec<OsString>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Ref {
+    /// List records
+    Ls,
+    /// Show a record
+    Inspect {
+        /// Record ID
+        id: String,
+    },
+    /// Make a mutable record and print its ID
+    New {
+        /// Record or image to start from [default: an empty tree]
+        #[arg(long, value_name = "ID")]
+        parent: Option<String>,
+        /// What it is for
+        #[arg(long, default_value = "", value_name = "TEXT")]
+        description: String,
+    },
+    /// Make a mutable record immutable and print its ID
+    Commit {
+        /// Record ID
+        id: String,
+    },
+    /// Remove records
+    Rm {
+        /// Record IDs
+        #[arg(required = true)]
+        ids: Vec<String>,
+    },
+}

@@ -1,0 +1,400 @@
+//! What each command does: asks the engine, and shows the answer.
+
+use std::io::{self, IsTerminal as _, Write as _};
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context as _, bail};
+use clap::CommandFactory as _;
+use jiff::Timestamp;
+use plies_engine::build::BuildRequest;
+use plies_engine::exec::{Cancel, ExecutorChoice};
+use plies_engine::{DriverKind, Engine, EngineOptions, Input, Output, RemovedImage, RunRequest, SaveFormat, TreeNode};
+use serde::Serialize;
+
+use crate::args::{self, Command, Global, Ply, Ref};
+use crate::format::{self, Column};
+use crate::progress::Style;
+
+/// The default state directory of root.
+const SYSTEM_ROOT: &str = "/var/lib/plies";
+
+/// Characters of a history line that are shown in a table.
+const CREATED_BY_WIDTH: usize = 60;
+
+/// Runs one command.
+pub(crate) fn run(args: Ply) -> anyhow::Result<ExitCode> {
+    let Ply { global, command } = args;
+    match command {
+        Command::Completions { shell } => {
+            clap_complete::generate(shell, &mut Ply::command(), "ply", &mut io::stdout());
+            return Ok(ExitCode::SUCCESS);
+        }
+        Command::Man { dir } => {
+            clap_mangen::generate_to(Ply::command(), &dir).with_context(|| format!("write {}", dir.display()))?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        _ => {}
+    }
+    let cancel = cancel_on_signals()?;
+    let engine = open(&global)?;
+    let code = with_engine(&engine, &global, command, &cancel)?;
+    engine.close()?;
+    Ok(code)
+}
+
+fn with_engine(engine: &Engine, global: &Global, command: Command, cancel: &Cancel) -> anyhow::Result<ExitCode> {
+    let json = global.json;
+    let style = if global.quiet { Style::Quiet } else { Style::Auto };
+    match command {
+        Command::Build(build) => return run_build(engine, global, build, cancel),
+        Command::Load(load) => {
+            let input = match load.input {
+                Some(path) if path.as_os_str() != "-" => Input::Path(path),
+                _ => stdin_archive()?,
+            };
+            let loaded = engine.load(&input, load.tag.as_deref(), &*style.renderer(), cancel)?;
+            if json {
+                return print_json(&loaded);
+            }
+            for image in loaded {
+                match image.names.as_slice() {
+                    [] => say(&format!("Loaded image ID: {}", image.id))?,
+                    names => names.iter().try_for_each(|name| say(&format!("Loaded image: {}", format::safe(name))))?,
+                }
+            }
+        }
+        Command::Save(save) => {
+            let format = match save.format {
+                args::SaveFormat::Oci => SaveFormat::Oci,
+                args::SaveFormat::OciDir => SaveFormat::OciDirectory,
+                args::SaveFormat::Docker => SaveFormat::Docker,
+            };
+            let output = match save.output {
+                Some(path) if path.as_os_str() != "-" => Output::Path(path),
+                _ if format == SaveFormat::OciDirectory => bail!("a directory must be named: give -o DIR"),
+                _ if io::stdout().is_terminal() => bail!("an archive is not for a terminal: give -o FILE, or redirect"),
+                _ => Output::Stdout,
+            };
+            engine.save(&save.images, format, &output, &*style.renderer(), cancel)?;
+        }
+        Command::Images => images(engine, json, global.quiet)?,
+        Command::Inspect { image } => return print_json(&engine.inspect(&image)?),
+        Command::History { image } => history(engine, &image, json)?,
+        Command::Tag { source, target } => engine.tag(&source, &target)?,
+        Command::Rmi { images } => {
+            let removed = engine.remove_images(&images)?;
+            engine.gc(false)?;
+            for one in removed {
+                match one {
+                    RemovedImage::Name(name) => say(&format!("Untagged: {}", plies_engine::familiar(&name)))?,
+                    RemovedImage::Image(id) => say(&format!("Deleted: {id}"))?,
+                }
+            }
+        }
+        Command::Run(run) => {
+            let request = RunRequest {
+                image: run.image,
+                command: run.command,
+                executor: executor(&run.executor)?,
+                search_path: search_path(),
+                terminal: io::stdin().is_terminal() && io::stdout().is_terminal(),
+            };
+            let code = engine.run(&request, cancel)?;
+            return Ok(ExitCode::from(u8::try_from(code).unwrap_or(1)));
+        }
+        Command::Mount { target, dir, rw } => engine.mount(&target, &absolute(&dir)?, rw)?,
+        Command::Umount { dir } => engine.umount(&absolute(&dir)?)?,
+        Command::Ref(Ref::Ls) => records(engine, json)?,
+        Command::Ref(Ref::Inspect { id }) => return print_json(&engine.record(&id)?),
+        Command::Ref(Ref::New { parent, description }) => {
+            say(&engine.new_record(parent.as_deref(), &description)?.to_string())?;
+        }
+        Command::Ref(Ref::Commit { id }) => say(&engine.commit_record(&id)?.to_string())?,
+        Command::Ref(Ref::Rm { ids }) => {
+            for id in engine.remove_records(&ids)? {
+                say(&id.to_string())?;
+            }
+            engine.gc(false)?;
+        }
+        Command::Du => usage(engine, json)?,
+        Command::Tree { target } => {
+            let nodes = engine.tree(target.as_deref())?;
+            if json {
+                return print_json(&nodes);
+            }
+            let mut text = String::new();
+            nodes.iter().for_each(|node| draw(node, "", "", &mut text));
+            print(&text)?;
+        }
+        Command::Gc { dry_run } => {
+            let report = engine.gc(dry_run)?;
+            if json {
+                return print_json(&report);
+            }
+            let verb = if dry_run { "Would remove" } else { "Removed" };
+            for gone in &report.removed {
+                say(&format!("{verb} {}  {}", gone.what, format::size(gone.size_bytes)))?;
+            }
+            say(&format!("Total: {}", format::size(report.total_bytes())))?;
+        }
+        Command::Info => {
+            let info = engine.info()?;
+            if json {
+                return print_json(&info);
+            }
+            for (key, value) in info.lines() {
+                say(&format!("{:<22}{}", format!("{key}:"), format::safe(&value)))?;
+            }
+        }
+        Command::Completions { .. } | Command::Man { .. } => unreachable!("because they need no store and ran before"),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn run_build(engine: &Engine, global: &Global, build: args::Build, cancel: &Cancel) -> anyhow::Result<ExitCode> {
+    let pair = |what: &str, text: &String| match text.split_once('=') {
+        Some((key, value)) => Ok((key.to_owned(), value.to_owned())),
+        None => Err(anyhow::anyhow!("{what} {text:?} has no value, expected KEY=VALUE")),
+    };
+    let mut build_args = Vec::new();
+    for arg in &build.build_arg {
+        match arg.split_once('=') {
+            Some((key, value)) => build_args.push((key.to_owned(), value.to_owned())),
+            // As docker: a bare name passes on what the environment says, and nothing if it says nothing.
+            None => build_args.extend(std::env::var(arg).ok().map(|value| (arg.clone(), value))),
+        }
+    }
+    let request = BuildRequest {
+        context: build.context,
+        dockerfile: build.file,
+        target: build.target,
+        names: build.tag,
+        build_args,
+        labels: build.label.iter().map(|label| pair("label", label)).collect::<Result<_, _>>()?,
+        no_cache: build.no_cache,
+        executor: executor(&build.executor)?,
+        search_path: search_path(),
+    };
+    let style = if global.quiet { Style::Quiet } else { build.progress };
+    let built = engine.build(&request, &*style.renderer(), cancel)?;
+    if let Some(file) = &build.iidfile {
+        std::fs::write(file, built.id.to_string()).with_context(|| format!("write {}", file.display()))?;
+    }
+    if global.json {
+        return print_json(&built);
+    }
+    if global.quiet {
+        say(&built.id.to_string())?;
+    } else {
+        say(&format!("{} ({} of {} steps cached)", built.id, built.cached_count, built.steps_count))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn images(engine: &Engine, json: bool, quiet: bool) -> anyhow::Result<()> {
+    let images = engine.images()?;
+    if json {
+        return print_json(&images).map(drop);
+    }
+    if quiet {
+        return images.iter().try_for_each(|image| say(format::short_id(&image.id.hex())));
+    }
+    let columns = [
+        Column::Left("REPOSITORY"),
+        Column::Left("TAG"),
+        Column::Left("IMAGE ID"),
+        Column::Left("CREATED"),
+        Column::Right("SIZE"),
+    ];
+    let rows = images.iter().flat_map(|image| {
+        let names = if image.names.is_empty() { vec![None] } else { image.names.iter().map(Some).collect() };
+        names.into_iter().map(|name| {
+            // The last colon parts name and tag, since a tag holds none.
+            let (repository, tag) = name.and_then(|name| name.rsplit_once(':')).unwrap_or(("<none>", "<none>"));
+            vec![
+                repository.to_owned(),
+                tag.to_owned(),
+                format::short_id(&image.id.hex()).to_owned(),
+                ago(image.created.as_deref()),
+                format::size(image.size_bytes),
+            ]
+        })
+    });
+    print(&format::table(&columns, rows))
+}
+
+fn history(engine: &Engine, image: &str, json: bool) -> anyhow::Result<()> {
+    let lines = engine.history(image)?;
+    if json {
+        return print_json(&lines).map(drop);
+    }
+    let columns = [Column::Left("CREATED"), Column::Left("CREATED BY"), Column::Left("DIFF ID"), Column::Right("SIZE")];
+    let rows = lines.iter().map(|line| {
+        vec![
+            ago(line.created.as_deref()),
+            format::ellipsis(&line.created_by, CREATED_BY_WIDTH),
+            line.diff_id.map_or_else(String::new, |id| format::short_id(&id.hex()).to_owned()),
+            format::size(line.size_bytes),
+        ]
+    });
+    print(&format::table(&columns, rows))
+}
+
+fn records(engine: &Engine, json: bool) -> anyhow::Result<()> {
+    let records = engine.records()?;
+    if json {
+        return print_json(&records).map(drop);
+    }
+    let columns = [
+        Column::Left("ID"),
+        Column::Left("STATE"),
+        Column::Left("LAST USED"),
+        Column::Right("USES"),
+        Column::Right("SIZE"),
+        Column::Left("DESCRIPTION"),
+    ];
+    let rows = records.iter().map(|record| {
+        vec![
+            format::short_id(&record.id).to_owned(),
+            record.state.to_owned(),
+            ago(Some(&record.last_used)),
+            record.usage_count.to_string(),
+            format::size(record.size_bytes),
+            format::ellipsis(&record.description, CREATED_BY_WIDTH),
+        ]
+    });
+    print(&format::table(&columns, rows))
+}
+
+fn usage(engine: &Engine, json: bool) -> anyhow::Result<()> {
+    let usage = engine.usage()?;
+    if json {
+        return print_json(&usage).map(drop);
+    }
+    let columns = [Column::Left("KIND"), Column::Left("ID"), Column::Right("SIZE"), Column::Left("DESCRIPTION")];
+    let rows = usage.rows.iter().map(|row| {
+        vec![
+            row.kind.to_owned(),
+            format::ellipsis(&row.id, 24),
+            format::size(row.size_bytes),
+            format::ellipsis(&row.description, CREATED_BY_WIDTH),
+        ]
+    });
+    print(&format::table(&columns, rows))?;
+    for (kind, size_bytes) in &usage.totals {
+        say(&format!("{:<13}{:>9}", format!("{kind}:"), format::size(*size_bytes)))?;
+    }
+    say(&format!("{:<13}{:>9}", "total:", format::size(usage.total_bytes)))
+}
+
+fn draw(node: &TreeNode, first: &str, rest: &str, out: &mut String) {
+    let size = node.size_bytes.map_or_else(String::new, |bytes| format!("  {}", format::size(bytes)));
+    out.push_str(&format!("{first}{}{size}\n", format::safe(&node.label)));
+    for (at, child) in node.children.iter().enumerate() {
+        let (branch, stem) = if at + 1 == node.children.len() { ("└─ ", "   ") } else { ("├─ ", "│  ") };
+        draw(child, &format!("{rest}{branch}"), &format!("{rest}{stem}"), out);
+    }
+}
+
+fn open(global: &Global) -> anyhow::Result<Engine> {
+    let root = match &global.root {
+        Some(root) => root.clone(),
+        None if rustix::process::geteuid().is_root() => PathBuf::from(SYSTEM_ROOT),
+        None => user_root()?,
+    };
+    let options = EngineOptions {
+        driver: match global.driver {
+            args::Driver::Auto => DriverKind::Auto,
+            args::Driver::Overlay => DriverKind::Overlay,
+            args::Driver::Native => DriverKind::Native,
+        },
+        wait: !global.no_wait,
+        on_wait: Box::new(|holder| eprintln!("ply: waiting for {holder}")),
+    };
+    Ok(Engine::open(&absolute(&root)?, options)?)
+}
+
+/// The XDG base directory specification's place for data.
+fn user_root() -> anyhow::Result<PathBuf> {
+    let data = std::env::var_os("XDG_DATA_HOME").map(PathBuf::from).filter(|path| path.is_absolute());
+    let home = || std::env::var_os("HOME").map(|home| Path::new(&home).join(".local/share"));
+    let data = data.or_else(home).context("no home directory is known: give --root DIR or set PLY_ROOT")?;
+    Ok(data.join("plies"))
+}
+
+fn absolute(path: &Path) -> anyhow::Result<PathBuf> {
+    std::path::absolute(path).with_context(|| format!("resolve {}", path.display()))
+}
+
+fn stdin_archive() -> anyhow::Result<Input> {
+    if io::stdin().is_terminal() {
+        bail!("an archive is expected on standard input: give -i PATH, or redirect");
+    }
+    Ok(Input::Stdin)
+}
+
+fn executor(arg: &args::ExecutorArg) -> anyhow::Result<ExecutorChoice> {
+    Ok(match arg.executor.as_str() {
+        "auto" => ExecutorChoice::Auto,
+        "builtin" => ExecutorChoice::Builtin,
+        path if path.contains('/') => ExecutorChoice::Runtime(path.into()),
+        // A bare name is looked for as a shell would.
+        name => match search_path().iter().map(|dir| dir.join(name)).find(|path| path.is_file()) {
+            Some(path) => ExecutorChoice::Runtime(path),
+            None => bail!("no executor {name:?}: expected auto, builtin, or an OCI runtime in PATH"),
+        },
+    })
+}
+
+fn search_path() -> Vec<PathBuf> {
+    std::env::var_os("PATH")
+        .map(|path| std::env::split_paths(&path).filter(|dir| !dir.as_os_str().as_bytes().is_empty()).collect())
+        .unwrap_or_default()
+}
+
+/// The first SIGINT or SIGTERM asks to stop, so that nothing is left half-made; a second one kills.
+fn cancel_on_signals() -> anyhow::Result<Cancel> {
+    let cancel = Cancel::new();
+    let mut signals = signal_hook::iterator::Signals::new([signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM])
+        .context("take over signals")?;
+    let asked = cancel.clone();
+    std::thread::Builder::new()
+        .name("signals".into())
+        .spawn(move || {
+            for (count, signal) in signals.forever().enumerate() {
+                if count == 0 {
+                    asked.cancel();
+                } else {
+                    drop(signal_hook::low_level::emulate_default_handler(signal));
+                }
+            }
+        })
+        .context("start a thread for signals")?;
+    Ok(cancel)
+}
+
+/// How long ago an RFC 3339 time was; empty when there is none.
+fn ago(created: Option<&str>) -> String {
+    let Some(created) = created.and_then(|text| text.parse::<Timestamp>().ok()) else { return "N/A".into() };
+    let seconds = Timestamp::now().as_second().saturating_sub(created.as_second());
+    format::age(u64::try_from(seconds).unwrap_or(0))
+}
+
+fn print_json(value: &impl Serialize) -> anyhow::Result<ExitCode> {
+    say(&serde_json::to_string_pretty(value)?)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn say(line: &str) -> anyhow::Result<()> {
+    print(&format!("{line}\n"))
+}
+
+/// Writes to standard output. A reader that has seen enough (`ply images | head`) is no failure.
+fn print(text: &str) -> anyhow::Result<()> {
+    match io::stdout().lock().write_all(text.as_bytes()) {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        other => other.context("write to standard output"),
+    }
+}
