@@ -1,0 +1,189 @@
+//! Kills a process at its n-th mutating system call.
+//!
+//! strace delivers SIGKILL on entry of the chosen call, before the kernel acts on it: the store is
+//! left exactly as it was between two changes. Calls are counted per thread, so one point names the
+//! first thread to come that far.
+
+use std::{
+    collections::BTreeMap,
+    fmt, fs,
+    os::unix::process::ExitStatusExt as _,
+    path::Path,
+    process::{Command, Output},
+};
+
+/// The calls that change a file system, or that make earlier changes durable.
+pub const MUTATING: &[&str] = &[
+    "write",
+    "writev",
+    "pwrite64",
+    "pwritev",
+    "copy_file_range",
+    "sendfile",
+    "splice",
+    "ftruncate",
+    "fallocate",
+    "openat",
+    "openat2",
+    "mkdir",
+    "mkdirat",
+    "mknodat",
+    "symlinkat",
+    "linkat",
+    "rename",
+    "renameat",
+    "renameat2",
+    "unlink",
+    "unlinkat",
+    "rmdir",
+    "fchmod",
+    "fchmodat",
+    "fchown",
+    "fchownat",
+    "utimensat",
+    "setxattr",
+    "lsetxattr",
+    "fsetxattr",
+    "removexattr",
+    "fremovexattr",
+    "fsync",
+    "fdatasync",
+    "sync_file_range",
+    "syncfs",
+    "msync",
+    "mount",
+    "umount2",
+    "fsopen",
+    "fsconfig",
+    "fsmount",
+    "move_mount",
+    "open_tree",
+    "flock",
+];
+
+/// One moment to die at: on entry of the `nth` call of this name (from 1) in any one thread.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct KillPoint {
+    /// The call's name.
+    pub call: String,
+    /// Which of them.
+    pub nth: u32,
+}
+
+impl fmt::Display for KillPoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.call, self.nth)
+    }
+}
+
+/// Runs `command` under strace to its end and counts its mutating calls: for each name, the most
+/// that any one thread made.
+///
+/// # Panics
+/// When it fails.
+pub fn count(command: &Command, log: &Path) -> BTreeMap<String, u32> {
+    let mut traced = strace(command, &["-o".as_ref(), log.as_os_str(), "-e".as_ref(), "signal=none".as_ref()]);
+    crate::tools::run(&mut traced);
+    let log = fs::read_to_string(log).expect("because strace has just written it");
+    let mut per_thread: BTreeMap<(String, &str), u32> = BTreeMap::new();
+    for line in log.lines() {
+        let Some((thread, rest)) = line.split_once(' ') else { continue };
+        // "<... write resumed>" is the end of a call counted before.
+        let Some((call, _)) = rest.trim_start().split_once('(') else { continue };
+        if MUTATING.contains(&call) {
+            *per_thread.entry((call.to_owned(), thread)).or_default() += 1;
+        }
+    }
+    let mut most = BTreeMap::new();
+    for ((call, _), count) in per_thread {
+        let known = most.entry(call).or_default();
+        *known = count.max(*known);
+    }
+    most
+}
+
+/// Picks moments from what [`count`] found: the first and last of each kind of call and, spread
+/// evenly between them, `per_call` in all.
+pub fn spread(counts: &BTreeMap<String, u32>, per_call: u32) -> Vec<KillPoint> {
+    let mut points = Vec::new();
+    for (call, count) in counts {
+        let steps = per_call.min(*count).max(1);
+        let nth = |step: u32| if steps == 1 { 1 } else { 1 + step * (count - 1) / (steps - 1) };
+        points.extend((0..steps).map(|step| KillPoint { call: call.clone(), nth: nth(step) }));
+    }
+    points.dedup();
+    points
+}
+
+/// How a run that was to be killed ended.
+#[derive(Debug)]
+pub enum Outcome {
+    /// It was killed there.
+    Killed,
+    /// It never came that far and ended by itself.
+    Finished(Output),
+}
+
+/// Runs `command` and kills it at this point.
+///
+/// # Panics
+/// When strace cannot be started.
+pub fn kill_at(command: &Command, point: &KillPoint) -> Outcome {
+    let inject = format!("inject={}:signal=KILL:when={}", point.call, point.nth);
+    let mut traced = strace(command, &["-o".as_ref(), "/dev/null".as_ref(), "-e".as_ref(), inject.as_ref()]);
+    let output = crate::tools::output_of(&mut traced);
+    if output.status.signal() == Some(9) || output.status.code() == Some(137) {
+        Outcome::Killed
+    } else {
+        Outcome::Finished(output)
+    }
+}
+
+/// `command`, in the same environment, below strace.
+fn strace(command: &Command, options: &[&std::ffi::OsStr]) -> Command {
+    let mut traced = Command::new("strace");
+    traced.args(["-f", "-qq", "-e", &format!("trace={}", MUTATING.join(","))]);
+    traced.args(options).arg("--").arg(command.get_program()).args(command.get_args());
+    for (name, value) in command.get_envs() {
+        match value {
+            Some(value) => traced.env(name, value),
+            None => traced.env_remove(name),
+        };
+    }
+    if let Some(dir) = command.get_current_dir() {
+        traced.current_dir(dir);
+    }
+    traced
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{scratch::Scratch, tools};
+
+    #[test]
+    fn a_process_dies_before_its_nth_call_and_not_when_it_never_makes_it() {
+        if !tools::have(&["strace"]) {
+            return;
+        }
+        let scratch = Scratch::new();
+        let mut script = Command::new("/bin/sh");
+        script.arg("-c").arg("mkdir a; mkdir b; mkdir c").current_dir(scratch.path());
+        // Each mkdir is a process, with one call of its own.
+        assert!(matches!(kill_at(&script, &KillPoint { call: "mkdir".into(), nth: 2 }), Outcome::Finished(_)));
+        assert!(scratch.join("c").exists());
+
+        let mut direct = Command::new("mkdir");
+        direct.args(["d", "e", "f"]).current_dir(scratch.path());
+        let point = KillPoint { call: "mkdir".into(), nth: 2 };
+        assert!(matches!(kill_at(&direct, &point), Outcome::Killed), "at {point}");
+        assert_eq!((scratch.join("d").exists(), scratch.join("e").exists()), (true, false));
+    }
+
+    #[test]
+    fn points_are_spread_from_the_first_call_to_the_last() {
+        let counts = BTreeMap::from([("fsync".to_owned(), 2), ("write".to_owned(), 101)]);
+        let points: Vec<_> = spread(&counts, 5).iter().map(KillPoint::to_string).collect();
+        assert_eq!(points, ["fsync 1", "fsync 2", "write 1", "write 26", "write 51", "write 76", "write 101"]);
+    }
+}
