@@ -1,0 +1,17 @@
+//! The binary as a user meets it, judged by what other tools see.
+//!
+//! One test program with modules, since linking is what small test programs cost most.
+
+// Clippy's allowance for tests stops at their helpers, and all of this is a test.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
+mod bad_input;
+mod build;
+mod cache;
+mod common;
+mod crash;
+mod load;
+mod lock;
+mod oracle;
+mod traps;
+mod upkeep;

@@ -1,0 +1,239 @@
+//! Space, full disks, broken stores, and what is printed about hostile names.
+
+use std::{fs, os::unix::fs::MetadataExt as _, path::Path};
+
+use plies_testkit::{
+    args,
+    image::{Image, Packing},
+    ply::Ply,
+    scratch::Scratch,
+    tar::Member,
+    tools,
+    tree::Tree,
+};
+use serde_json::json;
+
+use crate::common::{Context, Shape, State, busybox, everything, load, store, tree_of};
+
+/// Bytes that the files below a directory take on the disk, hard links once.
+fn disk_bytes(root: &Path) -> u64 {
+    let mut seen = std::collections::BTreeSet::new();
+    let mut waiting = vec![root.to_owned()];
+    let mut bytes = 0;
+    while let Some(path) = waiting.pop() {
+        let meta = fs::symlink_metadata(&path).unwrap();
+        if seen.insert(meta.ino()) {
+            bytes += meta.blocks() * 512;
+        }
+        if meta.is_dir() {
+            waiting.extend(fs::read_dir(&path).unwrap().map(|entry| entry.unwrap().path()));
+        }
+    }
+    bytes
+}
+
+#[test]
+fn du_adds_up_and_is_what_the_disk_says() {
+    let Some(ply) = store() else { return };
+    load(&ply, &everything("localhost/everything:1", Packing::Gzip));
+    let noise: Vec<u8> = (0..3_000_000u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
+    load(&ply, &Image::new("localhost/noise:1").layer(&[Member::file("noise", noise)], Packing::Gzip));
+    let context = Context::new(&ply, "FROM localhost/noise:1\nCOPY f /f\n");
+    context.file("f", vec![1; 500_000]);
+    context.build(&[]);
+
+    let usage = ply.json(args!["du"]);
+    let number = |value: &serde_json::Value| value.as_u64().unwrap_or_else(|| panic!("no number: {value}"));
+    let totals: u64 = usage["totals"].as_object().unwrap().values().map(number).sum();
+    let rows: u64 = usage["rows"].as_array().unwrap().iter().map(|row| number(&row["size_bytes"])).sum();
+    let total = number(&usage["total_bytes"]);
+    assert_eq!(totals, total, "{usage:#}");
+    assert_eq!(rows + number(&usage["totals"]["catalogue"]), total, "{usage:#}");
+    let disk = disk_bytes(&ply.root());
+    // Directories and small files of the store itself are not worth a row.
+    let apart = disk.abs_diff(total);
+    assert!(apart < disk / 20 + 300_000, "du says {total}, the disk {disk}: {usage:#}");
+}
+
+#[test]
+fn a_full_disk_fails_the_load_and_the_store_goes_on() {
+    let Some(ply) = store() else { return };
+    let root = ply.scratch().dir("root");
+    tools::run(std::process::Command::new("mount").args(["-t", "tmpfs", "-o", "size=12m", "tmpfs"]).arg(&root));
+    load(&ply, &Image::new("localhost/small:1").layer(&[Member::file("f", "small")], Packing::Gzip));
+    let before = State::of(&ply);
+    let noise: Vec<u8> = (0..16_000_000u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
+    let big = Image::new("localhost/big:1").layer(&[Member::file("noise", noise)], Packing::Plain);
+    let ran = ply.fails(1, args!["load", "-i", big.write_oci_tar(&ply.scratch().join("big.tar"))]);
+    assert!(ran.stderr.to_lowercase().contains("no space left"), "{ran}");
+    ply.ok(args!["gc"]);
+    before.assert_same(&State::of(&ply), "after a full disk and gc");
+    assert!(tree_of(&ply, "localhost/small:1").find("f").is_some());
+    ply.ok(args!["rmi", "localhost/small:1"]);
+}
+
+#[test]
+fn the_native_driver_shows_the_same_tree() {
+    let Some(ply) = store() else { return };
+    let Some(native) = store() else { return };
+    let image = everything("localhost/everything:1", Packing::Gzip);
+    load(&ply, &image);
+    let archive = image.write_oci_tar(&native.scratch().join("in.tar"));
+    native.ok(args!["--driver", "native", "load", "-i", archive]);
+    let at = native.scratch().dir("at");
+    native.ok(args!["--driver", "native", "mount", image.tag(), at]);
+    let copied = Tree::of(&at);
+    native.ok(args!["--driver", "native", "umount", at]);
+    tree_of(&ply, image.tag()).assert_same(&copied, "overlay and native");
+}
+
+#[test]
+fn a_broken_catalogue_is_told_and_never_begun_anew() {
+    let Some(ply) = store() else { return };
+    load(&ply, &Image::new("localhost/kept:1").layer(&[Member::file("f", "kept")], Packing::Gzip));
+    let path = ply.root().join("catalog/plies.redb");
+    let sound = fs::read(&path).unwrap();
+    for (what, broken) in [
+        ("zeroes", vec![0; sound.len()]),
+        ("text", b"this is no database".repeat(1000)),
+        ("cut", sound[..sound.len() / 2].to_vec()),
+        ("empty", Vec::new()),
+    ] {
+        fs::write(&path, &broken).unwrap();
+        let ran = ply.fails(1, args!["images"]);
+        assert!(ran.stderr.contains("plies.redb") || ran.stderr.contains("catalog"), "{what}: {ran}");
+    }
+    fs::write(&path, sound).unwrap();
+    assert!(tree_of(&ply, "localhost/kept:1").find("f").is_some());
+}
+
+#[test]
+fn a_root_that_cannot_be_is_named() {
+    let Some(ply) = store() else { return };
+    ply.scratch().file("root", "a file where the store should be");
+    let ran = ply.fails(1, args!["images"]);
+    assert!(ran.stderr.contains("/root"), "{ran}");
+}
+
+#[test]
+fn nothing_that_a_stranger_wrote_reaches_the_terminal_raw() {
+    let Some(ply) = store() else { return };
+    let hostile = "\u{1b}]0;owned\u{7}\u{202e}";
+    load(
+        &ply,
+        &Image::new("localhost/hostile:1")
+            .layer(&[Member::file(format!("f{hostile}"), "")], Packing::Plain)
+            .config("Labels", json!({ "l": hostile }))
+            .history(hostile),
+    );
+    let context = Context::new(&ply, &format!("FROM localhost/hostile:1\nCOPY nothing{hostile} /\n"));
+    for ran in [
+        ply.ok(args!["images"]),
+        ply.ok(args!["history", "localhost/hostile:1"]),
+        ply.ok(args!["tree"]),
+        ply.ok(args!["du"]),
+        context.build_fails(&[]),
+    ] {
+        let printed = ran.stdout + &ran.stderr;
+        assert!(!printed.contains(['\u{1b}', '\u{7}', '\u{202e}']), "{printed:?}");
+    }
+    // JSON is for programs: it escapes what steers a terminal, and keeps the rest.
+    let inspected = ply.ok(args!["inspect", "localhost/hostile:1"]).stdout;
+    assert!(!inspected.contains(['\u{1b}', '\u{7}']), "{inspected:?}");
+}
+
+#[test]
+fn every_listing_is_one_json_document_when_asked() {
+    let Some(ply) = store() else { return };
+    load(&ply, &everything("localhost/everything:1", Packing::Gzip));
+    let context = Context::new(&ply, "FROM localhost/everything:1\nCOPY f /f\n");
+    context.file("f", "f");
+    ply.json(&context.args(&[]));
+    let name = "localhost/everything:1";
+    for command in [
+        args!["images"],
+        args!["inspect", name],
+        args!["history", name],
+        args!["ref", "ls"],
+        args!["du"],
+        args!["tree"],
+        args!["tree", name],
+        args!["gc", "--dry-run"],
+        args!["gc"],
+        args!["info"],
+        args![
+            "load",
+            "-i",
+            everything("localhost/again:1", Packing::Plain).write_oci_tar(&ply.scratch().join("again.tar"))
+        ],
+    ] {
+        ply.json(command);
+    }
+}
+
+#[test]
+fn gc_says_beforehand_what_it_will_do() {
+    let Some(ply) = store() else { return };
+    if !busybox(&ply) {
+        return;
+    }
+    let context = Context::new(&ply, "FROM busybox\nRUN echo x > /x\n");
+    context.build(&[]);
+    let before = Shape::of(&ply);
+    ply.ok(args!["gc", "--dry-run"]);
+    assert_eq!(Shape::of(&ply), before, "a dry run changes nothing");
+    ply.ok(args!["gc"]);
+    context.build(&[]).assert_all_cached();
+}
+
+#[test]
+fn a_record_made_by_hand_is_written_committed_mounted_and_removed() {
+    let Some(ply) = store() else { return };
+    load(&ply, &Image::new("localhost/base:1").layer(&[Member::dir("d"), Member::file("d/f", "f")], Packing::Gzip));
+    let shape = Shape::of(&ply);
+    let id = ply.ok(args!["ref", "new", "--parent", "localhost/base:1"]).stdout.trim().to_owned();
+    {
+        let mounted = ply.mount_with(&id, args!["--rw"]);
+        fs::write(mounted.path().join("d/new"), "new").unwrap();
+        fs::remove_file(mounted.path().join("d/f")).unwrap();
+    }
+    {
+        let mounted = ply.mount_with(&id, args!["--rw"]);
+        assert!(mounted.path().join("d/new").exists(), "what was written stays until it is committed");
+    }
+    let committed = ply.ok(args!["ref", "commit", id]).stdout.trim().to_owned();
+    let tree = tree_of(&ply, &committed);
+    assert!(tree.find("d/new").is_some() && tree.find("d/f").is_none());
+    ply.ok(args!["ref", "inspect", committed]);
+    ply.ok(args!["ref", "rm", committed]);
+    if ply.run(args!["ref", "inspect", id]).status.success() {
+        ply.ok(args!["ref", "rm", id]);
+    }
+    ply.ok(args!["gc"]);
+    assert_eq!(Shape::of(&ply), shape, "everything of the record is gone");
+}
+
+#[test]
+fn what_is_mounted_is_not_collected() {
+    let Some(ply) = store() else { return };
+    load(&ply, &everything("localhost/everything:1", Packing::Gzip));
+    let mounted = ply.mount("localhost/everything:1");
+    let before = Tree::of(mounted.path());
+    let ran = ply.run(args!["rmi", "localhost/everything:1"]);
+    ply.ok(args!["gc"]);
+    Tree::of(mounted.path()).assert_same(&before, &format!("mounted while its image was removed ({ran})"));
+    drop(mounted);
+    ply.ok(args!["gc"]);
+    assert_eq!(Shape::of(&ply).unfinished, Vec::<std::path::PathBuf>::new());
+}
+
+#[test]
+fn completions_and_man_pages_need_no_store() {
+    let scratch = Scratch::new();
+    let ply = Ply::new(env!("CARGO_BIN_EXE_ply"));
+    assert!(ply.ok(args!["completions", "bash"]).stdout.contains("ply"));
+    let man = scratch.dir("man");
+    ply.ok(args!["man", man]);
+    assert!(man.join("ply.1").exists());
+    assert!(!ply.root().exists());
+}
