@@ -1,0 +1,430 @@
+#!/usr/bin/env python3
+"""Compares Plies with the engines that a Debian machine has: just bench, or bench/run.py --ply PATH.
+
+Three questions, each with its own table:
+
+    load    an image of 20 gzip layers comes in and is unpacked: ply load, ctr images import,
+            skopeo copy into containers-storage; each run ends in a sync of its file system
+    mount   an image of 100 layers is mounted and unmounted
+    build   a Dockerfile of 20 steps is built again, everything cached: ply build, buildah
+
+Every run of `load` gets a fresh ext4 on a loop device over a file written beforehand, in a private
+mount namespace: ext4 skips recently deleted inodes by a linear search, so deleting and repeating on
+one file system measures that instead. Engines take turns (A B C A B C), all state is private, the
+input is in the page cache, and medians are given with their smallest and largest. CPU counts
+client and daemon with their children. This machine may be busy with other things: trust ratios.
+
+Needs root. The first run makes the data (see dataset.py) and writes the file for the loop device.
+"""
+
+import argparse
+import ctypes
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+REPOSITORY = HERE.parent
+DISK_GIB = 12
+LAYERS_TO_MOUNT = 100
+BUILD_STEPS = 20
+# Short commands are repeated, since one is over before the clock says much.
+REPEATS = 15
+
+
+def run(*command, **options):
+    return subprocess.run([str(word) for word in command], check=True, **options)
+
+
+def quiet(*command, **options):
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, **options)
+    if done.returncode != 0:
+        sys.exit(f"bench: {command}: exit {done.returncode}\n{done.stdout}{done.stderr}")
+    return done.stdout
+
+
+class Measured:
+    """What one run cost."""
+
+    def __init__(self, wall, cpu, rss_bytes, disk_bytes=0, sync=0.0):
+        self.wall, self.cpu, self.rss_bytes, self.disk_bytes, self.sync = wall, cpu, rss_bytes, disk_bytes, sync
+
+
+# Runs a command and tells what it cost. A process of its own, and a small one: the kernel counts the
+# memory of whoever starts a program as the program's.
+MEASURE = """
+import json, os, subprocess, sys, time
+started = time.monotonic()
+process = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL, stdout=2)
+_, status, usage = os.wait4(process.pid, 0)
+wall = time.monotonic() - started
+print(json.dumps([os.waitstatus_to_exitcode(status), wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024]))
+"""
+
+
+def measure(command, environment=None, log=None):
+    """Runs a command to its end: wall and CPU seconds, and the largest memory of any process in it."""
+    words = [sys.executable, "-I", "-S", "-c", MEASURE, *(str(word) for word in command)]
+    done = subprocess.run(words, env=environment, stdout=subprocess.PIPE, stderr=log or subprocess.DEVNULL, check=True)
+    code, wall, cpu, rss_bytes = json.loads(done.stdout)
+    if code != 0:
+        sys.exit(f"bench: {command}: exit {code}\n{Path(log.name).read_text() if log else ''}")
+    return Measured(wall, cpu, rss_bytes)
+
+
+class Disk:
+    """A fresh ext4 for one run."""
+
+    def __init__(self, data):
+        self.image, self.mount = data / "disk.img", data / "disk"
+        self.mount.mkdir(exist_ok=True)
+
+    def __enter__(self):
+        if not self.image.exists():
+            print(f"bench: writing {DISK_GIB} GiB for the loop device", file=sys.stderr)
+            run("dd", "if=/dev/zero", f"of={self.image}.new", "bs=8M", f"count={DISK_GIB * 128}", "oflag=direct", "status=none")
+            os.rename(f"{self.image}.new", self.image)
+        # Discarding would give the blocks back that were written beforehand.
+        run("mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=0,lazy_journal_init=0,nodiscard", self.image)
+        self.loop = quiet("losetup", "--direct-io=on", "--show", "-f", self.image).strip()
+        run("mount", self.loop, self.mount)
+        self.empty = self.used()
+        return self
+
+    def used(self):
+        stat = os.statvfs(self.mount)
+        return (stat.f_blocks - stat.f_bfree) * stat.f_frsize
+
+    def sync(self):
+        """Makes everything on it durable; seconds."""
+        started = time.monotonic()
+        handle = os.open(self.mount, os.O_RDONLY)
+        if ctypes.CDLL(None, use_errno=True).syncfs(handle) != 0:
+            sys.exit(f"bench: syncfs: {os.strerror(ctypes.get_errno())}")
+        os.close(handle)
+        return time.monotonic() - started
+
+    def __exit__(self, *_):
+        for line in reversed(Path("/proc/self/mountinfo").read_text().splitlines()):
+            at = line.split(" ")[4]
+            if at == str(self.mount) or at.startswith(f"{self.mount}/"):
+                run("umount", at)
+        run("losetup", "-d", self.loop)
+
+
+class Ply:
+    name = "ply load"
+
+    def __init__(self, options):
+        self.binary = options.ply
+
+    def version(self):
+        return quiet(self.binary, "--version").strip()
+
+    def load(self, archive, disk):
+        self.root = disk.mount / "ply"
+        with open(disk.mount / "log", "w") as log:
+            return measure([self.binary, "--root", self.root, "load", "-i", archive], log=log)
+
+    def tree(self, image, at):
+        run(self.binary, "--root", self.root, "mount", image, at, stdout=subprocess.DEVNULL)
+        try:
+            return listing(at)
+        finally:
+            run(self.binary, "--root", self.root, "umount", at, stdout=subprocess.DEVNULL)
+
+    def stop(self):
+        pass
+
+
+class Containerd:
+    name = "ctr images import"
+
+    def __init__(self, _):
+        pass
+
+    def version(self):
+        helper = "unpigz" if shutil.which("unpigz") else "no unpigz"
+        return f"{quiet('containerd', '--version').split(' ')[2]} ({helper})"
+
+    def load(self, archive, disk):
+        base = disk.mount / "containerd"
+        base.mkdir()
+        (base / "config.toml").write_text(
+            f'version = 2\nroot = "{base}/root"\nstate = "{base}/state"\n'
+            'disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.internal.v1.opt"]\n'
+            f'[grpc]\naddress = "{base}/sock"\n[debug]\nlevel = "error"\n')
+        log = open(base / "log", "w")
+        self.daemon = subprocess.Popen(["containerd", "--config", base / "config.toml"], stdout=log, stderr=log)
+        self.ctr = ["ctr", "--address", base / "sock"]
+        deadline = time.monotonic() + 30
+        while subprocess.run([*self.ctr, "version"], capture_output=True).returncode != 0:
+            if time.monotonic() > deadline:
+                sys.exit(f"bench: containerd does not answer: {(base / 'log').read_text()}")
+            time.sleep(0.05)
+        before = self.cpu()
+        client = measure([*self.ctr, "images", "import", "--snapshotter", "overlayfs", archive], log=log)
+        rss = int(re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{self.daemon.pid}/status").read_text())[1]) * 1024
+        return Measured(client.wall, client.cpu + self.cpu() - before, max(client.rss_bytes, rss))
+
+    def cpu(self):
+        """User and system time of the daemon and of the children it has waited for."""
+        fields = Path(f"/proc/{self.daemon.pid}/stat").read_text().rsplit(")", 1)[1].split()
+        return sum(int(field) for field in fields[11:15]) / os.sysconf("SC_CLK_TCK")
+
+    def tree(self, image, at):
+        run(*self.ctr, "images", "mount", "--snapshotter", "overlayfs", image, at, stdout=subprocess.DEVNULL)
+        try:
+            return listing(at)
+        finally:
+            run("umount", at)
+
+    def stop(self):
+        self.daemon.send_signal(signal.SIGTERM)
+        self.daemon.wait()
+
+
+class Skopeo:
+    name = "skopeo copy"
+
+    def __init__(self, _):
+        pass
+
+    def version(self):
+        return quiet("skopeo", "--version").strip()
+
+    def load(self, archive, disk):
+        base = disk.mount / "containers"
+        (base / "tmp").mkdir(parents=True)
+        (base / "storage.conf").write_text(
+            f'[storage]\ndriver = "overlay"\ngraphroot = "{base}/storage"\nrunroot = "{base}/run"\n')
+        (base / "policy.json").write_text('{"default":[{"type":"insecureAcceptAnything"}]}')
+        self.environment = {**os.environ, "CONTAINERS_STORAGE_CONF": str(base / "storage.conf"), "TMPDIR": str(base / "tmp")}
+        with open(base / "log", "w") as log:
+            return measure(
+                ["skopeo", "--policy", base / "policy.json", "--tmpdir", base / "tmp", "copy", f"oci-archive:{archive}",
+                 "containers-storage:localhost/many:latest"], environment=self.environment, log=log)
+
+    def tree(self, image, at):
+        if not shutil.which("podman"):
+            return None
+        path = quiet("podman", "image", "mount", image, env=self.environment).strip()
+        try:
+            return listing(path)
+        finally:
+            quiet("podman", "image", "unmount", "-f", image, env=self.environment)
+
+    def stop(self):
+        pass
+
+
+def listing(root):
+    """Every name with what it is. Times of directories are left out: where a layer only implies a
+    directory, containerd and containers-storage make up a time for it."""
+    found = {}
+    for top, directories, files in os.walk(root):
+        for name in directories + files:
+            path = os.path.join(top, name)
+            stat = os.lstat(path)
+            is_directory = (stat.st_mode & 0o170000) == 0o040000
+            is_file = (stat.st_mode & 0o170000) == 0o100000
+            content = os.readlink(path) if os.path.islink(path) else None
+            if is_file:
+                with open(path, "rb") as file:
+                    content = hashlib.file_digest(file, "sha256").hexdigest()
+            found[os.path.relpath(path, root)] = (
+                oct(stat.st_mode), stat.st_uid, stat.st_gid, None if is_directory else stat.st_mtime_ns,
+                stat.st_rdev, content, sorted(os.listxattr(path, follow_symlinks=False)))
+    return found
+
+
+def compare(trees):
+    """Says whether all engines show the same tree."""
+    (first, reference), *others = [(name, tree) for name, tree in trees.items() if tree is not None]
+    for name, tree in others:
+        differing = sorted(path for path in reference.keys() | tree.keys() if reference.get(path) != tree.get(path))
+        print(f"trees: {first} and {name}: {len(reference):,} names, {len(differing)} differ")
+        for path in differing[:10]:
+            print(f"  {path}: {reference.get(path)} != {tree.get(path)}")
+
+
+def spread(values, unit=1.0, digits=2):
+    values = [value / unit for value in values]
+    return f"{statistics.median(values):.{digits}f} [{min(values):.{digits}f}-{max(values):.{digits}f}]"
+
+
+def table(title, header, rows):
+    print(f"\n{title}")
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    for row in [header, *rows]:
+        print("  " + "  ".join(cell.ljust(width) if column == 0 else cell.rjust(width)
+                               for column, (cell, width) in enumerate(zip(row, widths))))
+
+
+def bench_load(options, results):
+    archive = options.data / "many.oci.tar"
+    engines = [engine(options) for engine in (Ply, Containerd, Skopeo) if engine.__name__.lower() in options.engines]
+    runs = {engine.name: [] for engine in engines}
+    trees = {}
+    for turn in range(options.runs):
+        for engine in engines:
+            run("cat", archive, stdout=subprocess.DEVNULL)
+            with Disk(options.data) as disk:
+                try:
+                    measured = engine.load(archive, disk)
+                    measured.sync = disk.sync()
+                    measured.disk_bytes = disk.used() - disk.empty
+                    if turn == 0 and not options.no_compare:
+                        at = disk.mount / "tree"
+                        at.mkdir()
+                        trees[engine.name] = engine.tree("localhost/many:latest", at)
+                finally:
+                    engine.stop()
+            runs[engine.name].append(measured)
+            print(f"bench: {engine.name} {turn + 1}/{options.runs}: {measured.wall:.2f} s and {measured.sync:.2f} s of sync, "
+                  f"{measured.cpu:.2f} s of CPU", file=sys.stderr)
+    ours = statistics.median(run.wall + run.sync for run in runs[engines[0].name])
+    rows = []
+    for engine in engines:
+        own = runs[engine.name]
+        total = [run.wall + run.sync for run in own]
+        rows.append([engine.name, spread(total), spread([run.wall for run in own]), spread([run.cpu for run in own]),
+                     f"{max(run.rss_bytes for run in own) / 1e6:.0f} MB", f"{statistics.median(run.disk_bytes for run in own) / 1e6:,.0f} MB",
+                     f"{statistics.median(total) / ours:.2f}x", engine.version()])
+    made = json.loads((options.data / "many.json").read_text())
+    table(f"load: {len(made['layers'])} gzip layers, {made['entries']:,} entries, {made['raw_bytes'] / 1e6:,.0f} MB unpacked; n={options.runs}",
+          ["", "with sync, s", "wall, s", "CPU, s", "peak RSS", "disk", "ratio", "version"], rows)
+    results["load"] = {name: [vars(run) for run in own] for name, own in runs.items()}
+    if trees:
+        compare(trees)
+
+
+def write_layers(path, count):
+    """An OCI archive of small layers that share a directory, named localhost/deep:latest."""
+    files, layers, diff_ids = {}, [], []
+    for number in range(count):
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
+            for name, content in [(f"shared/{number}", b"x" * 100), ("last", str(number).encode())]:
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+        layers.append(add_blob(files, buffer.getvalue(), "application/vnd.oci.image.layer.v1.tar"))
+        diff_ids.append(layers[-1]["digest"])
+    config = add_blob(files, json.dumps({"architecture": "amd64", "os": "linux", "config": {}, "rootfs": {
+        "type": "layers", "diff_ids": diff_ids}}).encode(), "application/vnd.oci.image.config.v1+json")
+    kind = "application/vnd.oci.image.manifest.v1+json"
+    manifest = add_blob(files, json.dumps({"schemaVersion": 2, "mediaType": kind, "config": config, "layers": layers}).encode(), kind)
+    manifest["annotations"] = {"org.opencontainers.image.ref.name": "latest", "io.containerd.image.name": "localhost/deep:latest"}
+    files["index.json"] = json.dumps({"schemaVersion": 2, "manifests": [manifest]}).encode()
+    files["oci-layout"] = b'{"imageLayoutVersion":"1.0.0"}'
+    with tarfile.open(path, "w") as tar:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def add_blob(files, content, media_type):
+    digest = hashlib.sha256(content).hexdigest()
+    files[f"blobs/sha256/{digest}"] = content
+    return {"mediaType": media_type, "digest": f"sha256:{digest}", "size": len(content)}
+
+
+def bench_mount(options, results):
+    with Disk(options.data) as disk:
+        archive, at = disk.mount / "deep.tar", disk.mount / "at"
+        write_layers(archive, LAYERS_TO_MOUNT)
+        at.mkdir()
+        ply = [options.ply, "--root", disk.mount / "ply"]
+        quiet(*ply, "load", "-i", archive)
+        mounts, umounts = [], []
+        for _ in range(REPEATS):
+            mounts.append(measure([*ply, "mount", "localhost/deep:latest", at]).wall)
+            if (at / "last").read_text() != str(LAYERS_TO_MOUNT - 1):
+                sys.exit("bench: the mounted tree is not the one that was loaded")
+            umounts.append(measure([*ply, "umount", at]).wall)
+        floor = [measure([options.ply, "--version"]).wall for _ in range(REPEATS)]
+    table(f"mount: {LAYERS_TO_MOUNT} layers; n={REPEATS}", ["", "wall, ms"], [
+        ["ply mount", spread(mounts, 1e-3, 1)], ["ply umount", spread(umounts, 1e-3, 1)],
+        ["starting ply and nothing else", spread(floor, 1e-3, 1)]])
+    results["mount"] = {"mount": mounts, "umount": umounts, "start": floor}
+
+
+def bench_build(options, results):
+    with Disk(options.data) as disk:
+        base, context = disk.mount / "base", disk.mount / "context"
+        for directory in (base, context):
+            directory.mkdir()
+        shutil.copy(shutil.which("busybox") or "/bin/busybox", base / "busybox")
+        (base / "Dockerfile").write_text(
+            "FROM scratch\nCOPY busybox /bin/busybox\nRUN [\"/bin/busybox\", \"--install\", \"-s\", \"/bin\"]\nENV PATH=/bin\n")
+        (context / "file").write_text("content\n" * 1000)
+        steps = [f"RUN echo {number} > /{number}" if number % 4 else f"COPY file /copy-{number}" for number in range(BUILD_STEPS)]
+        (context / "Dockerfile").write_text("\n".join(["FROM localhost/base:latest", *steps, ""]))
+        rows = []
+
+        ply = [options.ply, "--root", disk.mount / "ply", "build"]
+        quiet(*ply, "-t", "localhost/base:latest", base)
+        first = measure([*ply, "-t", "localhost/built", context]).wall
+        again = [measure([*ply, "-t", "localhost/built", context]) for _ in range(REPEATS)]
+        ours = [run.wall for run in again]
+        rows.append(["ply build", f"{first:.2f}", spread(ours, digits=3), spread([run.cpu for run in again], digits=3), "1.0x"])
+        results["build"] = {"ply": ours}
+
+        if shutil.which("buildah"):
+            state = disk.mount / "containers"
+            (state / "tmp").mkdir(parents=True)
+            (state / "storage.conf").write_text(
+                f'[storage]\ndriver = "overlay"\ngraphroot = "{state}/storage"\nrunroot = "{state}/run"\n')
+            environment = {**os.environ, "CONTAINERS_STORAGE_CONF": str(state / "storage.conf"), "TMPDIR": str(state / "tmp")}
+            bud = ["buildah", "bud", "--layers", "--isolation", "chroot", "--pull-never"]
+            quiet(*bud, "-t", "localhost/base:latest", base, env=environment)
+            first = measure([*bud, "-t", "localhost/built", context], environment).wall
+            again = [measure([*bud, "-t", "localhost/built", context], environment) for _ in range(5)]
+            theirs = [run.wall for run in again]
+            rows.append(["buildah bud --layers", f"{first:.2f}", spread(theirs, digits=3), spread([run.cpu for run in again], digits=3),
+                         f"{statistics.median(theirs) / statistics.median(ours):.1f}x"])
+            results["build"]["buildah"] = theirs
+    table(f"build: {BUILD_STEPS} steps, everything cached; n={REPEATS} and 5", ["", "first, s", "again, s", "CPU, s", "ratio"], rows)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ply", type=Path, required=True, help="the release binary")
+    parser.add_argument("--data", type=Path, default=Path("/var/tmp/plies-bench"), help="where the data is kept between runs")
+    parser.add_argument("--runs", type=int, default=5, help="turns of the load bench")
+    parser.add_argument("--only", default="load,mount,build", help="which tables, comma between")
+    parser.add_argument("--engines", default="ply,containerd,skopeo", help="who takes part in load, comma between")
+    parser.add_argument("--no-compare", action="store_true", help="do not compare the trees")
+    parser.add_argument("--json", type=Path, help="write every single result here")
+    options = parser.parse_args()
+    options.ply, options.data = options.ply.resolve(), options.data.resolve()
+    options.engines = options.engines.split(",")
+    if os.geteuid() != 0:
+        sys.exit("bench: needs root: it makes file systems and mounts")
+    if "PLIES_BENCH_NAMESPACE" not in os.environ:
+        run(REPOSITORY / "scripts" / "install-packages.sh", "containerd", "skopeo", "pigz", "busybox-static", "e2fsprogs", "util-linux")
+        run(HERE / "dataset.py", "--dir", options.data)
+        os.environ["PLIES_BENCH_NAMESPACE"] = "private"
+        os.execvp("unshare", ["unshare", "--mount", "--propagation", "private", sys.executable, *sys.argv])
+    print(f"{os.uname().release}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}")
+    results = {}
+    for name in options.only.split(","):
+        {"load": bench_load, "mount": bench_mount, "build": bench_build}[name](options, results)
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+# Everything a developer runs. `scripts/test.sh` is the same as `just check` without the licences and
+# then `just test`, and installs what they need.
+
+# Formatting, lints, docs, licences and advisories.
+check:
+    cargo fmt --all --check
+    cargo clippy --workspace --all-targets -- -D warnings
+    RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --document-private-items
+    @if command -v cargo-deny >/dev/null; then cargo deny check; else echo "NOT CHECKED: licences and advisories, for want of cargo-deny (cargo install cargo-deny)"; fi
+
+# All tests. FILTER as cargo-nextest takes it.
+test *FILTER:
+    cargo nextest run --workspace {{FILTER}}
+    cargo test --workspace --doc --quiet
+
+# The tests that mount, chown and make devices, as root, failing where something is missing.
+test-privileged *FILTER:
+    CI=true cargo nextest run --workspace -E 'test(/privileged_/) or binary(e2e)' {{FILTER}}
+
+# Fuzzes every target for a while.
+fuzz SECONDS="60":
+    @if [ ! -d fuzz ]; then echo "there are no fuzz targets yet"; exit 1; fi
+    cd fuzz && for target in $(cargo fuzz list); do cargo fuzz run "$target" -- -max_total_time={{SECONDS}} || exit 1; done
+
+# Compares with other engines, as root: just bench --help
+bench *OPTIONS:
+    cargo build --release --bin ply
+    bench/run.py --ply target/release/ply {{OPTIONS}}
+
+fmt:
+    cargo fmt --all
