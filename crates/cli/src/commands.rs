@@ -105,7 +105,10 @@ fn with_engine(engine: &Engine, global: &Global, command: Command, cancel: &Canc
             return Ok(ExitCode::from(u8::try_from(code).unwrap_or(1)));
         }
         Command::Mount { target, dir, rw } => engine.mount(&target, &absolute(&dir)?, rw)?,
-        Command::Umount { dir } => engine.umount(&absolute(&dir)?)?,
+        Command::Umount { dir } => {
+            engine.umount(&absolute(&dir)?)?;
+            engine.gc(false)?;
+        }
         Command::Ref(Ref::Ls) => records(engine, json)?,
         Command::Ref(Ref::Inspect { id }) => return print_json(&engine.record(&id)?),
         Command::Ref(Ref::New { parent, description }) => {

@@ -185,12 +185,14 @@ impl Engine {
             return Err(RunError::NoCommand { image: request.image.clone() });
         }
         let executor = exec::pick(&request.executor, self.store().run_dir(), &request.search_path)?;
-        let done = self.with_lease(&format!("run {}", request.image), |lease| {
-            let (_, mounted) = self.mount_scratch(found.row.snapshot, Attach::InStore, true, lease)?;
+        let code = self.with_lease(&format!("run {}", request.image), |lease| {
+            let snapshots = self.store().snapshots();
+            let active = snapshots.prepare(found.row.snapshot, lease, ActiveOptions { volatile: true })?;
+            let mounted = snapshots.mount_active(active, Attach::InStore)?;
             self.run_in(mounted, &found, &config, args, request, &*executor, cancel)
-        });
+        })?;
         self.store().gc(GcMode::Run)?;
-        done
+        Ok(code)
     }
 
     #[allow(clippy::too_many_arguments, reason = "the parts of one request, each of its own type")]
@@ -251,24 +253,22 @@ impl Engine {
     }
 
     fn mount_held(&self, wanted: &str, dir: &Path, key: Vec<u8>, rw: bool, lease: &Lease) -> Result<(), RunError> {
-        let at = Attach::At(dir);
         let snapshots = self.store().snapshots();
-        let (row, mounted) = match (self.target(wanted)?, rw) {
+        let row = match (self.target(wanted)?, rw) {
             (Target::Mutable(active), true) => {
                 self.check_not_mounted(active)?;
-                (MountRow::Record(active), snapshots.mount_active(active, at)?)
+                MountRow::Record(active)
             }
             (Target::Mutable(_), false) => return Err(RunError::Mutable { record: wanted.to_owned() }),
-            (Target::Tree(Some(snapshot)), false) if snapshots.views_can_be_kept() => {
-                (MountRow::View(snapshot), snapshots.view(snapshot, at)?)
-            }
+            (Target::Tree(Some(snapshot)), false) if snapshots.views_can_be_kept() => MountRow::View(snapshot),
             // The empty tree has no snapshot, and a copy would not outlive this process: an upper serves for both.
             (Target::Tree(tree), _) => {
-                let (active, mounted) = self.mount_scratch(tree, at, false, lease)?;
-                (MountRow::Scratch(active), mounted)
+                MountRow::Scratch(snapshots.prepare(tree, lease, ActiveOptions { volatile: false })?)
             }
         };
-        let owner = Owner::new("mount", dir.display());
+        // Held before it is mounted: a crash in between leaves a hold that the next gc sees to be for nothing, rather
+        // than a mount whose layers are collected under it.
+        let owner = owner(&key);
         self.store().write(|tx| {
             match row {
                 MountRow::View(snapshot) => tx.hold(&owner, snapshot)?,
@@ -276,7 +276,17 @@ impl Engine {
             }
             tx.put(&MOUNTS, &key, &row)
         })?;
-        Ok(mounted.keep()?)
+        let mounted = match row {
+            MountRow::View(snapshot) => snapshots.view(snapshot, Attach::At(dir)),
+            MountRow::Record(active) | MountRow::Scratch(active) => snapshots.mount_active(active, Attach::At(dir)),
+        };
+        match mounted {
+            Ok(mounted) => Ok(mounted.keep()?),
+            Err(error) => {
+                self.forget_mount(&key)?;
+                Err(error.into())
+            }
+        }
     }
 
     /// Undoes [`Engine::mount`].
@@ -319,25 +329,11 @@ impl Engine {
     }
 
     fn forget_mount(&self, key: &Vec<u8>) -> Result<(), RunError> {
-        let dir = PathBuf::from(OsString::from_vec(key.clone()));
         self.store().write(|tx| {
             tx.remove(&MOUNTS, key)?;
-            tx.unhold_all(&Owner::new("mount", dir.display()))
+            tx.unhold_all(&owner(key))
         })?;
         Ok(())
-    }
-
-    /// Mounts a tree with a fresh upper on it.
-    fn mount_scratch(
-        &self,
-        tree: Option<SnapshotId>,
-        attach: Attach<'_>,
-        volatile: bool,
-        lease: &Lease,
-    ) -> Result<(ActiveId, Mounted), RunError> {
-        let snapshots = self.store().snapshots();
-        let active = snapshots.prepare(tree, lease, ActiveOptions { volatile })?;
-        Ok((active, snapshots.mount_active(active, attach)?))
     }
 
     /// What a name or an ID means: an image first, then a record.
@@ -357,6 +353,11 @@ impl Engine {
             Err(other) => Err(RunError::Record(other.into())),
         }
     }
+}
+
+/// Who holds what is mounted on a path.
+fn owner(path: &[u8]) -> Owner {
+    Owner::new("mount", path.escape_ascii())
 }
 
 /// Whether something is mounted right on `path`: its device or mount differs from its parent's.
