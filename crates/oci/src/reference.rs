@@ -1,12 +1,18 @@
 use std::fmt;
 use std::str::FromStr;
 
-use oci_spec::distribution;
-
 use crate::{BlobDigest, DigestError, ErrorKind};
 
 /// The registry that a bare name means, by docker's convention.
 const DEFAULT_REGISTRY: &str = "docker.io";
+/// What docker called it before.
+const LEGACY_REGISTRY: &str = "index.docker.io";
+/// The tag of a name that has neither tag nor digest.
+const DEFAULT_TAG: &str = "latest";
+/// Characters of registry and repository together (distribution, `reference.go`, `RepositoryNameTotalLengthMax`).
+const NAME_CHARS_MAX: usize = 255;
+/// Characters of a tag (distribution-spec, "Pulling manifests").
+const TAG_CHARS_MAX: usize = 128;
 /// The namespace of bare names there.
 const DEFAULT_NAMESPACE: &str = "library/";
 
@@ -15,13 +21,12 @@ const DEFAULT_NAMESPACE: &str = "library/";
 #[non_exhaustive]
 pub enum ReferenceError {
     /// Not of the form `[host/]name[:tag][@digest]`.
-    #[error("{text:?} is not an image reference, expected [host/]name[:tag][@sha256:…]")]
+    #[error("{text:?} is not an image reference, expected [host/]name[:tag][@sha256:…]: {why}")]
     Format {
         /// What was given.
         text: String,
-        /// Which part is wrong.
-        #[source]
-        source: distribution::ParseError,
+        /// What is wrong with it.
+        why: &'static str,
     },
     /// The digest part is not one that we accept.
     #[error("{text:?} has a bad digest")]
@@ -98,28 +103,77 @@ impl fmt::Display for Reference {
     }
 }
 
+/// The grammar of distribution's `reference` package, read by hand: the regular expression that defines it takes
+/// longer to compile than most commands take to run.
 impl FromStr for Reference {
     type Err = ReferenceError;
 
     fn from_str(text: &str) -> Result<Self, ReferenceError> {
-        let format = |source| ReferenceError::Format { text: text.chars().take(300).collect(), source };
-        let parsed: distribution::Reference = text.parse().map_err(format)?;
-        // Docker's image store keeps this name for IDs; a name made of 64 hex digits would shadow one.
-        if parsed
-            .repository()
-            .strip_prefix(DEFAULT_NAMESPACE)
-            .is_some_and(|name| crate::ImageId::from_hex(name).is_ok())
-        {
-            return Err(format(distribution::ParseError::ReferenceInvalidFormat));
+        let wrong = |why| ReferenceError::Format { text: text.chars().take(300).collect(), why };
+        let (rest, digest) = match text.split_once('@') {
+            Some((rest, digest)) => {
+                let digest = digest.parse().map_err(|source| ReferenceError::Digest { text: text.to_owned(), source })?;
+                (rest, Some(digest))
+            }
+            None => (text, None),
+        };
+        // A colon after the last slash parts the tag; one before it parts a port.
+        let name_end = rest.rfind('/').map_or(0, |slash| slash + 1);
+        let (name, tag) = match rest[name_end..].find(':') {
+            Some(colon) => (&rest[..name_end + colon], Some(&rest[name_end + colon + 1..])),
+            None => (rest, None),
+        };
+        if tag.is_some_and(|tag| !is_tag(tag)) {
+            return Err(wrong("a tag is up to 128 letters, digits, '_', '.' and '-'"));
         }
-        let digest = parsed.digest().map(str::parse).transpose();
-        Ok(Self {
-            registry: parsed.registry().to_owned(),
-            repository: parsed.repository().to_owned(),
-            tag: parsed.tag().map(str::to_owned),
-            digest: digest.map_err(|source| ReferenceError::Digest { text: text.to_owned(), source })?,
-        })
+        // By docker's rule the first part is a host if it could not be a part of a name, or is "localhost".
+        let host = name.split_once('/').filter(|(first, _)| {
+            first.contains(['.', ':']) || *first == "localhost" || first.chars().any(|c| c.is_ascii_uppercase())
+        });
+        let (registry, path) = host.unwrap_or((DEFAULT_REGISTRY, name));
+        if host.is_some() && !is_host(registry) {
+            return Err(wrong("the host is not one"));
+        }
+        if path.is_empty() || !path.split('/').all(is_path_component) {
+            return Err(wrong("a name is lower-case letters and digits, parted by '/', '.', '_', '__' or '-'"));
+        }
+        let registry = if registry == LEGACY_REGISTRY { DEFAULT_REGISTRY } else { registry };
+        let namespace = if registry == DEFAULT_REGISTRY && !path.contains('/') { DEFAULT_NAMESPACE } else { "" };
+        let repository = format!("{namespace}{path}");
+        if registry.len() + 1 + repository.len() > NAME_CHARS_MAX {
+            return Err(wrong("host and name have more than 255 characters"));
+        }
+        // Docker's image store keeps this name for IDs; a name made of 64 hex digits would shadow one.
+        if crate::ImageId::from_hex(name).is_ok() {
+            return Err(wrong("64 hex digits are an ID, not a name"));
+        }
+        let tag = tag.or(if digest.is_none() { Some(DEFAULT_TAG) } else { None }).map(str::to_owned);
+        Ok(Self { registry: registry.to_owned(), repository, tag, digest })
     }
+}
+
+fn is_tag(tag: &str) -> bool {
+    tag.len() <= TAG_CHARS_MAX
+        && tag.starts_with(|c: char| c.is_ascii_alphanumeric() || c == '_')
+        && tag.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '_' | '.' | '-'))
+}
+
+/// Letters and digits, with single separators between: `.`, `_`, `__`, or any number of `-`.
+fn is_path_component(component: &str) -> bool {
+    let is_word = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
+    let is_separator = |text: &str| matches!(text, "." | "_" | "__") || text.bytes().all(|c| c == b'-');
+    component.starts_with(is_word)
+        && component.ends_with(is_word)
+        && component.split(is_word).filter(|between| !between.is_empty()).all(is_separator)
+}
+
+fn is_host(host: &str) -> bool {
+    let (name, port) = host.split_once(':').unwrap_or((host, "0"));
+    let is_label = |label: &str| {
+        let is_word = |c: char| c.is_ascii_alphanumeric();
+        label.starts_with(is_word) && label.ends_with(is_word) && label.chars().all(|c| is_word(c) || c == '-')
+    };
+    name.split('.').all(is_label) && !port.is_empty() && port.bytes().all(|c| c.is_ascii_digit())
 }
 
 #[cfg(test)]
@@ -151,5 +205,25 @@ mod tests {
             assert!(bad.parse::<Reference>().is_err(), "{bad:?} must not parse");
         }
         assert!(format!("x@sha512:{}", "0a".repeat(64)).parse::<Reference>().is_err());
+    }
+
+    proptest::proptest! {
+        /// The oracle compiles the grammar's own regular expression. (It takes a host with upper-case letters for a part of
+        /// the name, unlike docker, so there are none.)
+        #[test]
+        fn verdicts_and_parts_are_those_of_the_grammar(
+            text in "([a-z0-9.-]{1,6}(:[0-9]{0,2})?/)?[a-z0-9]{0,3}([._-]{0,3}[a-z/0-9]{0,3}){0,3}(:[a-zA-Z0-9._-]{0,4})?",
+        ) {
+            let theirs = text.parse::<oci_spec::distribution::Reference>();
+            match (text.parse::<Reference>(), theirs) {
+                (Ok(ours), Ok(theirs)) => {
+                    assert_eq!(ours.registry(), theirs.registry(), "{text}");
+                    assert_eq!(ours.repository(), theirs.repository(), "{text}");
+                    assert_eq!(ours.tag(), theirs.tag(), "{text}");
+                }
+                (Err(_), Err(_)) => {}
+                (ours, theirs) => panic!("{text}: {ours:?}, the oracle says {theirs:?}"),
+            }
+        }
     }
 }
