@@ -13,7 +13,9 @@ image=$(realpath -m "${1:-greeter.oci.tar}")
 "$repo/scripts/install-packages.sh" busybox-static crun gcc
 command -v cargo >/dev/null || { echo "Plies is built with Rust 1.95 or newer: no cargo in PATH" >&2; exit 1; }
 
-say() { printf '\n\033[1m$ %s\033[0m\n' "$*"; "$@"; }
+bold= plain=
+if [ -t 1 ] && [ -z "${NO_COLOR:-}" ]; then bold=$'\033[1m' plain=$'\033[0m'; fi
+say() { printf '\n%s$ %s%s\n' "$bold" "$*" "$plain"; "$@"; }
 
 (cd "$repo" && say cargo build --release --locked --bin ply)
 target=${CARGO_TARGET_DIR:-$repo/target}

@@ -55,7 +55,9 @@ pub(crate) fn safe(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {
         // U+202A to U+202E and U+2066 to U+2069 reorder what stands around them on a terminal.
-        if (c.is_control() && c != '\t') || matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{2028}' | '\u{2029}') {
+        if (c.is_control() && c != '\t')
+            || matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{2028}' | '\u{2029}')
+        {
             let _ = write!(out, "{}", c.escape_unicode());
         } else {
             out.push(c);

@@ -112,7 +112,8 @@ impl FromStr for Reference {
         let wrong = |why| ReferenceError::Format { text: text.chars().take(300).collect(), why };
         let (rest, digest) = match text.split_once('@') {
             Some((rest, digest)) => {
-                let digest = digest.parse().map_err(|source| ReferenceError::Digest { text: text.to_owned(), source })?;
+                let digest =
+                    digest.parse().map_err(|source| ReferenceError::Digest { text: text.to_owned(), source })?;
                 (rest, Some(digest))
             }
             None => (text, None),

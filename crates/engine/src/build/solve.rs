@@ -469,10 +469,8 @@ impl Solver<'_> {
         let script = script.map(|(name, text)| Script::write(self.engine.store().run_dir(), name, text)).transpose()?;
         mounts.extend(script.as_ref().map(Script::mount));
         let user = user(root, &run.user)?;
-        let defaults = [
-            ("PATH".to_owned(), DEFAULT_PATH.to_owned()),
-            ("HOME".to_owned(), exec::home_of(root, user.uid)?),
-        ];
+        let defaults =
+            [("PATH".to_owned(), DEFAULT_PATH.to_owned()), ("HOME".to_owned(), exec::home_of(root, user.uid)?)];
         let step = Step {
             args: run.invocation.argv.iter().map(OsString::from).collect(),
             // Of equal names the last counts.
