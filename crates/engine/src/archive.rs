@@ -16,10 +16,19 @@ use plies_archive::Limits;
 use plies_archive::compress;
 use plies_archive::tar::{EntryKind, EntryPath, Escaped, Reader, TarError};
 use plies_oci::{Compression, ErrorKind};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{Mode, OFlags, ResolveFlags};
+
+use crate::exec::Cancel;
 
 /// Links followed from one member of a tar to another. Docker before 1.10 linked equal layers; it never chained them.
 const LINKS_FOLLOWED_MAX: usize = 4;
+
+/// How long a read waits for bytes before it looks whether it was asked to stop.
+const POLL_TIMEOUT: Timespec = Timespec { tv_sec: 0, tv_nsec: 200_000_000 };
+
+/// Buffer between an archive and its copy.
+const SPOOL_BUFFER_BYTES: usize = 256 << 10;
 
 /// Bytes that tell how a file is compressed.
 const MAGIC_BYTES: usize = 4;
@@ -122,7 +131,12 @@ pub(crate) struct Archive {
 
 impl Archive {
     /// Opens a directory, a tar, or a compressed tar.
-    pub(crate) fn open(input: &Input, spool_dir: &Path, limits: &Limits) -> Result<Self, ArchiveError> {
+    pub(crate) fn open(
+        input: &Input,
+        spool_dir: &Path,
+        limits: &Limits,
+        cancel: &Cancel,
+    ) -> Result<Self, ArchiveError> {
         let path = match input {
             Input::Path(path) => path.clone(),
             Input::Stdin => PathBuf::from("<standard input>"),
@@ -144,7 +158,7 @@ impl Archive {
             let length = file.read_at(&mut head, 0).map_err(io("read"))?;
             compress::detect(&head[..length]) == Compression::None
         };
-        let file = if plain { file } else { spool(&path, file, spool_dir, limits)? };
+        let file = if plain { file } else { spool(&path, file, spool_dir, limits, cancel)? };
         let members = index(&path, &file, limits)?;
         Ok(Self { path, files: Files::Tar { file: Arc::new(file), members } })
     }
@@ -220,7 +234,7 @@ impl Archive {
 }
 
 /// Copies a stream to an unnamed file, decompressing it when it is compressed.
-fn spool(path: &Path, file: File, dir: &Path, limits: &Limits) -> Result<File, ArchiveError> {
+fn spool(path: &Path, file: File, dir: &Path, limits: &Limits, cancel: &Cancel) -> Result<File, ArchiveError> {
     let io = |op, path: &Path| {
         let path = path.to_owned();
         move |source: io::Error| ArchiveError::Io { op, path, source }
@@ -228,18 +242,45 @@ fn spool(path: &Path, file: File, dir: &Path, limits: &Limits) -> Result<File, A
     let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
     let spooled = rustix::fs::open(dir, flags, Mode::RUSR | Mode::WUSR);
     let mut spooled = File::from(spooled.map_err(|errno| io("create a file in", dir)(errno.into()))?);
+    let mut source = Patient { file, cancel };
     // A pipe cannot be peeked at: take the magic bytes off and put them back in front.
     let mut head = Vec::new();
-    (&file).take(MAGIC_BYTES as u64).read_to_end(&mut head).map_err(io("read", path))?;
+    (&mut source).take(MAGIC_BYTES as u64).read_to_end(&mut head).map_err(io("read", path))?;
     let compression = compress::detect(&head);
-    let decoder = compress::Decoder::new(io::Cursor::new(head).chain(file), compression, limits);
-    copy(decoder.map_err(io("read", path))?, &mut spooled, path)?;
+    let decoder = compress::Decoder::new(io::Cursor::new(head).chain(source), compression, limits);
+    let mut decoder = decoder.map_err(io("read", path))?;
+    let mut buffer = vec![0; SPOOL_BUFFER_BYTES];
+    loop {
+        let length = match decoder.read(&mut buffer) {
+            Ok(0) => break,
+            Ok(length) => length,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(error) => return Err(io("read", path)(error)),
+        };
+        spooled.write_all(&buffer[..length]).map_err(io("write a copy of the archive into", dir))?;
+    }
+    spooled.rewind().map_err(io("read", dir))?;
     Ok(spooled)
 }
 
-fn copy(mut from: impl Read, to: &mut File, path: &Path) -> Result<(), ArchiveError> {
-    let copied = io::copy(&mut from, to).and_then(|_| to.flush()).and_then(|()| to.rewind());
-    copied.map_err(|source| ArchiveError::Io { op: "read", path: path.to_owned(), source })
+/// Reads from what may have nothing to give for long, and stops when asked to.
+struct Patient<'a> {
+    file: File,
+    cancel: &'a Cancel,
+}
+
+impl Read for Patient<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        loop {
+            self.cancel.check()?;
+            let mut fds = [PollFd::new(&self.file, PollFlags::IN)];
+            match poll(&mut fds, Some(&POLL_TIMEOUT)) {
+                Ok(0) | Err(rustix::io::Errno::INTR) => {}
+                Ok(_) => return self.file.read(buffer),
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+    }
 }
 
 /// Notes where each file of a tar lies.

@@ -15,12 +15,12 @@ use plies_image::BlobRow;
 use plies_oci::{BlobDigest, ChainId, Compression, Descriptor, DiffId, ErrorKind, MediaType};
 use plies_store::{
     ActiveOptions, Attach, BlobError, CatalogueError, CommitError, Expected, FinishedStage, Ingest, IngestError,
-    LayerContents, LayerError, LayerId, Lease, SnapshotError, SnapshotId,
+    LayerContents, LayerError, LayerId, Lease, SnapshotError, SnapshotId, Tx,
 };
 
 use crate::archive::Section;
 use crate::exec::Cancel;
-use crate::progress::{Outcome, Progress, Task};
+use crate::progress::{Outcome, Progress, Task, Watched};
 use crate::{Canceled, Engine};
 
 /// Threads that take in layers at once, at most: beyond that they wait for the disk, and each holds buffers and a
@@ -194,22 +194,16 @@ enum WorkedLayer {
 
 /// The bytes of a layer on their way from an archive: whoever reads them also writes them into the blob.
 struct Tee<'a> {
-    section: Section,
+    section: Watched<'a, Section>,
     ingest: Option<&'a mut Ingest>,
-    task: &'a Task<'a>,
-    cancel: &'a Cancel,
 }
 
 impl Read for Tee<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        if self.cancel.is_canceled() {
-            return Err(io::Error::other(Canceled));
-        }
         let read = self.section.read(buffer)?;
         if let Some(ingest) = &mut self.ingest {
             ingest.write_all(&buffer[..read])?;
         }
-        self.task.advance(read as u64);
         Ok(read)
     }
 }
@@ -251,7 +245,7 @@ impl Engine {
 
         let blobs: Vec<LayerBlob> = place.iter().map(|at| blobs[*at]).collect();
         let layers: Vec<Option<LayerId>> = place.iter().map(|at| layers[*at]).collect();
-        let snapshot = self.stack(layers, offered, &blobs, lease)?;
+        let snapshot = self.stack(layers, offered, &blobs, lease, cancel)?;
         Ok((blobs, snapshot))
     }
 
@@ -283,7 +277,8 @@ impl Engine {
             return Ok(Worked { ingest: None, layer: WorkedLayer::Here(layer) });
         }
         let mut ingest = if blob_here { None } else { Some(self.store().content().ingest_unnamed()?) };
-        let mut tee = Tee { section: offer.section.clone(), ingest: ingest.as_mut(), task: &task, cancel };
+        let section = Watched { inner: offer.section.clone(), task: Some(&task), cancel };
+        let mut tee = Tee { section, ingest: ingest.as_mut() };
         let layer = match layer {
             Some(layer) => {
                 self.check_diff_id(&mut tee, offer)?;
@@ -372,7 +367,8 @@ impl Engine {
         Ok(layers)
     }
 
-    /// Writes down which blob is which layer, and that the layer keeps its blob alive.
+    /// Writes down which blob is which layer, and that the layer keeps its blob alive; for those only that were unpacked
+    /// or hashed, since what an image's config says of a blob may be a lie.
     fn connect(
         &self,
         offered: &[&Offered],
@@ -381,10 +377,8 @@ impl Engine {
     ) -> Result<(), LayerTransferError> {
         self.store().write(|tx| {
             for ((offer, blob), layer) in offered.iter().zip(blobs).zip(layers) {
-                let row = BlobRow { size_bytes: blob.size_bytes, compression: blob.compression };
-                plies_image::record_blob(tx, blob.digest, offer.diff_id, row)?;
                 if let Some(layer) = layer {
-                    tx.add_edge(*layer, blob.digest)?;
+                    record_blob(tx, offer.diff_id, blob, *layer)?;
                 }
             }
             Ok::<_, CatalogueError>(())
@@ -400,6 +394,7 @@ impl Engine {
         offered: &[Offered],
         blobs: &[LayerBlob],
         lease: &Lease,
+        cancel: &Cancel,
     ) -> Result<Option<SnapshotId>, LayerTransferError> {
         if layers.is_empty() {
             return Ok(None);
@@ -423,8 +418,8 @@ impl Engine {
                 }
                 Err(other) => return Err(other.into()),
             };
-            layers[needs_base] =
-                Some(self.unpack_over(&below[..needs_base], &offered[needs_base], &blobs[needs_base], lease)?);
+            let (offer, blob) = (&offered[needs_base], &blobs[needs_base]);
+            layers[needs_base] = Some(self.unpack_over(&below[..needs_base], offer, blob, lease, cancel)?);
         }
     }
 
@@ -435,6 +430,7 @@ impl Engine {
         offer: &Offered,
         blob: &LayerBlob,
         lease: &Lease,
+        cancel: &Cancel,
     ) -> Result<LayerId, LayerTransferError> {
         if let Some(layer) = self.store().layers().hold_by_chain(offer.chain_id, lease)? {
             return Ok(layer);
@@ -443,22 +439,23 @@ impl Engine {
         let base = if below.is_empty() { None } else { Some(snapshots.ensure(below, lease)?) };
         let active = snapshots.prepare(base, lease, ActiveOptions { volatile: true })?;
         let mounted = snapshots.mount_active(active, Attach::Detached)?;
-        let bytes = self.store().content().open(blob.digest)?;
+        let bytes = Watched { inner: self.store().content().open(blob.digest)?, task: None, cancel };
         let unpacked = unpack(bytes, blob.compression, mounted.root(), ApplyStyle::Merged, self.limits(), None);
         checked(offer, unpacked)?;
         mounted.unmount()?;
         let layer = snapshots.seal_for_chain(active, offer.diff_id, offer.chain_id, lease)?;
-        self.store().write(|tx| tx.add_edge(layer, blob.digest))?;
+        self.store().write(|tx| record_blob(tx, offer.diff_id, blob, layer))?;
         Ok(layer)
     }
 
     /// The diff ID of a layer; its tar is written into a hash if nobody knows it yet.
-    pub(crate) fn diff_id_of(&self, layer: LayerId) -> Result<DiffId, LayerTransferError> {
+    pub(crate) fn diff_id_of(&self, layer: LayerId, cancel: &Cancel) -> Result<DiffId, LayerTransferError> {
         let layers = self.store().layers();
         if let Some(diff_id) = layers.info(layer)?.diff_id {
             return Ok(diff_id);
         }
-        let (_, hashed) = self.write_tar(layer, io::sink())?.finish();
+        let sink = Watched { inner: io::sink(), task: None, cancel };
+        let (_, hashed) = self.write_tar(layer, sink)?.finish();
         let diff_id = DiffId::from_bytes(hashed.sha256);
         layers.set_diff_id(layer, diff_id)?;
         Ok(diff_id)
@@ -468,7 +465,10 @@ impl Engine {
     fn write_tar<W: Write>(&self, layer: LayerId, out: W) -> Result<HashingWriter<W>, LayerTransferError> {
         let layers = self.store().layers();
         let (root, index) = (layers.root(layer)?, layers.index(layer)?);
-        let failed = |source| LayerTransferError::Diff { layer, source };
+        let failed = |source: DiffError| match canceled_inside(&source) {
+            true => Canceled.into(),
+            false => LayerTransferError::Diff { layer, source },
+        };
         let mut tar = tar::Writer::new(HashingWriter::new(out));
         layer_to_tar(root.as_fd(), &index, &mut tar).map_err(failed)?;
         tar.finish().map_err(|source| failed(source.into()))
@@ -481,6 +481,7 @@ impl Engine {
         diff_id: DiffId,
         lease: &Lease,
         progress: &dyn Progress,
+        cancel: &Cancel,
     ) -> Result<LayerBlob, LayerTransferError> {
         for (digest, row) in self.store().read(|rows| plies_image::blobs_of_diff_id(rows, diff_id))? {
             if lease.hold_if_present(digest)? {
@@ -493,8 +494,9 @@ impl Engine {
         let mut ingest = self.store().content().ingest_unnamed()?;
         let broken = |source| LayerTransferError::Read { digest: diff_id.to_string(), source };
         let encoder = compress::Encoder::new(&mut ingest, Compression::Gzip, threads()).map_err(broken)?;
-        let (encoder, hashed) = self.write_tar(layer, encoder)?.finish();
-        encoder.finish().map_err(broken)?;
+        let watched = Watched { inner: encoder, task: Some(&task), cancel };
+        let (watched, hashed) = self.write_tar(layer, watched)?.finish();
+        watched.inner.finish().map_err(broken)?;
         let actual = DiffId::from_bytes(hashed.sha256);
         if actual != diff_id {
             return Err(LayerTransferError::Changed { diff_id, actual });
@@ -502,14 +504,17 @@ impl Engine {
         let size_bytes = ingest.offset_bytes();
         let digest = ingest.commit(Expected::anything(), lease)?;
         let blob = LayerBlob { digest, size_bytes, compression: Compression::Gzip };
-        self.store().write(|tx| {
-            let row = BlobRow { size_bytes, compression: blob.compression };
-            plies_image::record_blob(tx, digest, diff_id, row)?;
-            tx.add_edge(layer, digest)
-        })?;
+        self.store().write(|tx| record_blob(tx, diff_id, &blob, layer))?;
         task.end(Outcome::Done);
         Ok(blob)
     }
+}
+
+/// Writes down that a blob, decompressed, is the tar of a layer, and that the layer keeps it alive.
+fn record_blob(tx: &mut Tx<'_>, diff_id: DiffId, blob: &LayerBlob, layer: LayerId) -> Result<(), CatalogueError> {
+    let row = BlobRow { size_bytes: blob.size_bytes, compression: blob.compression };
+    plies_image::record_blob(tx, blob.digest, diff_id, row)?;
+    tx.add_edge(layer, blob.digest)
 }
 
 fn read_error(offer: &Offered, source: io::Error) -> LayerTransferError {
@@ -538,7 +543,7 @@ fn same_diff_id(offer: &Offered, actual: DiffId) -> Result<(), LayerTransferErro
 }
 
 /// Whether the cause of an error, however deep, is that the caller asked to stop.
-fn canceled_inside(error: &(dyn std::error::Error + 'static)) -> bool {
+pub(crate) fn canceled_inside(error: &(dyn std::error::Error + 'static)) -> bool {
     let mut cause = Some(error);
     while let Some(error) = cause {
         let inner = error.downcast_ref::<io::Error>().and_then(io::Error::get_ref);

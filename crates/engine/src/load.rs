@@ -30,9 +30,10 @@ const LAYOUT_VERSION: &str = "1.0.0";
 /// Bytes of an OCI layout's marker file, which holds its version.
 const LAYOUT_BYTES_MAX: u64 = 64 << 10;
 
-/// Where OCI layouts carry an image's name: containerd's and BuildKit's key, which holds the whole name, before the
-/// specification's, which by its letter holds a tag only.
-const NAME_ANNOTATIONS: [&str; 2] = ["io.containerd.image.name", "org.opencontainers.image.ref.name"];
+/// Where containerd and BuildKit put an image's whole name in an OCI layout.
+const NAME_ANNOTATION: &str = "io.containerd.image.name";
+/// Where the specification puts it. By its letter this is a tag, and skopeo and umoci write bare tags; others write names.
+const REF_NAME_ANNOTATION: &str = "org.opencontainers.image.ref.name";
 
 /// Why an archive could not be loaded. Nothing of it is then in the store.
 #[derive(Debug, thiserror::Error)]
@@ -271,7 +272,7 @@ impl Engine {
         cancel: &Cancel,
     ) -> Result<Vec<LoadedImage>, LoadError> {
         let tag = tag.map(plain_name).transpose()?;
-        let archive = Archive::open(input, self.store().run_dir(), self.limits())?;
+        let archive = Archive::open(input, self.store().run_dir(), self.limits(), cancel)?;
         let path = archive.path().display().to_string();
         let mut candidates = if archive.find("index.json")?.is_some() {
             self.oci_candidates(&archive, &path)?
@@ -282,7 +283,6 @@ impl Engine {
         };
         match (tag, candidates.as_mut_slice()) {
             (_, []) => return Err(LoadError::Empty { path }),
-            (Some(tag), [only]) if only.names.is_empty() => only.names.push(tag),
             (Some(tag), [only]) if !only.names.contains(&tag) => only.names.push(tag),
             (Some(_), [_]) | (None, _) => {}
             (Some(_), several) => return Err(LoadError::TagForMany { path, count: several.len() }),
@@ -386,8 +386,9 @@ impl Engine {
         let mut candidates: Vec<Candidate> = Vec::new();
         for descriptor in index.manifests() {
             let manifest = self.manifest(archive, path, descriptor, 0)?;
-            let name = NAME_ANNOTATIONS.iter().find_map(|key| descriptor.annotations.get(*key));
-            // What is no name (umoci writes any word) leaves the image nameless rather than unloaded.
+            let ref_name = || descriptor.annotations.get(REF_NAME_ANNOTATION).filter(|name| name.contains(['/', ':']));
+            let name = descriptor.annotations.get(NAME_ANNOTATION).or_else(ref_name);
+            // What is no name leaves the image nameless rather than unloaded.
             let name = name.and_then(|name| name.parse::<Reference>().ok()).filter(|name| name.digest().is_none());
             match candidates.iter_mut().find(|have| have.manifest.as_ref() == Some(&manifest)) {
                 Some(have) => have.names.extend(name),

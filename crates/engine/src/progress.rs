@@ -3,7 +3,10 @@
 //! The engine never prints. It reports tasks (a layer being unpacked, a build step) to a [`Progress`] that the front
 //! end hands in: live bars on a terminal, plain lines in a pipe, nothing in a test.
 
+use std::io::{self, Read, Write};
 use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::exec::Cancel;
 
 /// Names a task within one request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -95,6 +98,44 @@ impl<'p> Task<'p> {
     pub(crate) fn end(mut self, outcome: Outcome) {
         self.ended = true;
         self.progress.report(self.id, Event::Ended { outcome });
+    }
+}
+
+/// Bytes on their way: whoever asked hears of them, and may stop them.
+pub(crate) struct Watched<'a, T> {
+    pub(crate) inner: T,
+    /// Told how many bytes passed, if anybody is.
+    pub(crate) task: Option<&'a Task<'a>>,
+    pub(crate) cancel: &'a Cancel,
+}
+
+impl<T> Watched<'_, T> {
+    fn tell(&self, bytes: usize) {
+        if let Some(task) = self.task {
+            task.advance(bytes as u64);
+        }
+    }
+}
+
+impl<T: Read> Read for Watched<'_, T> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.cancel.check()?;
+        let read = self.inner.read(buffer)?;
+        self.tell(read);
+        Ok(read)
+    }
+}
+
+impl<T: Write> Write for Watched<'_, T> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.cancel.check()?;
+        let written = self.inner.write(bytes)?;
+        self.tell(written);
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.inner.flush()
     }
 }
 

@@ -6,13 +6,14 @@
 use std::ffi::OsString;
 use std::io;
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use plies_image::{Found, ImageError};
 use plies_oci::ErrorKind;
 use plies_store::{
-    ActiveId, ActiveOptions, Attach, CatalogueError, GcError, GcMode, Lease, Mounted, Owner, Row, Rows as _,
-    SnapshotError, SnapshotId, Table,
+    ActiveId, ActiveOptions, Attach, CatalogueError, GcMode, Lease, Mounted, Owner, Row, Rows as _, SnapshotError,
+    SnapshotId, Table,
 };
 use serde::{Deserialize, Serialize};
 
@@ -25,9 +26,35 @@ use crate::records::RecordsError;
 /// Where `ply mount` has mounted what.
 pub(crate) const MOUNTS: Table<Vec<u8>, MountRow> = Table::new("engine.mounts");
 
+/// A mount of ours.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct MountRow {
+    what: Mount,
+    place: Place,
+}
+
+/// Where a mount can be seen: other processes may have other mounts, and after a restart there are none.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Place {
+    boot_id: String,
+    /// Inode of the mount namespace.
+    namespace: u64,
+}
+
+impl Place {
+    fn here() -> Result<Self, RunError> {
+        let io = |path: &'static str| move |source| RunError::Directory { dir: path.into(), source };
+        const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+        const NAMESPACE: &str = "/proc/self/ns/mnt";
+        let boot_id = std::fs::read_to_string(BOOT_ID).map_err(io(BOOT_ID))?.trim().to_owned();
+        let namespace = std::fs::metadata(NAMESPACE).map_err(io(NAMESPACE))?.ino();
+        Ok(Self { boot_id, namespace })
+    }
+}
+
 /// What is mounted on a directory.
-#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
-pub(crate) enum MountRow {
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+enum Mount {
     /// A tree to read.
     View(SnapshotId),
     /// A mutable record.
@@ -86,8 +113,23 @@ pub enum RunError {
         /// Which.
         record: String,
     },
+    /// It is mounted where this process cannot see it.
+    #[error("{} is mounted in another mount namespace: unmount it there", dir.display())]
+    ElsewhereMounted {
+        /// Where.
+        dir: PathBuf,
+    },
+    /// The mount could not be undone.
+    #[error("unmount {} (who uses it: fuser -m)", dir.display())]
+    Unmount {
+        /// Where.
+        dir: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
     /// The directory can't be used.
-    #[error("use {}", dir.display())]
+    #[error("mount on {}", dir.display())]
     Directory {
         /// Which.
         dir: PathBuf,
@@ -107,9 +149,6 @@ pub enum RunError {
     /// Mounting.
     #[error("mount or unmount a tree")]
     Snapshot(#[from] SnapshotError),
-    /// Throwing away what the command changed.
-    #[error("remove what the command changed")]
-    Gc(#[from] GcError),
     /// The catalogue failed.
     #[error("read or change the catalogue")]
     Catalogue(#[from] CatalogueError),
@@ -127,7 +166,7 @@ impl RunError {
         match self {
             Self::NotFound { .. } | Self::NotMounted { .. } => ErrorKind::NotFound,
             Self::Mounted { .. } => ErrorKind::AlreadyExists,
-            Self::RecordMounted { .. } => ErrorKind::Busy,
+            Self::RecordMounted { .. } | Self::ElsewhereMounted { .. } | Self::Unmount { .. } => ErrorKind::Busy,
             Self::NoCommand { .. } | Self::Mutable { .. } => ErrorKind::InvalidInput,
             Self::Directory { source, .. } if source.kind() == io::ErrorKind::NotFound => ErrorKind::NotFound,
             Self::Directory { .. } => ErrorKind::Unavailable,
@@ -137,7 +176,6 @@ impl RunError {
             Self::Exec(source) => source.kind(),
             Self::Prepare(source) => source.kind(),
             Self::Snapshot(source) => source.kind(),
-            Self::Gc(source) => source.kind(),
             Self::Catalogue(source) => source.kind(),
         }
     }
@@ -191,7 +229,8 @@ impl Engine {
             let mounted = snapshots.mount_active(active, Attach::InStore)?;
             self.run_in(mounted, &found, &config, args, request, &*executor, cancel)
         })?;
-        self.store().gc(GcMode::Run)?;
+        // What cannot be removed now goes with the next collection; the command has run all the same.
+        drop(self.store().gc(GcMode::Run));
         Ok(code)
     }
 
@@ -231,8 +270,11 @@ impl Engine {
             streams: Streams::Inherited { terminal: request.terminal },
         };
         let status = executor.run(&step, &mut io::stdout(), &mut io::stderr(), cancel);
-        mounted.unmount()?;
-        Ok(status?.code())
+        let unmounted = mounted.unmount();
+        // What became of the command is what the caller asked for.
+        let code = status?.code();
+        unmounted?;
+        Ok(code)
     }
 
     /// Mounts an image or a record on a directory until [`Engine::umount`]. With `rw`, a mutable record is written
@@ -243,8 +285,8 @@ impl Engine {
     pub fn mount(&self, wanted: &str, dir: &Path, rw: bool) -> Result<(), RunError> {
         let dir = dir.canonicalize().map_err(|source| RunError::Directory { dir: dir.to_owned(), source })?;
         let key = dir.as_os_str().as_bytes().to_vec();
-        if self.store().read(|rows| rows.contains(&MOUNTS, &key))? {
-            if is_mount_point(&dir) {
+        if let Some(row) = self.store().read(|rows| rows.get(&MOUNTS, &key))? {
+            if !is_over(&dir, &row, &Place::here()?) {
                 return Err(RunError::Mounted { dir });
             }
             self.forget_mount(&key)?;
@@ -254,31 +296,32 @@ impl Engine {
 
     fn mount_held(&self, wanted: &str, dir: &Path, key: Vec<u8>, rw: bool, lease: &Lease) -> Result<(), RunError> {
         let snapshots = self.store().snapshots();
-        let row = match (self.target(wanted)?, rw) {
+        let what = match (self.target(wanted)?, rw) {
             (Target::Mutable(active), true) => {
                 self.check_not_mounted(active)?;
-                MountRow::Record(active)
+                Mount::Record(active)
             }
             (Target::Mutable(_), false) => return Err(RunError::Mutable { record: wanted.to_owned() }),
-            (Target::Tree(Some(snapshot)), false) if snapshots.views_can_be_kept() => MountRow::View(snapshot),
+            (Target::Tree(Some(snapshot)), false) if snapshots.views_can_be_kept() => Mount::View(snapshot),
             // The empty tree has no snapshot, and a copy would not outlive this process: an upper serves for both.
             (Target::Tree(tree), _) => {
-                MountRow::Scratch(snapshots.prepare(tree, lease, ActiveOptions { volatile: false })?)
+                Mount::Scratch(snapshots.prepare(tree, lease, ActiveOptions { volatile: false })?)
             }
         };
         // Held before it is mounted: a crash in between leaves a hold that the next gc sees to be for nothing, rather
         // than a mount whose layers are collected under it.
         let owner = owner(&key);
+        let row = MountRow { what, place: Place::here()? };
         self.store().write(|tx| {
-            match row {
-                MountRow::View(snapshot) => tx.hold(&owner, snapshot)?,
-                MountRow::Record(active) | MountRow::Scratch(active) => tx.hold(&owner, active)?,
+            match what {
+                Mount::View(snapshot) => tx.hold(&owner, snapshot)?,
+                Mount::Record(active) | Mount::Scratch(active) => tx.hold(&owner, active)?,
             }
             tx.put(&MOUNTS, &key, &row)
         })?;
-        let mounted = match row {
-            MountRow::View(snapshot) => snapshots.view(snapshot, Attach::At(dir)),
-            MountRow::Record(active) | MountRow::Scratch(active) => snapshots.mount_active(active, Attach::At(dir)),
+        let mounted = match what {
+            Mount::View(snapshot) => snapshots.view(snapshot, Attach::At(dir)),
+            Mount::Record(active) | Mount::Scratch(active) => snapshots.mount_active(active, Attach::At(dir)),
         };
         match mounted {
             Ok(mounted) => Ok(mounted.keep()?),
@@ -297,13 +340,16 @@ impl Engine {
         // The path may have been mounted over, or its directory be gone: as named is good enough then.
         let dir = dir.canonicalize().unwrap_or_else(|_| dir.to_owned());
         let key = dir.as_os_str().as_bytes().to_vec();
-        if !self.store().read(|rows| rows.contains(&MOUNTS, &key))? {
-            return Err(RunError::NotMounted { dir });
+        let row = self.store().read(|rows| rows.get(&MOUNTS, &key))?;
+        let row = row.ok_or_else(|| RunError::NotMounted { dir: dir.clone() })?;
+        if is_over(&dir, &row, &Place::here()?) {
+            return self.forget_mount(&key);
         }
-        if is_mount_point(&dir) {
-            rustix::mount::unmount(&dir, rustix::mount::UnmountFlags::NOFOLLOW)
-                .map_err(|errno| RunError::Directory { dir: dir.clone(), source: errno.into() })?;
+        if row.place != Place::here()? {
+            return Err(RunError::ElsewhereMounted { dir });
         }
+        rustix::mount::unmount(&dir, rustix::mount::UnmountFlags::NOFOLLOW)
+            .map_err(|errno| RunError::Unmount { dir, source: errno.into() })?;
         self.forget_mount(&key)
     }
 
@@ -311,7 +357,7 @@ impl Engine {
     pub(crate) fn check_not_mounted(&self, active: ActiveId) -> Result<(), RunError> {
         for (key, row) in self.store().read(|rows| rows.all(&MOUNTS))? {
             let dir = PathBuf::from(OsString::from_vec(key));
-            if matches!(row, MountRow::Record(have) if have == active) && is_mount_point(&dir) {
+            if row.what == Mount::Record(active) && !is_over(&dir, &row, &Place::here()?) {
                 return Err(RunError::RecordMounted { dir });
             }
         }
@@ -320,8 +366,9 @@ impl Engine {
 
     /// Forgets mounts that are not there any more, as after a restart of the machine.
     pub(crate) fn forget_dead_mounts(&self) -> Result<(), RunError> {
-        for (key, _) in self.store().read(|rows| rows.all(&MOUNTS))? {
-            if !is_mount_point(Path::new(&OsString::from_vec(key.clone()))) {
+        let here = Place::here()?;
+        for (key, row) in self.store().read(|rows| rows.all(&MOUNTS))? {
+            if is_over(Path::new(&OsString::from_vec(key.clone())), &row, &here) {
                 self.forget_mount(&key)?;
             }
         }
@@ -358,6 +405,12 @@ impl Engine {
 /// Who holds what is mounted on a path.
 fn owner(path: &[u8]) -> Owner {
     Owner::new("mount", path.escape_ascii())
+}
+
+/// Whether a mount of ours is known to be gone: the machine was restarted since, or we would see it and don't. One in
+/// another mount namespace counts as there.
+fn is_over(dir: &Path, row: &MountRow, here: &Place) -> bool {
+    row.place.boot_id != here.boot_id || (row.place.namespace == here.namespace && !is_mount_point(dir))
 }
 
 /// Whether something is mounted right on `path`: its device or mount differs from its parent's.

@@ -189,7 +189,7 @@ impl Engine {
         for one in wanted {
             let found = self.store().read(|rows| plies_image::find(rows, one))?;
             let names: Vec<String> = found.name.iter().map(ToString::to_string).collect();
-            let (manifest, config) = self.manifest_of(&found, one, lease, progress)?;
+            let (manifest, config) = self.manifest_of(&found, one, lease, progress, cancel)?;
             match images.iter_mut().find(|have| have.manifest == manifest) {
                 Some(have) => have.names.extend(names),
                 None => images.push(Saved { names, manifest, config }),
@@ -231,6 +231,7 @@ impl Engine {
         wanted: &str,
         lease: &Lease,
         progress: &dyn Progress,
+        cancel: &Cancel,
     ) -> Result<(Manifest, ImageConfig), SaveError> {
         let config = self.config_of(found.id)?;
         let known = found.manifest.or_else(|| found.row.manifests.first().map(|row| row.digest));
@@ -242,7 +243,7 @@ impl Engine {
         let layer = |source| SaveError::Layer { image: wanted.to_owned(), source };
         let mut blobs: Vec<LayerBlob> = Vec::new();
         for diff_id in config.diff_ids() {
-            blobs.push(self.blob_of(*diff_id, lease, progress).map_err(layer)?);
+            blobs.push(self.blob_of(*diff_id, lease, progress, cancel).map_err(layer)?);
         }
         let raw = config.document().raw();
         let config_descriptor = Descriptor::new(MediaType::ImageConfig, BlobDigest::of(raw), raw.len() as u64);

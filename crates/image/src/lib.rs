@@ -180,10 +180,10 @@ fn owner(id: &ImageId) -> Owner {
 pub fn put(tx: &mut Tx<'_>, id: ImageId, row: &ImageRow) -> Result<(), CatalogueError> {
     let owner = owner(&id);
     tx.hold(&owner, Resource::Blob(BlobDigest::from_bytes(*id.as_bytes())))?;
-    if let Some(snapshot) = row.snapshot {
+    let mut merged = tx.get(&IMAGES, &id)?.unwrap_or_else(|| ImageRow { manifests: vec![], ..row.clone() });
+    if let Some(snapshot) = merged.snapshot {
         tx.hold(&owner, Resource::Snapshot(snapshot))?;
     }
-    let mut merged = tx.get(&IMAGES, &id)?.unwrap_or_else(|| ImageRow { manifests: vec![], ..row.clone() });
     for manifest in &row.manifests {
         tx.hold(&owner, Resource::Blob(manifest.digest))?;
         if !merged.manifests.iter().any(|have| have.digest == manifest.digest) {

@@ -14,4 +14,5 @@ mod load;
 mod lock;
 mod oracle;
 mod traps;
+mod trust;
 mod upkeep;

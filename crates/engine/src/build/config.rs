@@ -173,6 +173,12 @@ impl Config {
         new: &[HistoryEntry],
     ) -> Vec<u8> {
         let mut history = self.history();
+        // A base image may have layers that its history does not speak of. Readers pair the two in order, so ours must
+        // not be taken for theirs.
+        let filled = |line: &&Value| line["empty_layer"] != true;
+        let new_layers = new.iter().filter(|line| !line.empty_layer).count();
+        let told = history.iter().filter(filled).count() + new_layers;
+        history.extend((told..diff_ids.len()).map(|_| json!({})));
         history.extend(new.iter().map(|entry| {
             let mut line = json!({"created_by": entry.created_by});
             if let Some(created) = &entry.created {
@@ -214,6 +220,15 @@ mod tests {
         assert_eq!(json["config"], json!({"Odd": [1], "Cmd": ["a"], "Env": ["A=3", "B=2"]}));
         assert_eq!(json["history"].as_array().unwrap().len(), 2);
         ImageConfig::parse(&bytes).unwrap();
+    }
+
+    #[test]
+    fn history_pairs_with_layers_even_where_the_base_tells_none() {
+        let diff = |byte| plies_oci::DiffId::from_bytes([byte; 32]);
+        let entry = HistoryEntry { created: None, created_by: "COPY".into(), empty_layer: false };
+        let bytes = scratch().finish(None, &[diff(1), diff(2), diff(3)], &[entry]);
+        let json: Value = serde_json::from_slice(&bytes).unwrap();
+        assert_eq!(json["history"], json!([{}, {}, {"created_by": "COPY"}]));
     }
 
     #[test]

@@ -34,6 +34,9 @@ pub(crate) use solve::{make_directory, random_id, user};
 /// Bytes of a Dockerfile. Generated ones reach some hundred KiB.
 const DOCKERFILE_BYTES_MAX: u64 = 16 << 20;
 
+/// Digits of an image ID that `FROM` takes for one: as many as docker prints.
+const ID_DIGITS_MIN: usize = 12;
+
 /// What to build.
 #[derive(Debug, Clone, Default)]
 pub struct BuildRequest {
@@ -189,7 +192,7 @@ impl Engine {
 
         let context = open_context(&request.context)?;
         let ignore = Ignore::of_context(&Tree::context(context, None), in_context)?;
-        let context = Tree::context(open_context(&request.context)?, Some(ignore));
+        let context = Tree::context(open_context(&request.context)?, Some(ignore)).cancelable(cancel);
         let executor = exec::pick(&request.executor, self.store().run_dir(), &request.search_path)?;
         let solver = solve::Solver {
             engine: self,
@@ -212,7 +215,7 @@ impl Engine {
         let target = solved.of(plan.target);
         let mut diff_ids: Vec<DiffId> = target.base_diff_ids.clone();
         for layer in &target.layers {
-            diff_ids.push(self.diff_id_of(*layer)?);
+            diff_ids.push(self.diff_id_of(*layer, cancel)?);
         }
         let made = |vertex| solved.of(vertex).made.map(crate::rfc3339);
         let (history, created) = graph::history(&plan.history, plan.base_created.as_deref(), made);
@@ -223,6 +226,9 @@ impl Engine {
         std::io::Write::write_all(&mut ingest, &config)
             .map_err(|source| BuildError::Read { path: "the new config".into(), source })?;
         ingest.commit(Expected::anything(), lease)?;
+        if cancel.is_canceled() {
+            return Err(Canceled.into());
+        }
         self.store().write(|tx| {
             let row = ImageRow {
                 config_bytes: config.len() as u64,
@@ -245,25 +251,38 @@ impl Engine {
         })
     }
 
-    /// An image to build on, held by `lease`.
+    /// An image to build on, held by `lease`. An ID counts only if it is long enough to be meant: a misspelt name must
+    /// not find an image whose ID happens to begin so.
     fn base_image(&self, name: &str, lease: &Lease) -> Result<graph::BaseImage, String> {
-        let failed = |error: ImagesError| error.to_string();
+        let missing = || format!("image {name:?} is not here: load it first (pulling comes with a later version)");
         let found = self.find_image(name).map_err(|error| match error {
-            ImageError::NotFound { .. } => {
-                format!("image {name:?} is not here: load it first (pulling comes with a later version)")
-            }
-            other => other.to_string(),
+            ImageError::NotFound { .. } => missing(),
+            other => with_causes(&other),
         })?;
+        if found.name.is_none() && name.strip_prefix("sha256:").unwrap_or(name).len() < ID_DIGITS_MIN {
+            return Err(missing());
+        }
         let held = match found.row.snapshot {
-            Some(snapshot) => lease.hold_if_present(snapshot).map_err(|error| error.to_string())?,
+            Some(snapshot) => lease.hold_if_present(snapshot).map_err(|error| with_causes(&error))?,
             None => true,
         };
         if !held {
             return Err(format!("image {name:?} was removed meanwhile"));
         }
-        let config = self.config_of(found.id).map_err(failed)?;
+        let config = self.config_of(found.id).map_err(|error| with_causes(&error))?;
         Ok(graph::BaseImage { config, snapshot: found.row.snapshot })
     }
+}
+
+/// An error and its causes in one sentence.
+fn with_causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(&format!(": {error}"));
+        cause = error.source();
+    }
+    text
 }
 
 fn open_context(path: &Path) -> Result<std::os::fd::OwnedFd, BuildError> {

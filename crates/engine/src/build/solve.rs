@@ -29,7 +29,8 @@ use crate::exec::{
     self, Access, Cancel, ExecError, Executor, MountSource, Network, Step, StepMount, Streams, User, UserError,
     resolve_user,
 };
-use crate::progress::{Outcome, Progress, Task};
+use crate::layers::canceled_inside;
+use crate::progress::{Outcome, Progress, Task, Watched};
 use crate::{Canceled, Engine};
 
 /// Goes up when a step comes to mean something else, so that results of an older Plies are not taken for it.
@@ -212,6 +213,16 @@ pub(crate) struct Solver<'a> {
 struct Made {
     /// Directories that are only there to have a place for something.
     on_the_way: Vec<EntryPath>,
+    /// Its sources changed while they were taken in: what was hashed is not what was copied, and the result must not be
+    /// found by that hash again.
+    changing: bool,
+}
+
+/// What became of a step.
+struct Worked {
+    snapshot: Option<SnapshotId>,
+    layer: Option<LayerId>,
+    repeatable: bool,
 }
 
 impl Made {
@@ -229,7 +240,7 @@ impl Made {
             at = path.split().map(|(parent, _)| parent);
             on_the_way.push(path);
         }
-        Ok(Self { on_the_way })
+        Ok(Self { on_the_way, changing: false })
     }
 }
 
@@ -264,14 +275,15 @@ impl Solver<'_> {
                 return Err(Failed { location: vertex.location, focus: String::new(), error: Canceled.into() });
             }
             let task = (!vertex.name.is_empty()).then(|| Task::start(self.progress, &vertex.name, None));
-            let (solved, outcome) =
-                self.vertex(&vertex.op, &vertex.name, &results, task.as_ref()).map_err(|error| {
-                    let focus = match &error {
-                        SolveError::Select(_) => vertex.op.focus(),
-                        _ => String::new(),
-                    };
-                    Failed { location: vertex.location, focus, error }
-                })?;
+            let solved = self.vertex(&vertex.op, &vertex.name, &results, task.as_ref());
+            let (solved, outcome) = solved.map_err(|error| {
+                let error = if canceled_inside(&error) { Canceled.into() } else { error };
+                let focus = match &error {
+                    SolveError::Select(_) => vertex.op.focus(),
+                    _ => String::new(),
+                };
+                Failed { location: vertex.location, focus, error }
+            })?;
             if vertex.op.is_step() {
                 results.steps_count += 1;
                 results.cached_count += usize::from(outcome == Outcome::Cached);
@@ -342,16 +354,23 @@ impl Solver<'_> {
                 for (name, bytes) in &copy.inline {
                     selection.add_inline(name.as_bytes(), bytes.clone());
                 }
+                let content = source.tree().hash(&selection)?;
                 let key = KeyBuilder::new("copy", KEY_VERSION)
                     .input(&base.key)
-                    .bytes(source.tree().hash(&selection)?.as_bytes())
+                    .bytes(content.as_bytes())
                     .bytes(copy.dest.as_bytes())
                     .list(copy.chown.iter())
                     .list(copy.chmod.iter())
                     .number(copy.unpack.into())
                     .number(copy.link.into())
                     .finish();
-                self.step(base, key, name, |root, _| self.copy(copy, &source, &selection, root))
+                self.step(base, key, name, |root, _| {
+                    let made = self.copy(copy, &source, &selection, root)?;
+                    // A context is a directory that people work in.
+                    let changing =
+                        matches!(source, Source::Context(_)) && source.tree().hash(&selection).ok() != Some(content);
+                    Ok(Made { changing, ..made })
+                })
             }
         }
     }
@@ -371,10 +390,12 @@ impl Solver<'_> {
                 plies_cache::Tree::Immutable(snapshot) => Some(snapshot),
                 plies_cache::Tree::Scratch | plies_cache::Tree::Mutable(_) => None,
             };
-            let layer = self.layer_on(base, snapshot)?;
-            return Ok((self.solved(base, key, snapshot, layer, record.created_at), Outcome::Cached));
+            // A record made on another stack of the same key (the step below ran again since) is no result for this one.
+            if let Some(layer) = self.layer_on(base, snapshot)? {
+                return Ok((self.solved(base, key, snapshot, layer, record.created_at), Outcome::Cached));
+            }
         }
-        let (snapshot, layer) = self.work(base.snapshot, work)?;
+        let Worked { snapshot, layer, repeatable } = self.work(base.snapshot, work)?;
         let tree = snapshot.map_or(plies_cache::Tree::Scratch, plies_cache::Tree::Immutable);
         let id = random_id()?;
         let created_at = self.engine.store().now();
@@ -386,7 +407,9 @@ impl Solver<'_> {
             last_used_at: created_at,
             usage_count: 0,
         };
-        self.engine.store().write(|tx| plies_cache::put(tx, id, &row))?;
+        if repeatable {
+            self.engine.store().write(|tx| plies_cache::put(tx, id, &row))?;
+        }
         Ok((self.solved(base, key, snapshot, layer, created_at), Outcome::Done))
     }
 
@@ -421,12 +444,14 @@ impl Solver<'_> {
         Ok(found)
     }
 
-    /// The layer that `snapshot` has more than `base`, if it has one.
-    fn layer_on(&self, base: &Solved, snapshot: Option<SnapshotId>) -> Result<Option<LayerId>, SolveError> {
-        if snapshot == base.snapshot {
-            return Ok(None);
-        }
-        Ok(self.layers_of(snapshot)?.pop())
+    /// The layer that `snapshot` has more than `base`, if it has one; `None` if it does not stand on `base` at all.
+    fn layer_on(&self, base: &Solved, snapshot: Option<SnapshotId>) -> Result<Option<Option<LayerId>>, SolveError> {
+        let (below, all) = (self.layers_of(base.snapshot)?, self.layers_of(snapshot)?);
+        Ok(match all.strip_prefix(below.as_slice()) {
+            Some([]) => Some(None),
+            Some([layer]) => Some(Some(*layer)),
+            _ => None,
+        })
     }
 
     fn layers_of(&self, snapshot: Option<SnapshotId>) -> Result<Vec<LayerId>, SolveError> {
@@ -444,21 +469,24 @@ impl Solver<'_> {
         &self,
         base: Option<SnapshotId>,
         work: impl FnOnce(BorrowedFd<'_>, &Path) -> Result<Made, SolveError>,
-    ) -> Result<(Option<SnapshotId>, Option<LayerId>), SolveError> {
+    ) -> Result<Worked, SolveError> {
         let snapshots = self.engine.store().snapshots();
         let active = snapshots.prepare(base, self.lease, ActiveOptions { volatile: true })?;
         let mounted = snapshots.mount_active(active, Attach::InStore)?;
         let path = mounted.path().expect("because it was attached").to_owned();
         let worked = work(mounted.root(), &path);
-        mounted.unmount()?;
-        let Made { on_the_way } = worked?;
+        let unmounted = mounted.unmount();
+        // Why the step failed says more than that its tree was still in use then.
+        let Made { on_the_way, changing } = worked?;
+        unmounted?;
         let layer = snapshots.seal_on_the_way(active, &on_the_way, self.lease)?;
+        let repeatable = !changing;
         if self.engine.store().layers().is_empty(layer)? {
-            return Ok((base, None));
+            return Ok(Worked { snapshot: base, layer: None, repeatable });
         }
         let mut layers = self.layers_of(base)?;
         layers.push(layer);
-        Ok((Some(self.ensure(&layers)?), Some(layer)))
+        Ok(Worked { snapshot: Some(self.ensure(&layers)?), layer: Some(layer), repeatable })
     }
 
     fn run(&self, run: &RunOp, root: BorrowedFd<'_>, path: &Path, task: Option<&Task<'_>>) -> Result<Made, SolveError> {
@@ -510,7 +538,8 @@ impl Solver<'_> {
         let mounted = self.engine.store().snapshots().view(snapshot, Attach::Detached)?;
         let dir = rustix::io::fcntl_dupfd_cloexec(mounted.root(), 0);
         let dir = dir.map_err(|errno| SolveError::Io { op: "open", path: "/".into(), source: errno.into() })?;
-        Ok(Source::Stage(Box::new(Stage { tree: Tree::stage(dir), _mounted: Some(mounted) })))
+        let tree = Tree::stage(dir).cancelable(self.cancel);
+        Ok(Source::Stage(Box::new(Stage { tree, _mounted: Some(mounted) })))
     }
 
     fn copy(
@@ -540,7 +569,7 @@ impl Solver<'_> {
                     make_directory(root, &copy.dest)?;
                     let dir = inroot::open(root, copy.dest.as_bytes(), rustix::fs::OFlags::DIRECTORY);
                     let dir = dir.map_err(|source| SolveError::Directory { path: copy.dest.clone(), source })?;
-                    archive.unpack(dir.as_fd(), self.engine.limits())?;
+                    archive.unpack(dir.as_fd(), self.engine.limits(), self.cancel)?;
                 }
                 None => plain.push(item.clone()),
             }
@@ -706,9 +735,10 @@ impl Archive {
         Ok(is_tar.then_some(Self { name, file, compression }))
     }
 
-    fn unpack(self, dir: BorrowedFd<'_>, limits: &plies_archive::Limits) -> Result<(), SolveError> {
+    fn unpack(self, dir: BorrowedFd<'_>, limits: &plies_archive::Limits, cancel: &Cancel) -> Result<(), SolveError> {
         let style = ApplyStyle::Merged;
-        let unpacked = unpack(self.file, self.compression, dir, style, limits, None);
+        let file = Watched { inner: self.file, task: None, cancel };
+        let unpacked = unpack(file, self.compression, dir, style, limits, None);
         unpacked.map(drop).map_err(|source| SolveError::Unpack { name: self.name, source })
     }
 }

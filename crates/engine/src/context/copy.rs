@@ -14,6 +14,7 @@ use super::inroot::{self, MadeDir, Missing};
 use super::select::{Selected, SelectedKind, Selection, owner};
 use super::walk::{self, Found, Visitor, WalkError};
 use super::{Owners, Tree};
+use crate::exec::Cancel;
 
 /// How much is asked of `copy_file_range` or read at a time, in bytes.
 const CHUNK_BYTES: usize = 1 << 20;
@@ -144,6 +145,7 @@ pub fn copy(
             owners: tree.owners,
             options,
             copied: &mut copied,
+            cancel: &tree.cancel,
             can_clone: true,
             can_range: true,
         };
@@ -216,6 +218,7 @@ struct Copier<'a> {
     owners: Owners,
     options: &'a CopyOptions,
     copied: &'a mut Copied,
+    cancel: &'a Cancel,
     can_clone: bool,
     can_range: bool,
 }
@@ -326,6 +329,7 @@ impl Copier<'_> {
         }
         let mut total = 0;
         while self.can_range {
+            self.cancel.check()?;
             match rustix::fs::copy_file_range(source, None, target, None, CHUNK_BYTES) {
                 // Files of /proc and the like end at once here though they have bytes: reading finds out.
                 Ok(0) if total == 0 => break,
@@ -342,6 +346,7 @@ impl Copier<'_> {
         let mut target = std::fs::File::from(target.try_clone()?);
         let mut buffer = vec![0; CHUNK_BYTES];
         loop {
+            self.cancel.check()?;
             match source.read(&mut buffer) {
                 Ok(0) => return Ok(total),
                 Ok(length) => {

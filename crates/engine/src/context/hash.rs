@@ -11,6 +11,7 @@ use sha2::{Digest as _, Sha256};
 use super::select::{SelectedKind, Selection, owner};
 use super::walk::{self, Found, Visitor, WalkError};
 use super::{Owners, Tree};
+use crate::exec::Cancel;
 
 /// Begins every hash, so that a change of what is hashed changes all of them.
 const DOMAIN: &[u8] = b"plies content hash v1\0";
@@ -90,7 +91,12 @@ impl Tree {
     /// # Errors
     /// [`HashError::Special`] for a pipe or a device in a context (a stage may have them), [`HashError::Io`].
     pub fn hash(&self, selection: &Selection) -> Result<ContentHash, HashError> {
-        let mut hasher = Hasher { sum: Sha256::new(), owners: self.owners, buffer: vec![0; READ_BYTES] };
+        let mut hasher = Hasher {
+            sum: Sha256::new(),
+            owners: self.owners,
+            buffer: vec![0; READ_BYTES],
+            cancel: self.cancel.clone(),
+        };
         hasher.sum.update(DOMAIN);
         for item in &selection.items {
             // A directory's name doesn't appear in the copy.
@@ -117,6 +123,7 @@ struct Hasher {
     sum: Sha256,
     owners: Owners,
     buffer: Vec<u8>,
+    cancel: Cancel,
 }
 
 impl Hasher {
@@ -181,6 +188,7 @@ impl Visitor for Hasher {
                 let mut file = std::fs::File::from(found.open().map_err(failed("open", found))?);
                 let mut sum = Sha256::new();
                 loop {
+                    self.cancel.check().map_err(failed("read", found))?;
                     match file.read(&mut self.buffer) {
                         Ok(0) => break,
                         Ok(length) => sum.update(&self.buffer[..length]),

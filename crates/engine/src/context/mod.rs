@@ -30,6 +30,8 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
+use crate::exec::Cancel;
+
 /// Who owns what a tree holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Owners {
@@ -45,17 +47,25 @@ pub struct Tree {
     dir: OwnedFd,
     owners: Owners,
     ignore: Option<crate::dockerfile::Ignore>,
+    cancel: Cancel,
 }
 
 impl Tree {
     /// A build context: owners count as root, and what `ignore` hides is not there.
     pub fn context(dir: OwnedFd, ignore: Option<crate::dockerfile::Ignore>) -> Self {
-        Self { dir, owners: Owners::Root, ignore }
+        Self { dir, owners: Owners::Root, ignore, cancel: Cancel::new() }
     }
 
     /// A mounted stage or image.
     pub fn stage(dir: OwnedFd) -> Self {
-        Self { dir, owners: Owners::AsTheyAre, ignore: None }
+        Self { dir, owners: Owners::AsTheyAre, ignore: None, cancel: Cancel::new() }
+    }
+
+    /// Lets hashing and copying out of this tree stop when asked to, with [`Canceled`](crate::Canceled) as the cause.
+    #[must_use]
+    pub fn cancelable(mut self, cancel: &Cancel) -> Self {
+        self.cancel = cancel.clone();
+        self
     }
 
     /// Opens a directory of the host for [`Tree::context`] or [`Tree::stage`].

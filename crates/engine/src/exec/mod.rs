@@ -344,6 +344,14 @@ impl Cancel {
         self.lock().canceled
     }
 
+    /// For loops over bytes: an error with [`Canceled`](crate::Canceled) inside once somebody has asked.
+    ///
+    /// # Errors
+    /// That error only.
+    pub(crate) fn check(&self) -> io::Result<()> {
+        if self.is_canceled() { Err(io::Error::other(crate::Canceled)) } else { Ok(()) }
+    }
+
     /// Has `action` called on a cancel (now, if that was earlier) for as long as the guard lives. Actions are quick and
     /// can't fail: they send a signal or wake a thread.
     fn on_cancel(&self, action: impl Fn() + Send + 'static) -> CancelGuard {
