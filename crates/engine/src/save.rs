@@ -4,7 +4,9 @@
 //! built gets a manifest and compressed blobs here, from its layers, and keeps them.
 
 use std::collections::BTreeMap;
-use std::fs::File;
+use std::collections::hash_map::RandomState;
+use std::fs::{File, OpenOptions};
+use std::hash::{BuildHasher as _, Hasher as _};
 use std::io::{self, BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
 
@@ -12,8 +14,8 @@ use plies_archive::compress;
 use plies_archive::tar::{self, Entry, EntryKind, EntryPath, Timestamp, WriteError};
 use plies_image::{Found, ImageError, ImageRow};
 use plies_oci::{
-    BlobDigest, Compression, Descriptor, DiffId, DocumentError, ErrorKind, ImageConfig, Index, Manifest, MediaClass,
-    MediaType, classify,
+    BlobDigest, Compression, Descriptor, DiffId, DocumentError, ErrorKind, ImageConfig, ImageId, Index, Manifest,
+    MediaClass, MediaType, Reference, classify,
 };
 use plies_store::{CatalogueError, CommitError, IngestError, Lease};
 use serde_json::json;
@@ -27,6 +29,15 @@ use crate::{Canceled, Engine};
 
 /// What an OCI layout's marker file says (image-spec, `image-layout.md`).
 const OCI_LAYOUT: &[u8] = br#"{"imageLayoutVersion":"1.0.0"}"#;
+
+/// Where an index carries an image's name: containerd and docker read the first, podman and skopeo the second.
+const NAME_ANNOTATIONS: [&str; 2] = ["io.containerd.image.name", "org.opencontainers.image.ref.name"];
+
+/// Other ways to say standard output. Opened anew, a redirected one would be written from its beginning.
+const STDOUT_PATHS: [&str; 3] = ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"];
+
+/// Symbolic links that are followed at most, as the kernel does (`path_resolution(7)`).
+const SYMLINKS_MAX: usize = 40;
 
 /// Buffer in front of the output.
 const BUFFER_BYTES: usize = 256 << 10;
@@ -45,7 +56,8 @@ pub enum SaveFormat {
 /// Where to write it.
 #[derive(Debug, Clone)]
 pub enum Output {
-    /// A file, which appears when it is whole; or the directory of an OCI layout, made if need be.
+    /// A file, which appears when it is whole; or the directory of an OCI layout, made if need be. What is there and
+    /// no regular file (a FIFO, a device) is written to as it is.
     Path(PathBuf),
     /// Standard output.
     Stdout,
@@ -154,10 +166,18 @@ impl SaveError {
 
 /// An image with all that goes into an archive.
 struct Saved {
-    /// The name that the archive gives it.
+    /// The names that the archive gives it, each once.
     names: Vec<String>,
     manifest: Manifest,
     config: ImageConfig,
+}
+
+impl Saved {
+    fn add_name(&mut self, name: String) {
+        if !self.names.contains(&name) {
+            self.names.push(name);
+        }
+    }
 }
 
 impl Engine {
@@ -191,7 +211,7 @@ impl Engine {
             let names: Vec<String> = found.name.iter().map(ToString::to_string).collect();
             let (manifest, config) = self.manifest_of(&found, one, lease, progress, cancel)?;
             match images.iter_mut().find(|have| have.manifest == manifest) {
-                Some(have) => have.names.extend(names),
+                Some(have) => names.into_iter().for_each(|name| have.add_name(name)),
                 None => images.push(Saved { names, manifest, config }),
             }
         }
@@ -199,23 +219,10 @@ impl Engine {
         let sink = |path: &Path| Sink { path: path.to_owned(), task: &task, cancel };
         match (format, output) {
             (SaveFormat::OciDirectory, Output::Path(dir)) => self.save_directory(&images, dir, &sink(dir))?,
-            (_, Output::Path(path)) => {
-                let mut partial = path.as_os_str().to_owned();
-                partial.push(".partial");
-                let partial = PathBuf::from(partial);
-                let sink = sink(path);
-                let file = File::create(&partial).map_err(sink.failed())?;
-                let written = self.save_tar(&images, format, file, &sink).and_then(|file| {
-                    file.sync_all().map_err(sink.failed())?;
-                    std::fs::rename(&partial, path).map_err(sink.failed())
-                });
-                if written.is_err() {
-                    // The error that made it useless is the one to tell.
-                    drop(std::fs::remove_file(&partial));
-                }
-                written?;
+            (_, Output::Path(path)) if !STDOUT_PATHS.iter().any(|stdout| path == Path::new(stdout)) => {
+                self.save_file(&images, format, path, &sink(path))?;
             }
-            (_, Output::Stdout) => {
+            (_, Output::Path(_) | Output::Stdout) => {
                 let sink = sink(Path::new("<standard output>"));
                 self.save_tar(&images, format, io::stdout(), &sink)?.flush().map_err(sink.failed())?;
             }
@@ -256,25 +263,48 @@ impl Engine {
         Ok((manifest, config))
     }
 
+    /// Writes an archive into a file, which is replaced when the new one is whole.
+    fn save_file(&self, images: &[Saved], format: SaveFormat, path: &Path, sink: &Sink<'_>) -> Result<(), SaveError> {
+        let path = resolve(path).map_err(sink.failed())?;
+        let old = match std::fs::metadata(&path) {
+            Ok(meta) => Some(meta),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            Err(error) => return Err(sink.failed()(error)),
+        };
+        if old.as_ref().is_some_and(|meta| !meta.is_file()) {
+            // Putting a file in its place would leave whoever reads it waiting, and the machine without a device.
+            let file = OpenOptions::new().write(true).open(&path).map_err(sink.failed())?;
+            return self.save_tar(images, format, &file, sink).map(drop);
+        }
+        let dir = directory_of(&path);
+        let partial = Partial::create(dir).map_err(sink.failed())?;
+        if let Some(old) = old {
+            partial.file.set_permissions(old.permissions()).map_err(sink.failed())?;
+        }
+        self.save_tar(images, format, &partial.file, sink)?;
+        partial.publish(&path).and_then(|()| sync_directory(dir)).map_err(sink.failed())
+    }
+
     /// Writes an OCI layout into a directory, or adds to the one that is there. Blobs come before the index that names
     /// them, so whoever reads meanwhile sees the old images or all.
     fn save_directory(&self, images: &[Saved], dir: &Path, sink: &Sink<'_>) -> Result<(), SaveError> {
         let blobs = dir.join("blobs/sha256");
         std::fs::create_dir_all(&blobs).map_err(sink.failed())?;
-        std::fs::write(dir.join("oci-layout"), OCI_LAYOUT).map_err(sink.failed())?;
-        for (digest, _) in blobs_of(images) {
-            let (path, partial) = (blobs.join(digest.hex()), blobs.join(format!(".{}.partial", digest.hex())));
-            if path.exists() {
+        sink.publish(&dir.join("oci-layout"), OCI_LAYOUT)?;
+        for (digest, size_bytes) in blobs_of(images) {
+            let path = blobs.join(digest.hex());
+            // One of another size was cut off, by a full disk or a crash of whoever wrote it.
+            if std::fs::metadata(&path).is_ok_and(|meta| meta.is_file() && meta.len() == size_bytes) {
                 continue;
             }
-            let mut file = File::create(&partial).map_err(sink.failed())?;
             let mut blob = self.open_blob(digest)?;
-            sink.copy(&mut blob, &mut file)?;
-            file.sync_all().map_err(sink.failed())?;
-            std::fs::rename(&partial, &path).map_err(sink.failed())?;
+            let partial = Partial::create(&blobs).map_err(sink.failed())?;
+            sink.copy(&mut blob, &mut &partial.file)?;
+            partial.publish(&path).map_err(sink.failed())?;
         }
+        sync_directory(&blobs).map_err(sink.failed())?;
         let index_path = dir.join("index.json");
-        let mut entries: Vec<Descriptor> = match std::fs::read(&index_path) {
+        let old: Vec<Descriptor> = match std::fs::read(&index_path) {
             Ok(raw) => {
                 let index = Index::parse(&raw);
                 index
@@ -285,17 +315,9 @@ impl Engine {
             Err(error) if error.kind() == io::ErrorKind::NotFound => vec![],
             Err(error) => return Err(sink.failed()(error)),
         };
-        let new = index_entries(images);
-        let renamed = |old: &Descriptor| new.iter().any(|new| new.annotations == old.annotations);
-        entries.retain(|old| !renamed(old));
-        entries.extend(new);
-        let partial = dir.join(".index.json.partial");
-        let written = File::create(&partial).and_then(|mut file| {
-            file.write_all(Index::build(&entries).document().raw())?;
-            file.sync_all()
-        });
-        written.and_then(|()| std::fs::rename(&partial, &index_path)).map_err(sink.failed())?;
-        File::open(dir).and_then(|dir| dir.sync_all()).map_err(sink.failed())
+        let entries = merge_entries(old, index_entries(images));
+        sink.publish(&index_path, Index::build(&entries).document().raw())?;
+        sync_directory(dir).map_err(sink.failed())
     }
 
     fn save_tar<W: Write>(
@@ -328,8 +350,17 @@ impl Engine {
     ) -> Result<(), SaveError> {
         let mut layers: BTreeMap<DiffId, String> = BTreeMap::new();
         let mut list = Vec::new();
+        // Manifests that differ in how layers are packed are one image here: a file twice is what no reader expects.
+        let mut grouped: Vec<(ImageId, &Saved, Vec<String>)> = Vec::new();
         for image in images {
-            let id = image.config.id().hex();
+            let id = image.config.id();
+            match grouped.iter_mut().find(|(have, ..)| *have == id) {
+                Some((.., names)) => names.extend(image.names.iter().cloned()),
+                None => grouped.push((id, image, image.names.clone())),
+            }
+        }
+        for (id, image, names) in grouped {
+            let id = id.hex();
             sink.bytes(tar, &format!("{id}.json"), image.config.document().raw())?;
             let mut files = Vec::new();
             for (diff_id, layer) in image.config.diff_ids().iter().zip(image.manifest.layers()) {
@@ -339,7 +370,7 @@ impl Engine {
                 }
                 files.push(name);
             }
-            let tags: Vec<String> = image.names.iter().map(|name| crate::familiar(name)).collect();
+            let tags: Vec<String> = names.iter().map(|name| crate::familiar(name)).collect();
             list.push(json!({"Config": format!("{id}.json"), "RepoTags": tags, "Layers": files}));
         }
         sink.bytes(tar, "manifest.json", serde_json::Value::from(list).to_string().as_bytes())
@@ -390,8 +421,7 @@ fn blobs_of(images: &[Saved]) -> BTreeMap<BlobDigest, u64> {
     described.map(|descriptor| (descriptor.digest, descriptor.size_bytes)).collect()
 }
 
-/// An index entry a name. Both annotations are written: containerd and docker read the first, podman and skopeo the
-/// second.
+/// An index entry a name, under both annotations.
 fn index_entries(images: &[Saved]) -> Vec<Descriptor> {
     let mut entries = Vec::new();
     for image in images {
@@ -402,12 +432,103 @@ fn index_entries(images: &[Saved]) -> Vec<Descriptor> {
         }
         for name in &image.names {
             let mut named = descriptor.clone();
-            named.annotations.insert("io.containerd.image.name".into(), name.clone());
-            named.annotations.insert("org.opencontainers.image.ref.name".into(), name.clone());
+            for key in NAME_ANNOTATIONS {
+                named.annotations.insert(key.into(), name.clone());
+            }
             entries.push(named);
         }
     }
     entries
+}
+
+/// The name of an index entry in full, however short or under whichever annotation somebody wrote it.
+fn name_of(entry: &Descriptor) -> Option<String> {
+    let name = NAME_ANNOTATIONS.iter().find_map(|key| entry.annotations.get(*key))?;
+    Some(name.parse::<Reference>().map_or_else(|_| name.clone(), |name| name.to_string()))
+}
+
+/// Adds entries to those of a layout: a name goes over to the image that has it now, other images stay.
+fn merge_entries(old: Vec<Descriptor>, new: Vec<Descriptor>) -> Vec<Descriptor> {
+    let replaced = |old: &Descriptor| {
+        let name = name_of(old);
+        new.iter().any(|new| match &name {
+            Some(_) => name_of(new) == name,
+            None => new.digest == old.digest,
+        })
+    };
+    let mut entries: Vec<Descriptor> = old.into_iter().filter(|old| !replaced(old)).collect();
+    // What is there under a name needs no second, nameless entry.
+    let known: Vec<BlobDigest> = entries.iter().map(|entry| entry.digest).collect();
+    entries.extend(new.into_iter().filter(|new| name_of(new).is_some() || !known.contains(&new.digest)));
+    entries
+}
+
+/// Where a path leads, whether something is there or not: a link is written through, not replaced.
+fn resolve(path: &Path) -> io::Result<PathBuf> {
+    let mut path = path.to_owned();
+    for _ in 0..SYMLINKS_MAX {
+        match std::fs::canonicalize(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            other => return other,
+        }
+        match std::fs::read_link(&path) {
+            // A pipe behind `/dev/fd/63` has no path of its own: the link itself must be opened.
+            Ok(_) if path.exists() => return Ok(path),
+            Ok(target) => path = directory_of(&path).join(target),
+            Err(_) => return Ok(path),
+        }
+    }
+    Err(io::Error::other("too many symbolic links"))
+}
+
+/// The directory that a file is in.
+fn directory_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
+}
+
+fn sync_directory(dir: &Path) -> io::Result<()> {
+    File::open(dir)?.sync_all()
+}
+
+/// A file on its way, under a name that nobody else has. Dropped before it is published it is removed.
+struct Partial {
+    path: PathBuf,
+    file: File,
+    published: bool,
+}
+
+impl Partial {
+    fn create(dir: &Path) -> io::Result<Self> {
+        loop {
+            // Each state is keyed at random; two at once, or a planted name, only cost another turn.
+            let path = dir.join(format!(".ply-{:016x}.partial", RandomState::new().build_hasher().finish()));
+            match File::create_new(&path) {
+                Ok(file) => return Ok(Self { path, file, published: false }),
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Gives it its name, in the directory that it was made in, which the caller syncs.
+    fn publish(mut self, path: &Path) -> io::Result<()> {
+        self.file.sync_all()?;
+        std::fs::rename(&self.path, path)?;
+        self.published = true;
+        Ok(())
+    }
+}
+
+impl Drop for Partial {
+    fn drop(&mut self) {
+        if !self.published {
+            // The error that made it useless is the one to tell.
+            drop(std::fs::remove_file(&self.path));
+        }
+    }
 }
 
 /// Where bytes of one save go, and who is told.
@@ -428,6 +549,12 @@ impl Sink<'_> {
             true => Canceled.into(),
             false => SaveError::Archive { path: self.path.clone(), source },
         }
+    }
+
+    /// Writes a small file of a layout, whole or not at all.
+    fn publish(&self, path: &Path, bytes: &[u8]) -> Result<(), SaveError> {
+        let partial = Partial::create(directory_of(path)).map_err(self.failed())?;
+        (&partial.file).write_all(bytes).and_then(|()| partial.publish(path)).map_err(self.failed())
     }
 
     fn copy(&self, from: &mut dyn Read, to: &mut dyn Write) -> Result<(), SaveError> {
@@ -477,5 +604,43 @@ impl Read for Told<'_> {
         let read = self.inner.read(buffer)?;
         self.sink.task.advance(read as u64);
         Ok(read)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(content: &str, annotations: &[(&str, &str)]) -> Descriptor {
+        let mut entry = Descriptor::new(MediaType::ImageManifest, BlobDigest::of(content.as_bytes()), 1);
+        for (key, value) in annotations {
+            entry.annotations.insert((*key).into(), (*value).into());
+        }
+        entry
+    }
+
+    #[test]
+    fn an_index_entry_is_replaced_by_one_of_its_name_only() {
+        let [containerd, oci] = NAME_ANNOTATIONS;
+        let named = |content, name| entry(content, &[(containerd, name), (oci, name)]);
+        let new = [named("new", "docker.io/library/app:1")];
+        for (what, old, stays) in [
+            ("both annotations", named("old", "docker.io/library/app:1"), false),
+            ("containerd's", entry("old", &[(containerd, "app:1")]), false),
+            ("the specification's", entry("old", &[(oci, "app:1")]), false),
+            ("containerd's and a tag", entry("old", &[(containerd, "docker.io/library/app:1"), (oci, "1")]), false),
+            ("another annotation", entry("old", &[(oci, "app:1"), ("x", "y")]), false),
+            ("another name", named("old", "docker.io/library/app:2"), true),
+            ("another name of the same image", named("new", "docker.io/library/app:2"), true),
+            ("no name, another image", entry("old", &[]), true),
+            ("no name, the same image", entry("new", &[]), false),
+        ] {
+            let merged = merge_entries(vec![old.clone()], new.to_vec());
+            assert_eq!(merged.contains(&old), stays, "{what}");
+            assert!(merged.contains(&new[0]), "{what}");
+        }
+        let nameless = entry("new", &[]);
+        assert_eq!(merge_entries(vec![entry("old", &[])], vec![nameless.clone()]).len(), 2, "nameless ones add up");
+        assert_eq!(merge_entries(new.to_vec(), vec![nameless]).len(), 1, "known under a name");
     }
 }

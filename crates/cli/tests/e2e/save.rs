@@ -1,0 +1,209 @@
+//! Where `save` writes, and what it leaves of what was there.
+
+use std::{
+    fs,
+    os::unix::fs::{FileTypeExt as _, PermissionsExt as _, symlink},
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use plies_testkit::{
+    args,
+    image::{Image, Packing, blobs_of, untar},
+    ply::Ply,
+    tar::Member,
+    tools,
+};
+use serde_json::Value;
+
+use crate::common::{load, store};
+
+fn small(tag: &str, content: &str) -> Image {
+    Image::new(tag).layer(&[Member::file("f", content)], Packing::Gzip)
+}
+
+fn partials(dir: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            found.extend(partials(&path));
+        } else if path.to_string_lossy().ends_with(".partial") {
+            found.push(path);
+        }
+    }
+    found
+}
+
+fn names(layout: &Path) -> Vec<String> {
+    let index: Value = serde_json::from_slice(&fs::read(layout.join("index.json")).unwrap()).unwrap();
+    let name = |entry: &Value| entry["annotations"]["io.containerd.image.name"].as_str().unwrap_or("-").to_owned();
+    index["manifests"].as_array().unwrap().iter().map(name).collect()
+}
+
+fn loaded(image: &Image) -> Option<Ply> {
+    let ply = store()?;
+    load(&ply, image);
+    Some(ply)
+}
+
+#[test]
+fn a_fifo_is_written_to_and_stays() {
+    let image = small("localhost/small:1", "x");
+    let Some(ply) = loaded(&image) else { return };
+    let (fifo, out) = (ply.scratch().join("fifo"), ply.scratch().join("out.tar"));
+    tools::run(Command::new("mkfifo").arg(&fifo));
+    let mut reader =
+        Command::new("timeout").args(["60", "cat"]).arg(&fifo).stdout(fs::File::create(&out).unwrap()).spawn().unwrap();
+    ply.ok(args!["save", "-o", fifo, image.tag()]);
+    reader.wait().unwrap();
+    assert!(fs::symlink_metadata(&fifo).unwrap().file_type().is_fifo());
+    assert!(blobs_of(&untar(&out, &ply.scratch().join("out"))) == image.blobs());
+}
+
+#[test]
+fn a_device_and_standard_output_by_name_are_written_to() {
+    let image = small("localhost/small:1", "x");
+    let Some(ply) = loaded(&image) else { return };
+    // A node of our own: a failure would otherwise take the machine's.
+    let null = ply.scratch().join("null");
+    tools::run(Command::new("mknod").arg(&null).args(["c", "1", "3"]));
+    ply.ok(args!["save", "-o", null, image.tag()]);
+    assert!(fs::symlink_metadata(&null).unwrap().file_type().is_char_device());
+    let out = ply.scratch().join("out.tar");
+    let mut save = ply.command(args!["save", "-o", "/dev/stdout", image.tag()]);
+    assert!(save.stdout(fs::File::create(&out).unwrap()).status().unwrap().success());
+    assert!(blobs_of(&untar(&out, &ply.scratch().join("out"))) == image.blobs());
+}
+
+#[test]
+fn a_link_is_written_through() {
+    let image = small("localhost/small:1", "x");
+    let Some(ply) = loaded(&image) else { return };
+    let dir = ply.scratch().dir("elsewhere");
+    for there in [false, true] {
+        let (target, link) = (dir.join(format!("{there}.tar")), ply.scratch().join(format!("{there}")));
+        if there {
+            fs::write(&target, "old").unwrap();
+            fs::set_permissions(&target, fs::Permissions::from_mode(0o600)).unwrap();
+        }
+        symlink(format!("elsewhere/{there}.tar"), &link).unwrap();
+        ply.ok(args!["save", "-o", link, image.tag()]);
+        assert!(fs::symlink_metadata(&link).unwrap().is_symlink());
+        assert!(blobs_of(&untar(&target, &ply.scratch().join(format!("{there}.d")))) == image.blobs());
+        if there {
+            assert_eq!(fs::metadata(&target).unwrap().permissions().mode() & 0o777, 0o600, "as private as it was");
+        }
+    }
+}
+
+#[test]
+fn a_failed_save_leaves_the_old_file_and_nothing_else() {
+    let image = small("localhost/small:1", "x");
+    let Some(ply) = loaded(&image) else { return };
+    let dir = ply.scratch().dir("out");
+    let out = dir.join("a.tar");
+    fs::write(&out, "old").unwrap();
+    // Somebody's own file, under the name that partial files once had.
+    fs::write(dir.join("a.tar.partial"), "mine").unwrap();
+    let blob = ply.root().join("content/blobs/sha256").join(image.layer_digest(0));
+    let sound = fs::read(&blob).unwrap();
+    fs::remove_file(&blob).unwrap();
+    ply.fails(1, args!["save", "-o", out, image.tag()]);
+    assert_eq!(fs::read(&out).unwrap(), b"old");
+    let layout = ply.scratch().join("layout");
+    ply.fails(1, args!["save", "--format", "oci-dir", "-o", layout, image.tag()]);
+    assert_eq!(partials(&layout), Vec::<PathBuf>::new());
+    assert!(!layout.join("index.json").exists());
+    fs::write(&blob, sound).unwrap();
+    ply.ok(args!["save", "-o", out, image.tag()]);
+    assert_eq!(fs::read(dir.join("a.tar.partial")).unwrap(), b"mine");
+    assert_eq!(fs::read_dir(&dir).unwrap().count(), 2);
+}
+
+#[test]
+fn a_full_disk_leaves_no_partial_blob_in_a_layout() {
+    let noise: Vec<u8> = (0..4_000_000u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
+    let image = Image::new("localhost/big:1").layer(&[Member::file("noise", noise)], Packing::Plain);
+    let Some(ply) = loaded(&image) else { return };
+    let dir = ply.scratch().dir("small-disk");
+    tools::run(Command::new("mount").args(["-t", "tmpfs", "-o", "size=1m", "tmpfs"]).arg(&dir));
+    let oci = ply.run(args!["save", "--format", "oci-dir", "-o", dir.join("layout"), image.tag()]);
+    let tar = ply.run(args!["save", "-o", dir.join("a.tar"), image.tag()]);
+    let left = (partials(&dir), dir.join("a.tar").exists());
+    tools::run(Command::new("umount").arg(&dir));
+    assert!(oci.status.code() == Some(1) && tar.status.code() == Some(1), "{oci} {tar}");
+    assert_eq!(left, (vec![], false));
+}
+
+#[test]
+fn saving_a_name_again_into_a_layout_replaces_its_image_only() {
+    let Some(ply) = loaded(&small("localhost/app:1", "one")) else { return };
+    load(&ply, &small("localhost/other:1", "other"));
+    let layout = ply.scratch().join("layout");
+    let save = |image: &str| ply.ok(args!["save", "--format", "oci-dir", "-o", layout, image]);
+    save("localhost/app:1");
+    save("localhost/other:1");
+    // As another tool would have written it: one annotation only.
+    let path = layout.join("index.json");
+    let mut index: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    index["manifests"][0]["annotations"].as_object_mut().unwrap().remove("org.opencontainers.image.ref.name");
+    fs::write(&path, serde_json::to_vec(&index).unwrap()).unwrap();
+    let newer = small("localhost/app:1", "two");
+    load(&ply, &newer);
+    save("localhost/app:1");
+    assert_eq!(names(&layout), ["localhost/other:1", "localhost/app:1"]);
+    // Nameless images do not take each other's place.
+    let ids: Vec<String> = ["a", "b"]
+        .map(|content| {
+            let image = small("localhost/nameless:1", content);
+            load(&ply, &image);
+            image.id()
+        })
+        .to_vec();
+    let nameless = ply.scratch().join("nameless");
+    for id in &ids {
+        ply.ok(args!["save", "--format", "oci-dir", "-o", nameless, id]);
+    }
+    assert_eq!(names(&nameless), ["-", "-"]);
+}
+
+#[test]
+fn a_cut_off_blob_of_a_layout_is_written_again() {
+    let image = small("localhost/small:1", "x");
+    let Some(ply) = loaded(&image) else { return };
+    let layout = ply.scratch().join("layout");
+    let blob = layout.join("blobs/sha256").join(image.layer_digest(0));
+    fs::create_dir_all(blob.parent().unwrap()).unwrap();
+    fs::write(&blob, "cut").unwrap();
+    ply.ok(args!["save", "--format", "oci-dir", "-o", layout, image.tag()]);
+    assert!(blobs_of(&layout) == image.blobs());
+}
+
+#[test]
+fn an_image_named_twice_is_saved_once() {
+    let image = small("localhost/small:1", "x");
+    let Some(ply) = loaded(&image) else { return };
+    let layout = ply.scratch().join("layout");
+    ply.ok(args!["save", "--format", "oci-dir", "-o", layout, image.tag(), image.tag(), image.id()]);
+    assert_eq!(names(&layout), ["localhost/small:1"]);
+}
+
+#[test]
+fn a_docker_archive_of_one_image_under_two_manifests_has_each_file_once() {
+    let members = [Member::file("f", "the same")];
+    let Some(ply) = loaded(&Image::new("localhost/gz:1").layer(&members, Packing::Gzip)) else { return };
+    load(&ply, &Image::new("localhost/zst:1").layer(&members, Packing::Zstd));
+    let out = ply.scratch().join("out.tar");
+    ply.ok(args!["save", "--format", "docker", "-o", out, "localhost/gz:1", "localhost/zst:1"]);
+    let listed = tools::run(Command::new("tar").arg("-tf").arg(&out));
+    let mut files: Vec<&str> = listed.lines().collect();
+    files.sort_unstable();
+    let count = files.len();
+    files.dedup();
+    assert_eq!(files.len(), count, "{listed}");
+    let dir = untar(&out, &ply.scratch().join("out"));
+    let list: Value = serde_json::from_slice(&fs::read(dir.join("manifest.json")).unwrap()).unwrap();
+    assert_eq!(list.as_array().unwrap().len(), 1);
+    assert_eq!(list[0]["RepoTags"], serde_json::json!(["localhost/gz:1", "localhost/zst:1"]));
+}
