@@ -5,7 +5,10 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
+use plies_engine::exec::ExecutorChoice;
+use plies_oci::Reference;
 
+use crate::commands::search_path;
 use crate::progress;
 
 /// Stores, builds and moves container images.
@@ -76,6 +79,7 @@ pub(crate) enum Command {
         /// Image name or ID
         source: String,
         /// The new name
+        #[arg(value_parser = image_name)]
         target: String,
     },
     /// Remove names, and images that lost their last one
@@ -137,7 +141,7 @@ pub(crate) struct Load {
     #[arg(short, long, value_name = "PATH")]
     pub(crate) input: Option<PathBuf>,
     /// Name for an image that the archive leaves nameless
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", value_parser = image_name)]
     pub(crate) tag: Option<String>,
 }
 
@@ -168,7 +172,7 @@ pub(crate) enum SaveFormat {
 #[derive(Debug, Args)]
 pub(crate) struct Build {
     /// Name of the result; may be given several times
-    #[arg(short, long, value_name = "NAME[:TAG]")]
+    #[arg(short, long, value_name = "NAME[:TAG]", value_parser = image_name)]
     pub(crate) tag: Vec<String>,
     /// The Dockerfile [default: CONTEXT/Dockerfile]
     #[arg(short, long, value_name = "FILE")]
@@ -179,8 +183,8 @@ pub(crate) struct Build {
     /// Value of an ARG; without `=VALUE` it is taken from the environment
     #[arg(long, value_name = "KEY[=VALUE]")]
     pub(crate) build_arg: Vec<String>,
-    /// Label of the result
-    #[arg(long, value_name = "KEY=VALUE")]
+    /// Label of the result; without `=VALUE` it is empty
+    #[arg(long, value_name = "KEY[=VALUE]")]
     pub(crate) label: Vec<String>,
     /// Run every step, whatever is cached
     #[arg(long)]
@@ -201,8 +205,30 @@ pub(crate) struct Build {
 #[derive(Debug, Args)]
 pub(crate) struct ExecutorArg {
     /// What runs commands: `auto`, `builtin`, or the path of an OCI runtime
-    #[arg(long, default_value = "auto", value_name = "auto|builtin|PATH")]
-    pub(crate) executor: String,
+    #[arg(long, default_value = "auto", value_name = "auto|builtin|PATH", value_parser = executor)]
+    pub(crate) executor: ExecutorChoice,
+}
+
+/// A name that an image can be given.
+fn image_name(text: &str) -> Result<String, String> {
+    let name: Reference = text.parse().map_err(|error: plies_oci::ReferenceError| error.to_string())?;
+    match name.digest() {
+        Some(_) => Err("a digest cannot be given as a name".into()),
+        None => Ok(text.to_owned()),
+    }
+}
+
+fn executor(text: &str) -> Result<ExecutorChoice, String> {
+    Ok(match text {
+        "auto" => ExecutorChoice::Auto,
+        "builtin" => ExecutorChoice::Builtin,
+        path if path.contains('/') => ExecutorChoice::Runtime(path.into()),
+        // A bare name is looked for as a shell would.
+        name => match search_path().iter().map(|dir| dir.join(name)).find(|path| path.is_file()) {
+            Some(path) => ExecutorChoice::Runtime(path),
+            None => return Err("expected auto, builtin, or an OCI runtime in PATH".into()),
+        },
+    })
 }
 
 #[derive(Debug, Args)]

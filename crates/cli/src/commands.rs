@@ -5,13 +5,15 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::{Context as _, bail};
+use anyhow::Context as _;
 use clap::CommandFactory as _;
+use clap::error::ErrorKind;
 use jiff::Timestamp;
 use plies_engine::build::BuildRequest;
-use plies_engine::exec::{Cancel, ExecutorChoice};
+use plies_engine::exec::Cancel;
 use plies_engine::{DriverKind, Engine, EngineOptions, Input, Output, RemovedImage, RunRequest, SaveFormat, TreeNode};
 use serde::Serialize;
+use serde_json::json;
 
 use crate::args::{self, Command, Global, Ply, Ref};
 use crate::format::{self, Column};
@@ -37,11 +39,34 @@ pub(crate) fn run(args: Ply) -> anyhow::Result<ExitCode> {
         }
         _ => {}
     }
+    check(&command)?;
     let cancel = cancel_on_signals()?;
     let engine = open(&global)?;
     let code = with_engine(&engine, &global, command, &cancel)?;
     engine.close()?;
     Ok(code)
+}
+
+/// Refuses what cannot work as it was asked for, before the store is opened or made.
+fn check(command: &Command) -> Result<(), clap::Error> {
+    let wrong = |kind, text: &str| Err(Ply::command().error(kind, text));
+    let given = |path: &Option<PathBuf>| path.as_ref().is_some_and(|path| path.as_os_str() != "-");
+    match command {
+        Command::Save(save) if !given(&save.output) => match save.format {
+            args::SaveFormat::OciDir => {
+                wrong(ErrorKind::MissingRequiredArgument, "a directory must be named: give -o DIR")
+            }
+            _ if io::stdout().is_terminal() => {
+                wrong(ErrorKind::MissingRequiredArgument, "an archive is not for a terminal: give -o FILE, or redirect")
+            }
+            _ => Ok(()),
+        },
+        Command::Load(load) if !given(&load.input) && io::stdin().is_terminal() => wrong(
+            ErrorKind::MissingRequiredArgument,
+            "an archive is expected on standard input: give -i PATH, or redirect",
+        ),
+        _ => Ok(()),
+    }
 }
 
 fn with_engine(engine: &Engine, global: &Global, command: Command, cancel: &Cancel) -> anyhow::Result<ExitCode> {
@@ -52,7 +77,7 @@ fn with_engine(engine: &Engine, global: &Global, command: Command, cancel: &Canc
         Command::Load(load) => {
             let input = match load.input {
                 Some(path) if path.as_os_str() != "-" => Input::Path(path),
-                _ => stdin_archive()?,
+                _ => Input::Stdin,
             };
             let loaded = engine.load(&input, load.tag.as_deref(), &*style.renderer(), cancel)?;
             if json {
@@ -73,63 +98,91 @@ fn with_engine(engine: &Engine, global: &Global, command: Command, cancel: &Canc
             };
             let output = match save.output {
                 Some(path) if path.as_os_str() != "-" => Output::Path(path),
-                _ if format == SaveFormat::OciDirectory => bail!("a directory must be named: give -o DIR"),
-                _ if io::stdout().is_terminal() => bail!("an archive is not for a terminal: give -o FILE, or redirect"),
                 _ => Output::Stdout,
             };
             engine.save(&save.images, format, &output, &*style.renderer(), cancel)?;
+            // On standard output there is the archive.
+            if let (true, Output::Path(path)) = (json, output) {
+                return print_json(&json!({"output": path, "images": save.images}));
+            }
         }
-        Command::Images => images(engine, json, global.quiet)?,
+        Command::Images => return images(engine, json, global.quiet),
         Command::Inspect { image } => return print_json(&engine.inspect(&image)?),
         Command::History { image } => history(engine, &image, json)?,
-        Command::Tag { source, target } => engine.tag(&source, &target)?,
+        Command::Tag { source, target } => {
+            let id = engine.tag(&source, &target)?;
+            if json {
+                return print_json(&json!({"id": id, "name": target}));
+            }
+        }
         Command::Rmi { images } => {
             let removed = engine.remove_images(&images)?;
-            engine.gc(false)?;
-            for one in removed {
-                match one {
-                    RemovedImage::Name(name) => say(&format!("Untagged: {}", plies_engine::familiar(&name)))?,
-                    RemovedImage::Image(id) => say(&format!("Deleted: {id}"))?,
+            let rows = removed.iter().map(|one| match one {
+                RemovedImage::Name(name) => ("name", plies_engine::familiar(name)),
+                RemovedImage::Image(id) => ("image", id.to_string()),
+            });
+            if json {
+                print_removed(rows)?;
+            } else {
+                for (kind, id) in rows {
+                    say(&format!("{}: {id}", if kind == "name" { "Untagged" } else { "Deleted" }))?;
                 }
             }
+            collect(engine);
         }
         Command::Run(run) => {
             let request = RunRequest {
                 image: run.image,
                 command: run.command,
-                executor: executor(&run.executor)?,
+                executor: run.executor.executor,
                 search_path: search_path(),
                 terminal: io::stdin().is_terminal() && io::stdout().is_terminal(),
             };
             let code = engine.run(&request, cancel)?;
             return Ok(ExitCode::from(u8::try_from(code).unwrap_or(1)));
         }
-        Command::Mount { target, dir, rw } => engine.mount(&target, &absolute(&dir)?, rw)?,
-        Command::Umount { dir } => {
-            engine.umount(&absolute(&dir)?)?;
-            engine.gc(false)?;
+        Command::Mount { target, dir, rw } => {
+            let dir = absolute(&dir)?;
+            engine.mount(&target, &dir, rw)?;
+            if json {
+                return print_json(&json!({"target": target, "dir": dir}));
+            }
         }
-        Command::Ref(Ref::Ls) => records(engine, json)?,
+        Command::Umount { dir } => {
+            let dir = absolute(&dir)?;
+            engine.umount(&dir)?;
+            if json {
+                print_json(&json!({"dir": dir}))?;
+            }
+            collect(engine);
+        }
+        Command::Ref(Ref::Ls) => return records(engine, json),
         Command::Ref(Ref::Inspect { id }) => return print_json(&engine.record(&id)?),
         Command::Ref(Ref::New { parent, description }) => {
-            say(&engine.new_record(parent.as_deref(), &description)?.to_string())?;
+            return print_id(json, &engine.new_record(parent.as_deref(), &description)?.to_string());
         }
-        Command::Ref(Ref::Commit { id }) => say(&engine.commit_record(&id)?.to_string())?,
+        Command::Ref(Ref::Commit { id }) => return print_id(json, &engine.commit_record(&id)?.to_string()),
         Command::Ref(Ref::Rm { ids }) => {
-            for id in engine.remove_records(&ids)? {
-                say(&id.to_string())?;
+            let removed = engine.remove_records(&ids)?;
+            if json {
+                print_removed(removed.iter().map(|id| ("record", id.to_string())))?;
+            } else {
+                removed.iter().try_for_each(|id| say(&id.to_string()))?;
             }
-            engine.gc(false)?;
+            collect(engine);
         }
-        Command::Du => usage(engine, json)?,
+        Command::Du => return usage(engine, json),
         Command::Tree { target } => {
             let nodes = engine.tree(target.as_deref())?;
+            let damaged = nodes.iter().map(TreeNode::damaged_count).sum();
             if json {
-                return print_json(&nodes);
+                print_json(&nodes)?;
+                return Ok(damaged_code(damaged));
             }
             let mut text = String::new();
             nodes.iter().for_each(|node| draw(node, "", "", &mut text));
             print(&text)?;
+            return Ok(damaged_code(damaged));
         }
         Command::Gc { dry_run } => {
             let report = engine.gc(dry_run)?;
@@ -138,16 +191,16 @@ fn with_engine(engine: &Engine, global: &Global, command: Command, cancel: &Canc
             }
             let verb = if dry_run { "Would remove" } else { "Removed" };
             for gone in &report.removed {
-                say(&format!("{verb} {}  {}", gone.what, format::size(gone.size_bytes)))?;
+                say(&format!("{verb} {} {}  {}", gone.kind, gone.id, format::size(gone.size_bytes)))?;
             }
-            say(&format!("Total: {}", format::size(report.total_bytes())))?;
+            say(&format!("Total: {}", format::size(report.total_bytes)))?;
         }
         Command::Info => {
             let info = engine.info()?;
             if json {
                 return print_json(&info);
             }
-            for (key, value) in info.lines() {
+            for (key, value) in info.lines().into_iter().chain([("disk", format::size(info.total_bytes))]) {
                 say(&format!("{:<22}{}", format!("{key}:"), format::safe(&value)))?;
             }
         }
@@ -157,9 +210,10 @@ fn with_engine(engine: &Engine, global: &Global, command: Command, cancel: &Canc
 }
 
 fn run_build(engine: &Engine, global: &Global, build: args::Build, cancel: &Cancel) -> anyhow::Result<ExitCode> {
-    let pair = |what: &str, text: &String| match text.split_once('=') {
-        Some((key, value)) => Ok((key.to_owned(), value.to_owned())),
-        None => Err(anyhow::anyhow!("{what} {text:?} has no value, expected KEY=VALUE")),
+    // As docker: a label without a value has an empty one.
+    let label = |text: &String| {
+        let (key, value) = text.split_once('=').unwrap_or((text, ""));
+        (key.to_owned(), value.to_owned())
     };
     let mut build_args = Vec::new();
     for arg in &build.build_arg {
@@ -175,9 +229,9 @@ fn run_build(engine: &Engine, global: &Global, build: args::Build, cancel: &Canc
         target: build.target,
         names: build.tag,
         build_args,
-        labels: build.label.iter().map(|label| pair("label", label)).collect::<Result<_, _>>()?,
+        labels: build.label.iter().map(label).collect(),
         no_cache: build.no_cache,
-        executor: executor(&build.executor)?,
+        executor: build.executor.executor,
         search_path: search_path(),
     };
     let style = if global.quiet { Style::Quiet } else { build.progress };
@@ -196,13 +250,16 @@ fn run_build(engine: &Engine, global: &Global, build: args::Build, cancel: &Canc
     Ok(ExitCode::SUCCESS)
 }
 
-fn images(engine: &Engine, json: bool, quiet: bool) -> anyhow::Result<()> {
+fn images(engine: &Engine, json: bool, quiet: bool) -> anyhow::Result<ExitCode> {
     let images = engine.images()?;
+    let damaged = images.iter().filter(|image| image.error.is_some()).count();
     if json {
-        return print_json(&images).map(drop);
+        print_json(&images)?;
+        return Ok(damaged_code(damaged));
     }
     if quiet {
-        return images.iter().try_for_each(|image| say(format::short_id(&image.id.hex())));
+        images.iter().try_for_each(|image| say(format::short_id(&image.id.hex())))?;
+        return Ok(damaged_code(damaged));
     }
     let columns = [
         Column::Left("REPOSITORY"),
@@ -220,12 +277,13 @@ fn images(engine: &Engine, json: bool, quiet: bool) -> anyhow::Result<()> {
                 repository.to_owned(),
                 tag.to_owned(),
                 format::short_id(&image.id.hex()).to_owned(),
-                ago(image.created.as_deref()),
+                image.error.as_ref().map_or_else(|| ago(image.created.as_deref()), |error| format!("damaged: {error}")),
                 format::size(image.size_bytes),
             ]
         })
     });
-    print(&format::table(&columns, rows))
+    print(&format::table(&columns, rows))?;
+    Ok(damaged_code(damaged))
 }
 
 fn history(engine: &Engine, image: &str, json: bool) -> anyhow::Result<()> {
@@ -245,10 +303,12 @@ fn history(engine: &Engine, image: &str, json: bool) -> anyhow::Result<()> {
     print(&format::table(&columns, rows))
 }
 
-fn records(engine: &Engine, json: bool) -> anyhow::Result<()> {
+fn records(engine: &Engine, json: bool) -> anyhow::Result<ExitCode> {
     let records = engine.records()?;
+    let damaged = records.iter().filter(|record| record.error.is_some()).count();
     if json {
-        return print_json(&records).map(drop);
+        print_json(&records)?;
+        return Ok(damaged_code(damaged));
     }
     let columns = [
         Column::Left("ID"),
@@ -265,16 +325,19 @@ fn records(engine: &Engine, json: bool) -> anyhow::Result<()> {
             ago(Some(&record.last_used)),
             record.usage_count.to_string(),
             format::size(record.size_bytes),
-            format::ellipsis(&record.description, CREATED_BY_WIDTH),
+            described(&record.description, record.error.as_deref()),
         ]
     });
-    print(&format::table(&columns, rows))
+    print(&format::table(&columns, rows))?;
+    Ok(damaged_code(damaged))
 }
 
-fn usage(engine: &Engine, json: bool) -> anyhow::Result<()> {
+fn usage(engine: &Engine, json: bool) -> anyhow::Result<ExitCode> {
     let usage = engine.usage()?;
+    let damaged = usage.rows.iter().filter(|row| row.error.is_some()).count();
     if json {
-        return print_json(&usage).map(drop);
+        print_json(&usage)?;
+        return Ok(damaged_code(damaged));
     }
     let columns = [Column::Left("KIND"), Column::Left("ID"), Column::Right("SIZE"), Column::Left("DESCRIPTION")];
     let rows = usage.rows.iter().map(|row| {
@@ -282,19 +345,59 @@ fn usage(engine: &Engine, json: bool) -> anyhow::Result<()> {
             row.kind.to_owned(),
             format::ellipsis(&row.id, 24),
             format::size(row.size_bytes),
-            format::ellipsis(&row.description, CREATED_BY_WIDTH),
+            described(&row.description, row.error.as_deref()),
         ]
     });
     print(&format::table(&columns, rows))?;
     for (kind, size_bytes) in &usage.totals {
         say(&format!("{:<13}{:>9}", format!("{kind}:"), format::size(*size_bytes)))?;
     }
-    say(&format!("{:<13}{:>9}", "total:", format::size(usage.total_bytes)))
+    say(&format!("{:<13}{:>9}", "total:", format::size(usage.total_bytes)))?;
+    Ok(damaged_code(damaged))
+}
+
+/// What a row is about, or what is wrong with it.
+fn described(description: &str, error: Option<&str>) -> String {
+    error.map_or_else(|| format::ellipsis(description, CREATED_BY_WIDTH), |error| format!("damaged: {error}"))
+}
+
+/// A list is shown whole whatever is damaged in it, and then has not done its whole job.
+fn damaged_code(count: usize) -> ExitCode {
+    match count {
+        0 => return ExitCode::SUCCESS,
+        1 => eprintln!("ply: 1 of these is damaged"),
+        _ => eprintln!("ply: {count} of these are damaged"),
+    }
+    ExitCode::FAILURE
+}
+
+/// Frees the space of what was removed. That has happened and was told: space that stays taken is no failure of it.
+fn collect(engine: &Engine) {
+    if let Err(error) = engine.gc(false) {
+        eprintln!(
+            "ply: warning: space is not freed yet (ply gc): {}",
+            format::safe(&format!("{:#}", anyhow::Error::new(error)))
+        );
+    }
+}
+
+fn print_id(json: bool, id: &str) -> anyhow::Result<ExitCode> {
+    if json {
+        return print_json(&json!({"id": id}));
+    }
+    say(id)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn print_removed(rows: impl Iterator<Item = (&'static str, String)>) -> anyhow::Result<ExitCode> {
+    let rows: Vec<_> = rows.map(|(kind, id)| json!({"kind": kind, "id": id})).collect();
+    print_json(&json!({"removed": rows}))
 }
 
 fn draw(node: &TreeNode, first: &str, rest: &str, out: &mut String) {
     let size = node.size_bytes.map_or_else(String::new, |bytes| format!("  {}", format::size(bytes)));
-    out.push_str(&format!("{first}{}{size}\n", format::safe(&node.label)));
+    let error = node.error.as_ref().map_or_else(String::new, |error| format!("  damaged: {}", format::safe(error)));
+    out.push_str(&format!("{first}{}{size}{error}\n", format::safe(&node.label)));
     for (at, child) in node.children.iter().enumerate() {
         let (branch, stem) = if at + 1 == node.children.len() { ("└─ ", "   ") } else { ("├─ ", "│  ") };
         draw(child, &format!("{rest}{branch}"), &format!("{rest}{stem}"), out);
@@ -331,27 +434,8 @@ fn absolute(path: &Path) -> anyhow::Result<PathBuf> {
     std::path::absolute(path).with_context(|| format!("resolve {}", path.display()))
 }
 
-fn stdin_archive() -> anyhow::Result<Input> {
-    if io::stdin().is_terminal() {
-        bail!("an archive is expected on standard input: give -i PATH, or redirect");
-    }
-    Ok(Input::Stdin)
-}
-
-fn executor(arg: &args::ExecutorArg) -> anyhow::Result<ExecutorChoice> {
-    Ok(match arg.executor.as_str() {
-        "auto" => ExecutorChoice::Auto,
-        "builtin" => ExecutorChoice::Builtin,
-        path if path.contains('/') => ExecutorChoice::Runtime(path.into()),
-        // A bare name is looked for as a shell would.
-        name => match search_path().iter().map(|dir| dir.join(name)).find(|path| path.is_file()) {
-            Some(path) => ExecutorChoice::Runtime(path),
-            None => bail!("no executor {name:?}: expected auto, builtin, or an OCI runtime in PATH"),
-        },
-    })
-}
-
-fn search_path() -> Vec<PathBuf> {
+/// Where programs are looked for.
+pub(crate) fn search_path() -> Vec<PathBuf> {
     std::env::var_os("PATH")
         .map(|path| std::env::split_paths(&path).filter(|dir| !dir.as_os_str().as_bytes().is_empty()).collect())
         .unwrap_or_default()

@@ -12,6 +12,9 @@ use std::process::ExitCode;
 
 use clap::Parser as _;
 
+/// The exit code for wrong usage, clap's own.
+const WRONG_USAGE: u8 = 2;
+
 fn main() -> ExitCode {
     // A build step of the built-in executor is this program again, under another first argument.
     if let Some(code) = plies_engine::exec::init_main_if_asked() {
@@ -22,6 +25,11 @@ fn main() -> ExitCode {
     match commands::run(args) {
         Ok(code) => code,
         Err(error) => {
+            if let Some(usage) = error.downcast_ref::<clap::Error>() {
+                // To a standard error that is closed there is nothing to say.
+                drop(usage.print());
+                return ExitCode::from(WRONG_USAGE);
+            }
             report(&error, verbose);
             ExitCode::FAILURE
         }
@@ -37,6 +45,36 @@ fn report(error: &anyhow::Error, verbose: bool) {
         }
     } else {
         let chain: Vec<String> = error.chain().map(|cause| format::multiline(&cause.to_string())).collect();
-        eprintln!("ply: {}", chain.join(": "));
+        eprintln!("ply: {}", joined(&chain));
+    }
+}
+
+/// A chain of causes as one line. What messages quote below their first line (a Dockerfile's line with a caret) comes
+/// after it, so that no cause stands behind a caret.
+fn joined(chain: &[String]) -> String {
+    let parts: Vec<(&str, &str)> = chain.iter().map(|text| text.split_once('\n').unwrap_or((text, ""))).collect();
+    let heads: Vec<&str> = parts.iter().map(|(head, _)| head.trim_end_matches(':')).collect();
+    let quotes = parts.iter().map(|(_, quote)| quote.trim_end()).filter(|quote| !quote.is_empty());
+    std::iter::once(heads.join(": ").as_str()).chain(quotes).collect::<Vec<_>>().join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn causes_come_before_what_is_quoted() {
+        for (chain, text) in [
+            (vec!["one"], "one"),
+            (vec!["one", "two", "three"], "one: two: three"),
+            (
+                vec!["D:4: RUN\n 4 | RUN false\n     ^^^", "exit code 1"],
+                "D:4: RUN: exit code 1\n 4 | RUN false\n     ^^^",
+            ),
+            (vec!["build", "D:4: bad\n 4 | x", "why"], "build: D:4: bad: why\n 4 | x"),
+        ] {
+            let chain: Vec<String> = chain.into_iter().map(str::to_owned).collect();
+            assert_eq!(joined(&chain), text);
+        }
     }
 }

@@ -82,6 +82,9 @@ pub struct ImageSummary {
     pub layers_count: usize,
     /// What its unpacked layers take on disk, shared or not.
     pub size_bytes: u64,
+    /// Why nothing but its ID and names is known: it is damaged.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
 }
 
 /// What `ply inspect` shows.
@@ -114,13 +117,24 @@ pub struct HistoryLine {
 }
 
 impl Engine {
-    /// All images, newest first.
+    /// All images, newest first. One that cannot be read is listed with its error: it hides no other.
     ///
     /// # Errors
     /// [`ImagesError`].
     pub fn images(&self) -> Result<Vec<ImageSummary>, ImagesError> {
         let images = self.store().read(plies_image::list)?;
-        images.into_iter().map(|image| self.summary(image)).collect()
+        let damaged = |image: plies_image::Image, error: &ImagesError| ImageSummary {
+            id: image.id,
+            names: image.names.iter().map(|name| familiar(name)).collect(),
+            created: None,
+            platform: String::new(),
+            layers_count: 0,
+            size_bytes: 0,
+            error: Some(chain(error)),
+        };
+        let summary =
+            |image: plies_image::Image| self.summary(image.clone()).unwrap_or_else(|error| damaged(image, &error));
+        Ok(images.into_iter().map(summary).collect())
     }
 
     fn summary(&self, image: plies_image::Image) -> Result<ImageSummary, ImagesError> {
@@ -133,6 +147,7 @@ impl Engine {
             platform: config.platform().to_string(),
             layers_count: config.diff_ids().len(),
             size_bytes,
+            error: None,
         })
     }
 
@@ -220,24 +235,36 @@ impl Engine {
     ///
     /// # Errors
     /// [`ImagesError`].
-    pub fn tag(&self, source: &str, target: &str) -> Result<(), ImagesError> {
+    pub fn tag(&self, source: &str, target: &str) -> Result<ImageId, ImagesError> {
         let name = plain_name(target)?;
-        self.store().write(|tx| {
+        let id = self.store().write(|tx| {
             let found = plies_image::find(tx, source)?;
-            plies_image::set_name(tx, &name, found.id, found.manifest)
+            plies_image::set_name(tx, &name, found.id, found.manifest)?;
+            Ok::<_, ImageError>(found.id)
         })?;
-        Ok(())
+        Ok(id)
     }
 
-    /// Removes names, and images that lose their last one: all that are given, or none.
+    /// Removes names, and images that lose their last one: all that are given, or none. One that is given twice, or as
+    /// a name and as the ID of what goes with it, is removed once.
     ///
     /// # Errors
     /// [`ImagesError`].
     pub fn remove_images(&self, wanted: &[String]) -> Result<Vec<Removed>, ImagesError> {
         let removed = self.store().write(|tx| {
-            let mut removed = Vec::new();
+            // All are looked for before the first goes, which another may be a second way to say.
+            let mut going: Vec<(&str, Found)> = Vec::new();
             for one in wanted {
-                removed.extend(plies_image::remove(tx, one)?);
+                let found = plies_image::find(tx, one)?;
+                if !going.iter().any(|(_, have)| have.id == found.id && have.name == found.name) {
+                    going.push((one, found));
+                }
+            }
+            let mut removed = Vec::new();
+            for (one, found) in going {
+                if !removed.contains(&Removed::Image(found.id)) {
+                    removed.extend(plies_image::remove(tx, one)?);
+                }
             }
             Ok::<_, ImageError>(removed)
         })?;
@@ -257,4 +284,10 @@ pub(crate) fn plain_name(text: &str) -> Result<Reference, ImagesError> {
 /// A stored name as short as docker prints it.
 pub fn familiar(full: &str) -> String {
     full.parse::<Reference>().map_or_else(|_| full.to_owned(), |name| name.familiar())
+}
+
+/// An error with all its causes on one line, for lists that show it and go on.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(Some(error), |error| error.source());
+    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }

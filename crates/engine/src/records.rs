@@ -2,11 +2,12 @@
 
 use plies_cache::{RecordError, RecordId, RecordRow, Tree};
 use plies_oci::ErrorKind;
-use plies_store::{ActiveId, ActiveOptions, CatalogueError, LayerError, Lease, SnapshotError};
+use plies_store::{ActiveId, ActiveInfo, ActiveOptions, CatalogueError, LayerError, LayerId, Lease, SnapshotError};
 use serde::Serialize;
 
 use crate::Engine;
 use crate::build::{SolveError, random_id};
+use crate::images::chain;
 use crate::run::{RunError, Target};
 
 /// Why a request on records failed.
@@ -69,22 +70,47 @@ pub struct RecordSummary {
     pub last_used: String,
     /// Uses since it was made.
     pub usage_count: u64,
-    /// What its topmost layer takes on disk: what it adds to what it stands on. Of a mutable record what was measured
-    /// last.
+    /// What its topmost layer takes on disk: what it adds to what it stands on. Of a mutable record what it takes now,
+    /// or what was measured last if it is changing.
     pub size_bytes: u64,
     /// The layers of its tree, bottom first.
     pub layers: Vec<String>,
+    /// Why its size and layers are not known: it is damaged.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+}
+
+impl RecordSummary {
+    fn new(id: RecordId, row: RecordRow, size_bytes: u64, layers: &[LayerId]) -> Self {
+        Self {
+            id: id.to_string(),
+            state: if matches!(row.tree, Tree::Mutable(_)) { "mutable" } else { "immutable" },
+            description: row.description,
+            created: crate::rfc3339(row.created_at),
+            last_used: crate::rfc3339(row.last_used_at),
+            usage_count: row.usage_count,
+            size_bytes,
+            layers: layers.iter().map(ToString::to_string).collect(),
+            error: None,
+        }
+    }
 }
 
 impl Engine {
-    /// All records, the last used first.
+    /// All records, the last used first. One that cannot be read is listed with its error: it hides no other.
     ///
     /// # Errors
     /// [`RecordsError`].
     pub fn records(&self) -> Result<Vec<RecordSummary>, RecordsError> {
         let mut records = self.store().read(plies_cache::list)?;
         records.sort_by_key(|(id, row)| (std::cmp::Reverse(row.last_used_at), *id));
-        records.into_iter().map(|(id, row)| self.record_summary(id, row)).collect()
+        let summary = |(id, row): (RecordId, RecordRow)| {
+            self.record_summary(id, row.clone()).unwrap_or_else(|error| RecordSummary {
+                error: Some(chain(&error)),
+                ..RecordSummary::new(id, row, 0, &[])
+            })
+        };
+        Ok(records.into_iter().map(summary).collect())
     }
 
     /// One record.
@@ -103,22 +129,23 @@ impl Engine {
             Tree::Scratch | Tree::Mutable(_) => vec![],
         };
         let size_bytes = match row.tree {
-            Tree::Mutable(active) => snapshots.active(active)?.usage.map_or(0, |usage| usage.size_bytes),
+            Tree::Mutable(active) => self.active_bytes(&snapshots.active(active)?),
             Tree::Scratch | Tree::Immutable(_) => match layers.last() {
                 Some(layer) => self.store().layers().info(*layer)?.usage.size_bytes,
                 None => 0,
             },
         };
-        Ok(RecordSummary {
-            id: id.to_string(),
-            state: if matches!(row.tree, Tree::Mutable(_)) { "mutable" } else { "immutable" },
-            description: row.description,
-            created: crate::rfc3339(row.created_at),
-            last_used: crate::rfc3339(row.last_used_at),
-            usage_count: row.usage_count,
-            size_bytes,
-            layers: layers.iter().map(ToString::to_string).collect(),
-        })
+        Ok(RecordSummary::new(id, row, size_bytes, &layers))
+    }
+
+    /// What an active takes on disk. One that cannot be measured, since it is in use or sealed, takes what it took when
+    /// it could.
+    pub(crate) fn active_bytes(&self, info: &ActiveInfo) -> u64 {
+        let measured = match info.sealed {
+            None => self.store().snapshots().measure(info.id).ok(),
+            Some(_) => None,
+        };
+        measured.or(info.usage).map_or(0, |usage| usage.size_bytes)
     }
 
     /// Makes a mutable record on top of an image or an immutable record, or of nothing.
@@ -187,17 +214,29 @@ impl Engine {
         Ok(())
     }
 
-    /// Removes records: all that are named, or none.
+    /// Removes records: all that are named, or none. One that is named twice is removed once.
     ///
     /// # Errors
-    /// [`RecordsError`].
+    /// [`RecordsError`], among them that one is mounted for writing.
     pub fn remove_records(&self, wanted: &[String]) -> Result<Vec<RecordId>, RecordsError> {
+        let mut going: Vec<(RecordId, RecordRow)> = Vec::new();
+        for one in wanted {
+            let found = self.store().read(|rows| plies_cache::find(rows, one))?;
+            if !going.iter().any(|(id, _)| *id == found.0) {
+                going.push(found);
+            }
+        }
+        // Nobody can mount it between this and its removal: the store is ours alone.
+        for (_, row) in &going {
+            if let Tree::Mutable(active) = row.tree {
+                self.check_not_mounted(active).map_err(|error| RecordsError::Tree(Box::new(error)))?;
+            }
+        }
         let removed = self.store().write(|tx| {
             let mut removed = Vec::new();
-            for one in wanted {
-                let (id, _) = plies_cache::find(tx, one)?;
-                plies_cache::remove(tx, id)?;
-                removed.push(id);
+            for (id, _) in &going {
+                plies_cache::remove(tx, *id)?;
+                removed.push(*id);
             }
             Ok::<_, RecordError>(removed)
         })?;

@@ -10,7 +10,7 @@ use plies_store::{
 use serde::Serialize;
 
 use crate::Engine;
-use crate::images::ImagesError;
+use crate::images::{ImagesError, chain};
 use crate::records::RecordsError;
 use crate::run::{RunError, Target};
 
@@ -67,22 +67,26 @@ impl SpaceError {
 /// One line of `ply du`. Every byte is in one line only.
 #[derive(Debug, Clone, Serialize)]
 pub struct SpaceRow {
-    /// `layer` or `blob`.
+    /// `layer`, `blob` or `active`; `image` or `record` for one that is damaged.
     pub kind: &'static str,
     /// Its ID or digest.
     pub id: String,
     /// What it takes on disk.
     pub size_bytes: u64,
-    /// How many images and records stand on it.
-    pub users_count: usize,
+    /// How many images and records stand on it. Of a blob nobody counts.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub users_count: Option<usize>,
     /// One of them.
     pub description: String,
+    /// What is wrong with it, if it is damaged.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
 }
 
 /// What `ply du` shows.
 #[derive(Debug, Clone, Serialize)]
 pub struct SpaceReport {
-    /// Layers and blobs, the largest first.
+    /// Layers, blobs and upper directories, the largest first.
     pub rows: Vec<SpaceRow>,
     /// Bytes by kind: all kinds, those without rows included.
     pub totals: BTreeMap<&'static str, u64>,
@@ -99,6 +103,24 @@ pub struct TreeNode {
     pub size_bytes: Option<u64>,
     /// What it stands on.
     pub children: Vec<TreeNode>,
+    /// What is wrong with it, if it is damaged.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+}
+
+impl TreeNode {
+    /// With what it stands on, or why that is not known.
+    fn new(label: String, children: Result<Vec<TreeNode>, SpaceError>) -> Self {
+        match children {
+            Ok(children) => Self { label, size_bytes: None, children, error: None },
+            Err(error) => Self { label, size_bytes: None, children: vec![], error: Some(chain(&error)) },
+        }
+    }
+
+    /// How many things in it are damaged.
+    pub fn damaged_count(&self) -> usize {
+        usize::from(self.error.is_some()) + self.children.iter().map(Self::damaged_count).sum::<usize>()
+    }
 }
 
 /// What was collected, or would be.
@@ -106,22 +128,19 @@ pub struct TreeNode {
 pub struct GcSummary {
     /// Thing by thing.
     pub removed: Vec<GcRow>,
+    /// The bytes of all that went.
+    pub total_bytes: u64,
 }
 
 /// One thing that was collected.
 #[derive(Debug, Clone, Serialize)]
 pub struct GcRow {
-    /// What.
-    pub what: String,
+    /// `blob`, `layer`, `snapshot`, `active` or `ingest`.
+    pub kind: &'static str,
+    /// Its ID or digest.
+    pub id: String,
     /// Its bytes on disk.
     pub size_bytes: u64,
-}
-
-impl GcSummary {
-    /// The bytes of all that went.
-    pub fn total_bytes(&self) -> u64 {
-        self.removed.iter().map(|row| row.size_bytes).sum()
-    }
 }
 
 /// What `ply info` shows.
@@ -144,7 +163,7 @@ pub struct Info {
 }
 
 impl Info {
-    /// As a table.
+    /// All but the bytes as a table.
     pub fn lines(&self) -> Vec<(&'static str, String)> {
         vec![
             ("version", self.version.into()),
@@ -153,7 +172,6 @@ impl Info {
             ("images", self.images_count.to_string()),
             ("records", self.records_count.to_string()),
             ("layers", self.layers_count.to_string()),
-            ("bytes on disk", self.total_bytes.to_string()),
         ]
     }
 }
@@ -175,8 +193,8 @@ impl Engine {
     /// # Errors
     /// [`SpaceError`].
     pub fn usage(&self) -> Result<SpaceReport, SpaceError> {
-        let users = self.layer_users()?;
         let mut rows = Vec::new();
+        let users = self.layer_users(&mut rows)?;
         self.store().layers().scan(|layer| {
             let (count, first) = users.get(&layer.id).cloned().unwrap_or_default();
             let description = if layer.derived { "directories' metadata (fix-up)".into() } else { first };
@@ -184,8 +202,9 @@ impl Engine {
                 kind: "layer",
                 id: layer.id.to_string(),
                 size_bytes: layer.usage.size_bytes,
-                users_count: count,
+                users_count: Some(count),
                 description,
+                error: None,
             });
             ControlFlow::Continue(())
         })?;
@@ -195,9 +214,41 @@ impl Engine {
             ControlFlow::Continue(())
         })?;
         for (digest, size_bytes) in blobs {
-            let of = self.store().read(|rows| plies_image::diff_id_of_blob(rows, digest))?;
-            let description = of.map_or_else(|| "document".into(), |diff_id| format!("layer {diff_id}"));
-            rows.push(SpaceRow { kind: "blob", id: digest.to_string(), size_bytes, users_count: 0, description });
+            let of = self.store().read(|rows| plies_image::diff_id_of_blob(rows, digest));
+            let (description, error) = match of {
+                Ok(Some(diff_id)) => (format!("layer {diff_id}"), None),
+                Ok(None) => ("document".into(), None),
+                Err(error) => (String::new(), Some(chain(&error))),
+            };
+            rows.push(SpaceRow {
+                kind: "blob",
+                id: digest.to_string(),
+                size_bytes,
+                users_count: None,
+                description,
+                error,
+            });
+        }
+        let mut actives = Vec::new();
+        self.store().snapshots().scan_actives(|info| {
+            actives.push(info);
+            ControlFlow::Continue(())
+        })?;
+        let records = self.store().read(plies_cache::list)?;
+        // Before the totals are read, which are of what was measured last.
+        for info in actives {
+            let of = |row: &plies_cache::RecordRow| matches!(row.tree, plies_cache::Tree::Mutable(id) if id == info.id);
+            let users: Vec<_> = records.iter().filter(|(_, row)| of(row)).collect();
+            rows.push(SpaceRow {
+                kind: "active",
+                id: info.id.to_string(),
+                size_bytes: self.active_bytes(&info),
+                users_count: Some(users.len()),
+                description: users.first().map_or_else(String::new, |(id, row)| {
+                    format!("record {} {}", &id.to_string()[..12], row.description).trim_end().to_owned()
+                }),
+                error: None,
+            });
         }
         rows.sort_by(|a, b| b.size_bytes.cmp(&a.size_bytes).then_with(|| a.id.cmp(&b.id)));
         let totals: BTreeMap<_, _> =
@@ -206,29 +257,39 @@ impl Engine {
         Ok(SpaceReport { rows, totals, total_bytes })
     }
 
-    /// For each layer, how many images and records stand on it, and the name of one.
-    fn layer_users(&self) -> Result<HashMap<LayerId, (usize, String)>, SpaceError> {
+    /// For each layer, how many images and records stand on it, and the name of one. What is damaged gets a row.
+    fn layer_users(&self, rows: &mut Vec<SpaceRow>) -> Result<HashMap<LayerId, (usize, String)>, SpaceError> {
         let mut users: HashMap<LayerId, (usize, String)> = HashMap::new();
-        let mut add = |layers: Vec<LayerId>, name: &str| {
-            for layer in layers {
-                users.entry(layer).or_insert_with(|| (0, name.to_owned())).0 += 1;
+        let mut add = |kind, id: String, snapshot, name: String| match self.store().snapshots().info(snapshot) {
+            Ok(info) => {
+                for layer in info.layers {
+                    users.entry(layer).or_insert_with(|| (0, name.clone())).0 += 1;
+                }
             }
+            Err(error) => rows.push(SpaceRow {
+                kind,
+                id,
+                size_bytes: 0,
+                users_count: None,
+                description: name,
+                error: Some(chain(&error)),
+            }),
         };
         for image in self.store().read(plies_image::list)? {
             let name = image.names.first().map_or_else(|| image.id.to_string(), |name| crate::familiar(name));
             if let Some(snapshot) = image.row.snapshot {
-                add(self.store().snapshots().info(snapshot)?.layers, &name);
+                add("image", image.id.to_string(), snapshot, name);
             }
         }
-        for (_, row) in self.store().read(plies_cache::list)? {
+        for (id, row) in self.store().read(plies_cache::list)? {
             if let plies_cache::Tree::Immutable(snapshot) = row.tree {
-                add(self.store().snapshots().info(snapshot)?.layers, &row.description);
+                add("record", id.to_string(), snapshot, row.description);
             }
         }
         Ok(users)
     }
 
-    /// What stands on what: all images and records, or one of them.
+    /// What stands on what: all images and records, or one of them. What is damaged is shown with its error.
     ///
     /// # Errors
     /// [`SpaceError`].
@@ -242,26 +303,27 @@ impl Engine {
                     None => vec![],
                 },
             };
-            return Ok(vec![TreeNode { label: wanted.to_owned(), size_bytes: None, children }]);
+            return Ok(vec![TreeNode::new(wanted.to_owned(), Ok(children))]);
         }
         let mut nodes = Vec::new();
         for image in self.store().read(plies_image::list)? {
             let names: Vec<String> = image.names.iter().map(|name| crate::familiar(name)).collect();
             let name = if names.is_empty() { "<none>".to_owned() } else { names.join(", ") };
-            let children = image.row.snapshot.map_or(Ok(vec![]), |snapshot| self.layer_nodes(snapshot))?;
-            let label = format!("image {name} {}", &image.id.hex()[..12]);
-            nodes.push(TreeNode { label, size_bytes: None, children });
+            let children = image.row.snapshot.map_or(Ok(vec![]), |snapshot| self.layer_nodes(snapshot));
+            nodes.push(TreeNode::new(format!("image {name} {}", &image.id.hex()[..12]), children));
         }
         for record in self.records()? {
             let children = record.layers.last().map(|layer| TreeNode {
                 label: format!("layer {layer} on {} more", record.layers.len() - 1),
                 size_bytes: Some(record.size_bytes),
                 children: vec![],
+                error: None,
             });
             nodes.push(TreeNode {
                 label: format!("record {} ({}) {}", &record.id[..12], record.state, record.description),
                 size_bytes: None,
                 children: children.into_iter().collect(),
+                error: record.error,
             });
         }
         Ok(nodes)
@@ -272,14 +334,20 @@ impl Engine {
         let info = self.store().snapshots().info(snapshot)?;
         let mut nodes = Vec::new();
         for layer in info.fixup.into_iter().chain(info.layers.into_iter().rev()) {
-            let info = self.store().layers().info(layer)?;
+            let info = match self.store().layers().info(layer) {
+                Ok(info) => info,
+                Err(error) => {
+                    nodes.push(TreeNode::new(format!("layer {layer}"), Err(error.into())));
+                    continue;
+                }
+            };
             let what = match info.diff_id {
                 Some(diff_id) => diff_id.to_string(),
                 None if info.derived => "fix-up".into(),
                 None => "no diff ID yet".into(),
             };
-            let size_bytes = Some(info.usage.size_bytes);
-            nodes.push(TreeNode { label: format!("layer {layer} {what}"), size_bytes, children: vec![] });
+            let node = TreeNode::new(format!("layer {layer} {what}"), Ok(vec![]));
+            nodes.push(TreeNode { size_bytes: Some(info.usage.size_bytes), ..node });
         }
         Ok(nodes)
     }
@@ -291,13 +359,23 @@ impl Engine {
     pub fn gc(&self, dry_run: bool) -> Result<GcSummary, SpaceError> {
         self.forget_dead_mounts()?;
         let report = self.store().gc(if dry_run { GcMode::DryRun } else { GcMode::Run })?;
-        let row = |(resource, size_bytes): (Resource, u64)| GcRow { what: resource.to_string(), size_bytes };
-        let collected = report.collected.into_iter().map(|one| row((one.resource, one.size_bytes)));
-        let ingests = report
-            .ingests
-            .into_iter()
-            .map(|ingest| GcRow { what: format!("ingest {}", ingest.ingest), size_bytes: ingest.offset_bytes });
-        Ok(GcSummary { removed: collected.chain(ingests).collect() })
+        let collected = report.collected.into_iter().map(|one| {
+            let (kind, id) = match one.resource {
+                Resource::Blob(digest) => ("blob", digest.to_string()),
+                Resource::Layer(id) => ("layer", id.to_string()),
+                Resource::Snapshot(id) => ("snapshot", id.to_string()),
+                Resource::Active(id) => ("active", id.to_string()),
+            };
+            GcRow { kind, id, size_bytes: one.size_bytes }
+        });
+        let ingests = report.ingests.into_iter().map(|ingest| GcRow {
+            kind: "ingest",
+            id: ingest.ingest.to_string(),
+            size_bytes: ingest.offset_bytes,
+        });
+        let removed: Vec<GcRow> = collected.chain(ingests).collect();
+        let total_bytes = removed.iter().map(|row| row.size_bytes).sum();
+        Ok(GcSummary { removed, total_bytes })
     }
 
     /// What this store is.

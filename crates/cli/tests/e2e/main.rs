@@ -17,3 +17,4 @@ mod save;
 mod traps;
 mod trust;
 mod upkeep;
+mod usage;
