@@ -4,6 +4,7 @@ use std::io::{self, IsTerminal as _, Write as _};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use anyhow::Context as _;
 use clap::CommandFactory as _;
@@ -40,8 +41,9 @@ pub(crate) fn run(args: Ply) -> anyhow::Result<ExitCode> {
         _ => {}
     }
     check(&command)?;
-    let cancel = cancel_on_signals()?;
+    // Until the store is ours an interrupt simply ends the wait; opening survives it.
     let engine = open(&global)?;
+    let cancel = cancel_on_signals()?;
     let code = with_engine(&engine, &global, command, &cancel)?;
     engine.close()?;
     Ok(code)
@@ -418,6 +420,8 @@ fn open(global: &Global) -> anyhow::Result<Engine> {
         },
         wait: !global.no_wait,
         on_wait: Box::new(|holder| eprintln!("ply: waiting for {holder}")),
+        command: std::env::args().take(2).collect::<Vec<_>>().join(" "),
+        warn: Arc::new(|error| eprintln!("ply: warning: {error}")),
     };
     Ok(Engine::open(&absolute(&root)?, options)?)
 }

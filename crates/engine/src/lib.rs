@@ -37,7 +37,7 @@ use std::time::SystemTime;
 use plies_archive::Limits;
 use plies_oci::ErrorKind;
 use plies_store::{
-    CatalogueError, GcMode, Holder, Lease, LeaseOptions, OpenError, OpenOptions, Stamp, Store, WaitPolicy,
+    CatalogueError, GcMode, Holder, Lease, LeaseOptions, OpenError, OpenOptions, Stamp, Store, WaitPolicy, Warn,
 };
 
 pub use archive::{ArchiveError, Input};
@@ -59,6 +59,10 @@ pub struct EngineOptions {
     pub wait: bool,
     /// Told once for whom we wait.
     pub on_wait: Box<dyn FnMut(&Holder)>,
+    /// What this process calls itself to those who wait for it.
+    pub command: String,
+    /// Told of errors that no caller is there to get.
+    pub warn: Warn,
 }
 
 impl std::fmt::Debug for EngineOptions {
@@ -80,13 +84,12 @@ impl Engine {
     /// # Errors
     /// [`OpenError`].
     pub fn open(root: &Path, mut options: EngineOptions) -> Result<Self, OpenError> {
-        let command: Vec<String> = std::env::args().take(2).collect();
         let store_options = OpenOptions {
-            command: command.join(" "),
+            command: options.command,
             driver: options.driver,
             // Steps that outlived their `ply` use mounts and files that are about to go.
             before_recovery: Arc::new(exec::end_leftovers),
-            warn: Arc::new(|error| eprintln!("ply: warning: {error}")),
+            warn: options.warn,
             ..OpenOptions::new(Arc::new(SystemTime::now))
         };
         let wait = if options.wait { WaitPolicy::Wait(&mut *options.on_wait) } else { WaitPolicy::Fail };
