@@ -96,8 +96,10 @@ class Disk:
             os.rename(f"{self.image}.new", self.image)
         # Discarding would give the blocks back that were written beforehand.
         run("mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=0,lazy_journal_init=0,nodiscard", self.image)
-        self.loop = quiet("losetup", "--direct-io=on", "--show", "-f", self.image).strip()
-        run("mount", self.loop, self.mount)
+        loop = quiet("losetup", "--direct-io=on", "--show", "-f", self.image).strip()
+        run("mount", loop, self.mount)
+        # Busy as long as it is mounted: it goes with the mount, also when this program is killed.
+        run("losetup", "-d", loop)
         self.empty = self.used()
         return self
 
@@ -119,7 +121,6 @@ class Disk:
             at = line.split(" ")[4]
             if at == str(self.mount) or at.startswith(f"{self.mount}/"):
                 run("umount", at)
-        run("losetup", "-d", self.loop)
 
 
 class Ply:
