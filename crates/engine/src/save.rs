@@ -5,10 +5,12 @@
 
 use std::collections::BTreeMap;
 use std::collections::hash_map::RandomState;
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::hash::{BuildHasher as _, Hasher as _};
 use std::io::{self, BufWriter, Read, Write};
+use std::os::unix::fs::FileTypeExt as _;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use plies_archive::compress;
 use plies_archive::tar::{self, Entry, EntryKind, EntryPath, Timestamp, WriteError};
@@ -38,6 +40,9 @@ const STDOUT_PATHS: [&str; 3] = ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"];
 
 /// Symbolic links that are followed at most, as the kernel does (`path_resolution(7)`).
 const SYMLINKS_MAX: usize = 40;
+
+/// How long to wait before looking again whether a FIFO has a reader.
+const READER_WAIT: Duration = Duration::from_millis(50);
 
 /// Buffer in front of the output.
 const BUFFER_BYTES: usize = 256 << 10;
@@ -273,7 +278,10 @@ impl Engine {
         };
         if old.as_ref().is_some_and(|meta| !meta.is_file()) {
             // Putting a file in its place would leave whoever reads it waiting, and the machine without a device.
-            let file = OpenOptions::new().write(true).open(&path).map_err(sink.failed())?;
+            let file = open_patiently(&path, sink.cancel).map_err(|source| match sink.cancel.is_canceled() {
+                true => Canceled.into(),
+                false => sink.failed()(source),
+            })?;
             return self.save_tar(images, format, &file, sink).map(drop);
         }
         let dir = directory_of(&path);
@@ -409,6 +417,24 @@ impl Engine {
     fn open_blob(&self, digest: BlobDigest) -> Result<plies_store::Blob, SaveError> {
         let opened = self.store().content().open(digest);
         Ok(opened.map_err(|source| ImagesError::Content { digest, source })?)
+    }
+}
+
+/// Opens what is no regular file for writing. A FIFO without a reader would block the open, and with it an interrupt.
+fn open_patiently(path: &Path, cancel: &Cancel) -> io::Result<File> {
+    use rustix::fs::{Mode, OFlags};
+    loop {
+        match rustix::fs::open(path, OFlags::WRONLY | OFlags::NONBLOCK | OFlags::CLOEXEC, Mode::empty()) {
+            Ok(opened) => {
+                rustix::fs::fcntl_setfl(&opened, OFlags::empty())?;
+                return Ok(opened.into());
+            }
+            Err(rustix::io::Errno::NXIO) if std::fs::metadata(path)?.file_type().is_fifo() => {
+                cancel.check()?;
+                std::thread::sleep(READER_WAIT);
+            }
+            Err(errno) => return Err(errno.into()),
+        }
     }
 }
 

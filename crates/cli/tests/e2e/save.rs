@@ -62,6 +62,22 @@ fn a_fifo_is_written_to_and_stays() {
 }
 
 #[test]
+fn an_interrupt_ends_the_wait_for_a_reader() {
+    let image = small("localhost/small:1", "x");
+    let Some(ply) = loaded(&image) else { return };
+    let fifo = ply.scratch().join("fifo");
+    tools::run(Command::new("mkfifo").arg(&fifo));
+    // The interrupt comes while nobody reads; without an end to the wait the kill would come, and give 137.
+    let command = ply.command(args!["save", "-o", fifo, image.tag()]);
+    let mut bounded = Command::new("timeout");
+    bounded.args(["--signal=INT", "--kill-after=30", "2"]).arg(command.get_program()).args(command.get_args());
+    bounded.envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    let ended = bounded.output().unwrap();
+    assert_eq!(ended.status.code(), Some(124), "{}", String::from_utf8_lossy(&ended.stderr));
+    assert!(String::from_utf8_lossy(&ended.stderr).contains("cancel"));
+}
+
+#[test]
 fn a_device_and_standard_output_by_name_are_written_to() {
     let image = small("localhost/small:1", "x");
     let Some(ply) = loaded(&image) else { return };
