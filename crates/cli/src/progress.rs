@@ -77,12 +77,15 @@ impl Progress for Plain {
             }
             Event::Output { bytes } => {
                 if let Some(task) = tasks.get_mut(&id) {
-                    task.partial.extend_from_slice(bytes);
-                    while let Some(end) = task.partial.iter().position(|byte| *byte == b'\n') {
-                        let line: Vec<u8> = task.partial.drain(..=end).collect();
-                        let seconds = task.started.elapsed().as_secs_f32();
-                        say(task.number, &format!("{seconds:.3} {}", line_text(&line)));
+                    let seconds = task.started.elapsed().as_secs_f32();
+                    let mut rest = bytes;
+                    while let Some(end) = rest.iter().position(|byte| *byte == b'\n') {
+                        task.partial.extend_from_slice(&rest[..end]);
+                        say(task.number, &format!("{seconds:.3} {}", line_text(&task.partial)));
+                        task.partial.clear();
+                        rest = &rest[end + 1..];
                     }
+                    task.partial.extend_from_slice(rest);
                 }
             }
             Event::Ended { outcome } => {

@@ -391,3 +391,16 @@ fn the_quick_start_builds_and_is_all_hits_the_second_time() {
     let ran = ply.ok(args!["run", "greeter", "--", "sh", "-c", "id -u; cat index.html"]);
     assert!(ran.stdout.starts_with("1000\n<h1>Plies</h1>\n<p>blob</p>\n"), "{ran}");
 }
+
+#[test]
+fn b15_a_step_that_floods_its_log_is_clipped_and_runs_to_its_end() {
+    let Some(ply) = store() else { return };
+    if !busybox(&ply) {
+        return;
+    }
+    let context = Context::new(&ply, "FROM busybox\nRUN yes | head -c 20000000; echo done > /done\n");
+    let built = context.build(&[]);
+    assert!(built.ran.stderr.contains("OUTPUT_BYTES_MAX"), "says that it was clipped");
+    assert!(built.ran.stderr.len() < 40 << 20, "{} bytes shown", built.ran.stderr.len());
+    assert!(tree_of(&ply, "built").find("done").is_some());
+}

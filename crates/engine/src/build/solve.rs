@@ -9,6 +9,7 @@ use std::ffi::OsString;
 use std::io::{self, Write};
 use std::os::fd::{AsFd as _, BorrowedFd};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use plies_archive::tar::EntryPath;
 use plies_archive::{ApplyStyle, UnpackError, compress, unpack};
@@ -35,6 +36,9 @@ use crate::{Canceled, Engine};
 
 /// Goes up when a step comes to mean something else, so that results of an older Plies are not taken for it.
 const KEY_VERSION: u32 = 1;
+
+/// Output of one step that is shown, as in BuildKit (`BUILDKIT_STEP_LOG_MAX_SIZE`).
+const OUTPUT_BYTES_MAX: usize = 2 << 20;
 
 /// Longest description of a record: a Dockerfile's line can hold a whole script.
 const DESCRIPTION_CHARS_MAX: usize = 300;
@@ -511,7 +515,9 @@ impl Solver<'_> {
             network: Network::Host,
             streams: Streams::Captured,
         };
-        let (mut stdout, mut stderr) = (TaskOutput(task), TaskOutput(task));
+        let left_bytes = AtomicUsize::new(OUTPUT_BYTES_MAX);
+        let output = || TaskOutput { task, left_bytes: &left_bytes };
+        let (mut stdout, mut stderr) = (output(), output());
         let status = match self.executor.run(&step, &mut stdout, &mut stderr, self.cancel) {
             Err(ExecError::Canceled) => return Err(Canceled.into()),
             other => other?,
@@ -648,13 +654,23 @@ fn owner(root: BorrowedFd<'_>, text: &str) -> Result<Owner, UserError> {
     Ok(Owner { uid: user.uid, gid })
 }
 
-/// Passes a command's output on to its task.
-struct TaskOutput<'a>(Option<&'a Task<'a>>);
+/// Passes a command's output on to its task, up to a limit: a step that floods its log costs neither a terminal nor a
+/// disk, and still runs to its end.
+struct TaskOutput<'a> {
+    task: Option<&'a Task<'a>>,
+    /// What both streams of the step may still say.
+    left_bytes: &'a AtomicUsize,
+}
 
 impl Write for TaskOutput<'_> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if let Some(task) = self.0 {
-            task.output(bytes);
+        let take = |left: usize| Some(left.saturating_sub(bytes.len()));
+        let left = self.left_bytes.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).unwrap_or(0);
+        if let Some(task) = self.task.filter(|_| left > 0) {
+            task.output(&bytes[..bytes.len().min(left)]);
+            if bytes.len() >= left {
+                task.output(b"\n[output clipped here, OUTPUT_BYTES_MAX = 2 MiB]\n");
+            }
         }
         Ok(bytes.len())
     }
