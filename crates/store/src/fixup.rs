@@ -56,18 +56,18 @@ pub(crate) fn judge(stack: &[StackLayer]) -> Result<FixUp, SnapshotError> {
         tries.insert(path);
     }
     let mut fix = FixUp::new();
-    // The candidate directories yet to look at, with the layers that are visible in each, uppermost
-    // first. Parents come before children.
-    let mut pending: Vec<(EntryPath, &Trie, Vec<usize>)> = Vec::new();
+    // The candidate directories yet to look at. Parents come before children.
+    let mut pending: Vec<(EntryPath, &Trie, Seen)> = Vec::new();
     if tries.wanted || !tries.children.is_empty() {
-        pending.push((EntryPath::root(), &tries, (0..stack.len()).rev().collect()));
+        let all: Vec<usize> = (0..stack.len()).rev().collect();
+        pending.push((EntryPath::root(), &tries, Seen { describing: all.clone(), visible: all }));
     }
-    while let Some((path, trie, visible)) = pending.pop() {
-        judge_one(stack, &path, &visible, &mut fix)?;
+    while let Some((path, trie, seen)) = pending.pop() {
+        judge_one(stack, &path, &seen.describing, &mut fix)?;
         for (name, child) in &trie.children {
             let child_path = path.join(name.to_bytes());
-            let below = visible_below(stack, &path, name, &visible, &child_path)?;
-            if !below.is_empty() {
+            let below = seen_below(stack, &path, name, &seen.visible, &child_path)?;
+            if !below.describing.is_empty() {
                 pending.push((child_path, child, below));
             }
         }
@@ -83,6 +83,15 @@ pub(crate) fn judge(stack: &[StackLayer]) -> Result<FixUp, SnapshotError> {
     Ok(fix)
 }
 
+/// Which layers have a say in a directory, uppermost first.
+struct Seen {
+    /// Those that may say how it looks. A layer that only empties the directory (an opaque mark and no entry for it)
+    /// leaves that to those below.
+    describing: Vec<usize>,
+    /// Those of which its contents are seen.
+    visible: Vec<usize>,
+}
+
 fn ancestors(path: &EntryPath) -> Vec<EntryPath> {
     let mut found = Vec::new();
     let mut path = path.clone();
@@ -94,9 +103,14 @@ fn ancestors(path: &EntryPath) -> Vec<EntryPath> {
 }
 
 /// Looks at one directory: if the uppermost layer only implies it, the uppermost that set it wins.
-fn judge_one(stack: &[StackLayer], path: &EntryPath, visible: &[usize], fix: &mut FixUp) -> Result<(), SnapshotError> {
-    let explicit = visible.iter().position(|layer| !stack[*layer].index.is_implied(path));
-    let (Some(top), Some(wins)) = (visible.first(), explicit.map(|at| visible[at])) else { return Ok(()) };
+fn judge_one(
+    stack: &[StackLayer],
+    path: &EntryPath,
+    describing: &[usize],
+    fix: &mut FixUp,
+) -> Result<(), SnapshotError> {
+    let explicit = describing.iter().position(|layer| !stack[*layer].index.is_implied(path));
+    let (Some(top), Some(wins)) = (describing.first(), explicit.map(|at| describing[at])) else { return Ok(()) };
     if *top == wins {
         return Ok(());
     }
@@ -108,21 +122,22 @@ fn judge_one(stack: &[StackLayer], path: &EntryPath, visible: &[usize], fix: &mu
     Ok(())
 }
 
-/// Which of the layers that are visible in `parent` are visible as the directory `name` in it.
-fn visible_below(
+/// Which of the layers that are visible in `parent` have a say in the directory `name` in it.
+fn seen_below(
     stack: &[StackLayer],
     parent: &EntryPath,
     name: &CString,
     visible: &[usize],
     path: &EntryPath,
-) -> Result<Vec<usize>, SnapshotError> {
-    let mut found = Vec::new();
+) -> Result<Seen, SnapshotError> {
+    let mut found = Seen { describing: Vec::new(), visible: Vec::new() };
+    let mut hidden = false;
     for layer in visible {
         let dir = stack[*layer].open(parent).at("open", shown_path(parent))?;
         let Some(stat) = tree::stat(&dir, name).at("stat", shown_path(path))? else { continue };
         if tree::file_type(&stat) != FileType::Directory {
             let whiteout = tree::is_whiteout(&stat);
-            if let Some(lowest) = found.last().map(|at: &usize| &stack[*at])
+            if let Some(lowest) = found.describing.last().map(|at: &usize| &stack[*at])
                 && !whiteout
                 && lowest.index.is_implied(path)
             {
@@ -130,9 +145,13 @@ fn visible_below(
             }
             break;
         }
-        found.push(*layer);
+        found.describing.push(*layer);
+        if !hidden {
+            found.visible.push(*layer);
+        }
         let child = stack[*layer].open(path).at("open", shown_path(path))?;
-        if tree::is_opaque(child).at("read attributes", shown_path(path))? {
+        hidden |= tree::is_opaque(child).at("read attributes", shown_path(path))?;
+        if hidden && !stack[*layer].index.is_implied(path) {
             break;
         }
     }
