@@ -1,7 +1,7 @@
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 
 use oci_spec::image as spec;
-use serde::de::DeserializeOwned;
+use serde::de::{self, DeserializeOwned, DeserializeSeed, MapAccess, SeqAccess, Visitor};
 
 use crate::{BlobDigest, DiffId, DigestError, ErrorKind, ImageId, MediaClass, MediaType, classify};
 
@@ -216,57 +216,70 @@ fn parse_json<T: DeserializeOwned>(what: &'static str, raw: &[u8], limit: Limit)
     let digest = BlobDigest::of(raw);
     limit.check(what, raw.len() as u64)?;
     let json = |source| DocumentError::Json { what, digest, source };
-    let _: UniqueKeys = serde_json::from_slice(raw).map_err(json)?;
+    let mut checked = serde_json::Deserializer::from_slice(raw);
+    UniqueKeys { free: false }.deserialize(&mut checked).map_err(json)?;
     let value = serde_json::from_slice(raw).map_err(json)?;
     Ok(Document { raw: raw.to_vec(), digest, value })
 }
 
-/// Any JSON value in which no object names a key twice.
-struct UniqueKeys;
+/// Keys of objects whose own keys are anybody's to choose. There `A` and `a` are two keys; among the specification's
+/// they are one to readers that fold case (Go's), so only one may stand there.
+const FREE_OBJECTS: [&str; 4] = ["annotations", "Labels", "ExposedPorts", "Volumes"];
 
-impl<'de> serde::Deserialize<'de> for UniqueKeys {
-    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Visitor;
-        impl<'de> serde::de::Visitor<'de> for Visitor {
-            type Value = UniqueKeys;
+/// Reads any JSON value and fails if an object in it names a key twice.
+#[derive(Clone, Copy)]
+struct UniqueKeys {
+    /// Whether the keys of the value itself are anybody's to choose.
+    free: bool,
+}
 
-            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-                f.write_str("JSON")
-            }
-            fn visit_bool<E>(self, _: bool) -> Result<UniqueKeys, E> {
-                Ok(UniqueKeys)
-            }
-            fn visit_i64<E>(self, _: i64) -> Result<UniqueKeys, E> {
-                Ok(UniqueKeys)
-            }
-            fn visit_u64<E>(self, _: u64) -> Result<UniqueKeys, E> {
-                Ok(UniqueKeys)
-            }
-            fn visit_f64<E>(self, _: f64) -> Result<UniqueKeys, E> {
-                Ok(UniqueKeys)
-            }
-            fn visit_str<E>(self, _: &str) -> Result<UniqueKeys, E> {
-                Ok(UniqueKeys)
-            }
-            fn visit_unit<E>(self) -> Result<UniqueKeys, E> {
-                Ok(UniqueKeys)
-            }
-            fn visit_seq<A: serde::de::SeqAccess<'de>>(self, mut seq: A) -> Result<UniqueKeys, A::Error> {
-                while seq.next_element::<UniqueKeys>()?.is_some() {}
-                Ok(UniqueKeys)
-            }
-            fn visit_map<A: serde::de::MapAccess<'de>>(self, mut map: A) -> Result<UniqueKeys, A::Error> {
-                let mut seen = std::collections::HashSet::new();
-                while let Some(key) = map.next_key::<String>()? {
-                    let UniqueKeys = map.next_value()?;
-                    if let Some(key) = seen.replace(key.clone()) {
-                        return Err(serde::de::Error::custom(format_args!("key {key:?} appears twice")));
-                    }
-                }
-                Ok(UniqueKeys)
+impl<'de> DeserializeSeed<'de> for UniqueKeys {
+    type Value = ();
+
+    fn deserialize<D: serde::Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
+        deserializer.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for UniqueKeys {
+    type Value = ();
+
+    fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("JSON")
+    }
+    fn visit_bool<E>(self, _: bool) -> Result<(), E> {
+        Ok(())
+    }
+    fn visit_i64<E>(self, _: i64) -> Result<(), E> {
+        Ok(())
+    }
+    fn visit_u64<E>(self, _: u64) -> Result<(), E> {
+        Ok(())
+    }
+    fn visit_f64<E>(self, _: f64) -> Result<(), E> {
+        Ok(())
+    }
+    fn visit_str<E>(self, _: &str) -> Result<(), E> {
+        Ok(())
+    }
+    fn visit_unit<E>(self) -> Result<(), E> {
+        Ok(())
+    }
+    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<(), A::Error> {
+        while seq.next_element_seed(self)?.is_some() {}
+        Ok(())
+    }
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
+        let mut seen = HashSet::new();
+        while let Some(key) = map.next_key::<String>()? {
+            let free = FREE_OBJECTS.iter().any(|object| object.eq_ignore_ascii_case(&key));
+            map.next_value_seed(UniqueKeys { free })?;
+            let folded = if self.free { key.clone() } else { key.to_lowercase() };
+            if !seen.insert(folded) {
+                return Err(de::Error::custom(format_args!("key {key:?} appears twice")));
             }
         }
-        deserializer.deserialize_any(Visitor)
+        Ok(())
     }
 }
 
@@ -530,6 +543,16 @@ mod tests {
         let twice = manifest("").replace(r#""size":3"#, r#""size":3,"size":4"#);
         let error = Manifest::parse(twice.as_bytes()).unwrap_err();
         assert!(matches!(error, DocumentError::Json { .. }));
+    }
+
+    #[test]
+    fn j03_keys_that_differ_in_case_are_one_key_except_where_they_are_free() {
+        let folded = manifest("").replace(r#""layers":[]"#, r#""layers":[],"Layers":[]"#);
+        assert!(matches!(Manifest::parse(folded.as_bytes()), Err(DocumentError::Json { .. })));
+        let free = manifest(r#""annotations":{"a":"1","A":"2"},"#);
+        Manifest::parse(free.as_bytes()).unwrap();
+        let twice = manifest(r#""annotations":{"a":"1","a":"2"},"#);
+        assert!(matches!(Manifest::parse(twice.as_bytes()), Err(DocumentError::Json { .. })));
     }
 
     #[test]

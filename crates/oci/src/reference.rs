@@ -144,9 +144,9 @@ impl FromStr for Reference {
         if registry.len() + 1 + repository.len() > NAME_CHARS_MAX {
             return Err(wrong("host and name have more than 255 characters"));
         }
-        // Docker's image store keeps this name for IDs; a name made of 64 hex digits would shadow one.
-        if crate::ImageId::from_hex(name).is_ok() {
-            return Err(wrong("64 hex digits are an ID, not a name"));
+        // Either would shadow the ID of another image.
+        if crate::ImageId::from_hex(name).is_ok() || name == "sha256" {
+            return Err(wrong("that is the form of an ID, not a name"));
         }
         let tag = tag.or(if digest.is_none() { Some(DEFAULT_TAG) } else { None }).map(str::to_owned);
         Ok(Self { registry: registry.to_owned(), repository, tag, digest })
@@ -202,7 +202,7 @@ mod tests {
 
     #[test]
     fn what_is_no_name_is_refused() {
-        for bad in ["", "UPPER", "a b", "../x", "x:", ":x", "a//b", "x@sha256:00", "-x", &"0a".repeat(32)] {
+        for bad in ["", "UPPER", "a b", "../x", "x:", ":x", "a//b", "x@sha256:00", "-x", "sha256:1", &"0a".repeat(32)] {
             assert!(bad.parse::<Reference>().is_err(), "{bad:?} must not parse");
         }
         assert!(format!("x@sha512:{}", "0a".repeat(64)).parse::<Reference>().is_err());
