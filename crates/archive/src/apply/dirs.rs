@@ -83,6 +83,8 @@ pub(super) struct Dir {
 pub(super) enum Missing {
     /// Make it, as if it had always been there.
     Create,
+    /// Make it, unless a file stands in the way: then say so.
+    CreateBesideFiles,
     /// Say so.
     Tell,
 }
@@ -114,7 +116,9 @@ impl Dirs {
             let fd = rustix::fs::openat(root, ".", sys::DIRECTORY, Mode::empty())?;
             let origin = match style {
                 ApplyStyle::Layer => Origin::Implied,
-                ApplyStyle::Merged => Origin::Existing { mtime: sys::mtime(&rustix::fs::fstat(&fd)?) },
+                ApplyStyle::Merged | ApplyStyle::Added => {
+                    Origin::Existing { mtime: sys::mtime(&rustix::fs::fstat(&fd)?) }
+                }
             };
             let acl_default = Subject::Fd(fd.as_fd()).get(xattr::ACL_DEFAULT)?.is_some();
             Ok((fd, origin, acl_default))
@@ -179,7 +183,7 @@ impl Dirs {
     /// Notes that the archive put a name here that is no directory.
     pub(super) fn note_added(&mut self, node: Node, name: &[u8]) {
         self.dirs[node].touched = true;
-        if self.style == ApplyStyle::Merged {
+        if self.style != ApplyStyle::Layer {
             self.dirs[node].added.insert(name.into());
         }
     }
@@ -420,7 +424,7 @@ impl Dirs {
                 node
             }
         };
-        self.dirs[node].named |= missing == Missing::Create;
+        self.dirs[node].named |= missing != Missing::Tell;
         Ok(Some(node))
     }
 
@@ -473,7 +477,8 @@ impl Dirs {
                     position = 0;
                     continue;
                 }
-                Step::Nothing | Step::Other if missing == Missing::Tell => return Ok(None),
+                Step::Nothing if missing == Missing::Tell => return Ok(None),
+                Step::Other if missing != Missing::Create => return Ok(None),
                 Step::Nothing => {
                     self.make(at, &name, Origin::Implied)?.map_err(|error| io_error("make directory", entry)(error))?
                 }

@@ -49,6 +49,9 @@ pub enum ApplyStyle {
     Layer,
     /// A whole tree, mounted or plain: what the archive takes away is deleted.
     Merged,
+    /// A whole tree, to which files of any archive are added, as `ADD` does: names that layers keep for what they take
+    /// away are refused, since no layer could hold them.
+    Added,
 }
 
 /// What an apply did.
@@ -122,6 +125,9 @@ pub enum Refusal {
     /// `.wh.`, `.wh..`, `.wh...`, or a path through a whiteout.
     #[error("whiteout of an impossible name, or something inside a whiteout")]
     BadMark,
+    /// A name of a whiteout, in an archive that is no layer.
+    #[error("names that begin with .wh. are kept for what layers take away")]
+    Reserved,
     /// A whiteout that is not an empty file.
     #[error("whiteout that is not an empty file")]
     MarkWithContent,
@@ -293,6 +299,9 @@ impl Applier {
         self.entries += 1;
         let path = &entry.path;
         let meaning = whiteout::meaning(path).map_err(|_| refuse(path, Refusal::BadMark))?;
+        if self.style == ApplyStyle::Added && meaning != Meaning::Plain {
+            return Err(refuse(path, Refusal::Reserved));
+        }
         if meaning == Meaning::Ignored {
             if matches!(entry.kind, EntryKind::File { size_bytes: 1.., .. }) {
                 self.not_extracted = Some(path.clone());
@@ -313,13 +322,17 @@ impl Applier {
             Some(slash) => (&raw[..slash], &raw[slash + 1..]),
             None => (&raw[..0], raw),
         };
-        let dir = self.dirs.resolve(outer, Missing::Create, path)?.expect("because missing parents are made");
         if let Meaning::Mark(mark) = meaning {
-            return match entry.kind {
-                EntryKind::File { size_bytes: 0, .. } => self.mark(dir, mark, path),
-                _ => Err(refuse(path, Refusal::MarkWithContent)),
+            if !matches!(entry.kind, EntryKind::File { size_bytes: 0, .. }) {
+                return Err(refuse(path, Refusal::MarkWithContent));
+            }
+            // Below a file there is nothing to hide, and a mark is no reason to take the file away.
+            return match self.dirs.resolve(outer, Missing::CreateBesideFiles, path)? {
+                Some(dir) => self.mark(dir, mark, path),
+                None => Ok(()),
             };
         }
+        let dir = self.dirs.resolve(outer, Missing::Create, path)?.expect("because missing parents are made");
         match &entry.kind {
             EntryKind::File { size_bytes, sparse } => self.file(dir, name, entry, *size_bytes, sparse.as_deref(), data),
             EntryKind::Directory => {
@@ -427,7 +440,7 @@ impl Applier {
             ApplyStyle::Layer => {
                 ApplyError::NeedsBase { path: path.clone(), why: BaseNeed::LinkTarget { target: target.clone() } }
             }
-            ApplyStyle::Merged => refuse(path, Refusal::LinkToNothing),
+            ApplyStyle::Merged | ApplyStyle::Added => refuse(path, Refusal::LinkToNothing),
         };
         let target_dir = self.dirs.resolve(target_dir.as_bytes(), Missing::Tell, path)?.ok_or_else(missing)?;
         if target_dir == dir && target_name == name {
@@ -547,8 +560,8 @@ impl Applier {
         match (self.style, mark) {
             (ApplyStyle::Layer, Mark::Opaque) => self.dirs.set_opaque(dir),
             (ApplyStyle::Layer, Mark::Whiteout(name)) => self.hide(dir, name, path),
-            (ApplyStyle::Merged, Mark::Opaque) => self.sweep(dir, vec![dir]),
-            (ApplyStyle::Merged, Mark::Whiteout(name)) => {
+            (ApplyStyle::Merged | ApplyStyle::Added, Mark::Opaque) => self.sweep(dir, vec![dir]),
+            (ApplyStyle::Merged | ApplyStyle::Added, Mark::Whiteout(name)) => {
                 let mut pending = Vec::new();
                 self.take_away(dir, name, &mut pending)?;
                 self.sweep(dir, pending)
@@ -653,7 +666,7 @@ impl Applier {
             self.usage.add(&stat);
         }
         let (usage, index) = match self.style {
-            ApplyStyle::Merged => Default::default(),
+            ApplyStyle::Merged | ApplyStyle::Added => Default::default(),
             // What was counted and then replaced is not worth keeping books for.
             ApplyStyle::Layer if self.dirs.replaced() => {
                 let fd = self.dirs.fd(ROOT)?;
