@@ -24,6 +24,9 @@ use crate::exec::Cancel;
 /// Links followed from one member of a tar to another. Docker before 1.10 linked equal layers; it never chained them.
 const LINKS_FOLLOWED_MAX: usize = 4;
 
+/// Compressions that layers and archives don't use, by their first bytes, so that they can be named.
+const UNREADABLE: [(&[u8], &str); 2] = [(b"\xfd7zX", "xz"), (b"BZh", "bzip2")];
+
 /// How long a read waits for bytes before it looks whether it was asked to stop.
 const POLL_TIMEOUT: Timespec = Timespec { tv_sec: 0, tv_nsec: 200_000_000 };
 
@@ -56,6 +59,20 @@ pub enum ArchiveError {
         /// What is wrong.
         #[source]
         source: TarError,
+    },
+    /// It does not begin as a tar does.
+    #[error("{} is no archive: it does not begin with the header of a tar", path.display())]
+    NotATar {
+        /// Which file.
+        path: PathBuf,
+    },
+    /// It is compressed in a way that is not read.
+    #[error("{} is compressed with {format}: decompress it first (gzip and zstd are read as they are)", path.display())]
+    Compression {
+        /// Which file.
+        path: PathBuf,
+        /// How.
+        format: &'static str,
     },
     /// A file that the archive promises is not in it.
     #[error("{}: no file {name} in the archive", path.display())]
@@ -94,7 +111,7 @@ impl ArchiveError {
             Self::Io { source, .. } if source.kind() == io::ErrorKind::NotFound => ErrorKind::NotFound,
             Self::Io { .. } => ErrorKind::Unavailable,
             Self::Tar { .. } | Self::Twice { .. } => ErrorKind::InvalidInput,
-            Self::Missing { .. } => ErrorKind::InvalidInput,
+            Self::Missing { .. } | Self::NotATar { .. } | Self::Compression { .. } => ErrorKind::InvalidInput,
             Self::TooLarge { .. } => ErrorKind::Limit,
         }
     }
@@ -146,7 +163,12 @@ impl Archive {
             move |source: io::Error| ArchiveError::Io { op, path, source }
         };
         let file = match input {
-            Input::Path(path) => File::open(path).map_err(io("open"))?,
+            // A FIFO without a writer would block the open, and with it an interrupt.
+            Input::Path(path) => {
+                let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+                let opened = rustix::fs::open(path, flags, Mode::empty());
+                File::from(opened.map_err(|errno| io("open")(errno.into()))?)
+            }
             Input::Stdin => File::from(io::stdin().as_fd().try_clone_to_owned().map_err(io("open"))?),
         };
         let metadata = file.metadata().map_err(io("stat"))?;
@@ -158,6 +180,8 @@ impl Archive {
             let length = file.read_at(&mut head, 0).map_err(io("read"))?;
             compress::detect(&head[..length]) == Compression::None
         };
+        // An xz or bzip2 file is told from a broken tar.
+        let plain = plain && !UNREADABLE.iter().any(|(magic, _)| head.starts_with(magic));
         let file = if plain { file } else { spool(&path, file, spool_dir, limits, cancel)? };
         let members = index(&path, &file, limits)?;
         Ok(Self { path, files: Files::Tar { file: Arc::new(file), members } })
@@ -247,9 +271,21 @@ fn spool(path: &Path, file: File, dir: &Path, limits: &Limits, cancel: &Cancel) 
     let mut head = Vec::new();
     (&mut source).take(MAGIC_BYTES as u64).read_to_end(&mut head).map_err(io("read", path))?;
     let compression = compress::detect(&head);
+    for (magic, format) in UNREADABLE {
+        if head.starts_with(magic) {
+            return Err(ArchiveError::Compression { path: path.to_owned(), format });
+        }
+    }
     let decoder = compress::Decoder::new(io::Cursor::new(head).chain(source), compression, limits);
     let mut decoder = decoder.map_err(io("read", path))?;
     let mut buffer = vec![0; SPOOL_BUFFER_BYTES];
+    // What does not begin as an archive is not worth a copy: it may never end.
+    let mut first = [0; 512];
+    decoder.read_exact(&mut first).map_err(io("read", path))?;
+    if !plies_archive::tar::is_header(&first) {
+        return Err(ArchiveError::NotATar { path: path.to_owned() });
+    }
+    spooled.write_all(&first).map_err(io("write a copy of the archive into", dir))?;
     loop {
         let length = match decoder.read(&mut buffer) {
             Ok(0) => break,

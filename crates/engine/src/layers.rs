@@ -264,6 +264,10 @@ impl Engine {
             None => layers.hold_by_chain(offer.chain_id, lease)?,
             found => found,
         };
+        if let Some(layer) = layer {
+            // A row whose files are gone is no layer to build an image on.
+            layers.root(layer)?;
+        }
         let blob_here = match offer.digest {
             // That it decompresses to this diff ID must be our own finding, not the image's claim.
             Some(digest) => {

@@ -119,6 +119,18 @@ pub enum LoadError {
         /// Its media type.
         media_type: String,
     },
+    /// A document calls itself something else than its descriptor does.
+    #[error("{path}: {digest} is a {outside:?} by its descriptor and a {inside:?} by itself")]
+    TwoMediaTypes {
+        /// The archive.
+        path: String,
+        /// The document.
+        digest: BlobDigest,
+        /// By its descriptor.
+        outside: String,
+        /// By itself.
+        inside: String,
+    },
     /// Layers and diff IDs do not pair up.
     #[error("{path}: image {config} has {layers} layers but {diff_ids} diff IDs")]
     LayerCount {
@@ -211,6 +223,7 @@ impl LoadError {
             | Self::Layout { .. }
             | Self::DockerManifest { .. }
             | Self::MediaType { .. }
+            | Self::TwoMediaTypes { .. }
             | Self::LayerCount { .. }
             | Self::TagForMany { .. } => ErrorKind::InvalidInput,
             Self::Layer { source, .. } => source.kind(),
@@ -410,7 +423,17 @@ impl Engine {
         match classify(&descriptor.media_type) {
             Some(MediaClass::Manifest) => {
                 let raw = document_bytes(archive, path, "manifest", descriptor, limits::MANIFEST_BYTES_MAX)?;
-                Manifest::parse(&raw).map_err(document)
+                let manifest = Manifest::parse(&raw).map_err(document)?;
+                // Two names for one document are two meanings for two readers (CVE-2021-41190).
+                match manifest.document().value().media_type() {
+                    Some(own) if *own != descriptor.media_type => Err(LoadError::TwoMediaTypes {
+                        path: path.to_owned(),
+                        digest: descriptor.digest,
+                        outside: descriptor.media_type.to_string(),
+                        inside: own.to_string(),
+                    }),
+                    _ => Ok(manifest),
+                }
             }
             Some(MediaClass::Index) if depth < INDEX_DEPTH_MAX => {
                 let raw = document_bytes(archive, path, "index", descriptor, limits::MANIFEST_BYTES_MAX)?;

@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use plies_archive::compress;
+use plies_archive::hash::HashingReader;
 use plies_archive::tar::{self, Entry, EntryKind, EntryPath, Timestamp, WriteError};
 use plies_image::{Found, ImageError, ImageRow};
 use plies_oci::{
@@ -103,6 +104,14 @@ pub enum SaveError {
         /// As it is.
         actual: DiffId,
     },
+    /// A blob was changed on disk.
+    #[error("blob {digest} was changed on disk, it now has {actual}: remove its images (ply rmi) and load them again")]
+    Damaged {
+        /// The blob.
+        digest: BlobDigest,
+        /// The digest of what is there.
+        actual: BlobDigest,
+    },
     /// Writing.
     #[error("write {}", path.display())]
     Write {
@@ -157,7 +166,7 @@ impl SaveError {
     pub fn kind(&self) -> ErrorKind {
         match self {
             Self::Image(source) => source.kind(),
-            Self::Document { .. } | Self::Changed { .. } => ErrorKind::DataLoss,
+            Self::Document { .. } | Self::Changed { .. } | Self::Damaged { .. } => ErrorKind::DataLoss,
             Self::Layer { source, .. } => source.kind(),
             Self::Write { .. } => ErrorKind::Unavailable,
             Self::Archive { source, .. } => source.kind(),
@@ -305,9 +314,10 @@ impl Engine {
             if std::fs::metadata(&path).is_ok_and(|meta| meta.is_file() && meta.len() == size_bytes) {
                 continue;
             }
-            let mut blob = self.open_blob(digest)?;
+            let mut blob = HashingReader::new(self.open_blob(digest)?);
             let partial = Partial::create(&blobs).map_err(sink.failed())?;
             sink.copy(&mut blob, &mut &partial.file)?;
+            check_blob(digest, blob)?;
             partial.publish(&path).map_err(sink.failed())?;
         }
         sync_directory(&blobs).map_err(sink.failed())?;
@@ -342,7 +352,9 @@ impl Engine {
             sink.bytes(&mut tar, "oci-layout", OCI_LAYOUT)?;
             sink.bytes(&mut tar, "index.json", Index::build(&index_entries(images)).document().raw())?;
             for (digest, size_bytes) in blobs_of(images) {
-                sink.file(&mut tar, &blob_name(digest), size_bytes, &mut self.open_blob(digest)?)?;
+                let mut blob = HashingReader::new(self.open_blob(digest)?);
+                sink.file(&mut tar, &blob_name(digest), size_bytes, &mut blob)?;
+                check_blob(digest, blob)?;
             }
         }
         let out = tar.finish().map_err(|source| sink.archive(source))?;
@@ -396,7 +408,9 @@ impl Engine {
             unreachable!("because a manifest with another kind of layer does not parse");
         };
         if compression == Compression::None {
-            return sink.file(tar, name, layer.size_bytes, &mut self.open_blob(layer.digest)?);
+            let mut blob = HashingReader::new(self.open_blob(layer.digest)?);
+            sink.file(tar, name, layer.size_bytes, &mut blob)?;
+            return check_blob(layer.digest, blob);
         }
         // A tar says a file's length before its bytes, so the layer is decompressed twice: once to count and to check,
         // once to write.
@@ -404,7 +418,7 @@ impl Engine {
             let decoder = compress::Decoder::new(self.open_blob(layer.digest)?, compression, self.limits());
             decoder.map_err(sink.failed())
         };
-        let mut hashing = plies_archive::hash::HashingReader::new(decoder()?);
+        let mut hashing = HashingReader::new(decoder()?);
         sink.copy(&mut hashing, &mut io::sink())?;
         let (_, hashed) = hashing.finish();
         let actual = DiffId::from_bytes(hashed.sha256);
@@ -417,6 +431,15 @@ impl Engine {
     fn open_blob(&self, digest: BlobDigest) -> Result<plies_store::Blob, SaveError> {
         let opened = self.store().content().open(digest);
         Ok(opened.map_err(|source| ImagesError::Content { digest, source })?)
+    }
+}
+
+/// Fails if a blob that was read to its end is not what its digest says: what goes out is never worse than what came in.
+fn check_blob(digest: BlobDigest, read: HashingReader<plies_store::Blob>) -> Result<(), SaveError> {
+    let (_, hashed) = read.finish();
+    match BlobDigest::from_bytes(hashed.sha256) {
+        actual if actual == digest => Ok(()),
+        actual => Err(SaveError::Damaged { digest, actual }),
     }
 }
 
