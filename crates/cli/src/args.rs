@@ -50,7 +50,7 @@ pub(crate) enum Driver {
     Auto,
     /// A directory a layer, stacked by the kernel
     Overlay,
-    /// Plain copies, works everywhere
+    /// Plain copies, where overlayfs is missing
     Native,
 }
 

@@ -15,6 +15,7 @@ use plies_engine::exec::Cancel;
 use plies_engine::{DriverKind, Engine, EngineOptions, Input, Output, RemovedImage, RunRequest, SaveFormat, TreeNode};
 use serde::Serialize;
 use serde_json::json;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use crate::args::{self, Command, Global, Ply, Ref};
 use crate::format::{self, Column};
@@ -279,7 +280,7 @@ fn images(engine: &Engine, json: bool, quiet: bool) -> anyhow::Result<ExitCode> 
                 repository.to_owned(),
                 tag.to_owned(),
                 format::short_id(&image.id.hex()).to_owned(),
-                image.error.as_ref().map_or_else(|| ago(image.created.as_deref()), |error| format!("damaged: {error}")),
+                if image.error.is_some() { "damaged".to_owned() } else { ago(image.created.as_deref()) },
                 format::size(image.size_bytes),
             ]
         })
@@ -445,11 +446,10 @@ pub(crate) fn search_path() -> Vec<PathBuf> {
         .unwrap_or_default()
 }
 
-/// The first SIGINT or SIGTERM asks to stop, so that nothing is left half-made; a second one kills.
+/// The first SIGINT, SIGTERM or SIGHUP (its terminal is gone) asks to stop, so that nothing is left half-made; a second one kills.
 fn cancel_on_signals() -> anyhow::Result<Cancel> {
     let cancel = Cancel::new();
-    let mut signals = signal_hook::iterator::Signals::new([signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM])
-        .context("take over signals")?;
+    let mut signals = signal_hook::iterator::Signals::new([SIGHUP, SIGINT, SIGTERM]).context("take over signals")?;
     let asked = cancel.clone();
     std::thread::Builder::new()
         .name("signals".into())

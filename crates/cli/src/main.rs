@@ -36,6 +36,16 @@ fn main() -> ExitCode {
     }
 }
 
+/// What to do where the system said no to somebody who is not root; layers keep owners, devices and privileged
+/// attributes, which takes root.
+fn advice(error: &anyhow::Error) -> Option<&'static str> {
+    let denied = error.chain().any(|cause| {
+        cause.downcast_ref::<std::io::Error>().is_some_and(|io| io.kind() == std::io::ErrorKind::PermissionDenied)
+    });
+    let advice = "ply keeps owners and devices of layers and needs root for that: run it as root";
+    (denied && !rustix::process::geteuid().is_root()).then_some(advice)
+}
+
 /// One line with the whole chain of causes, or a line each with `-v`.
 fn report(error: &anyhow::Error, verbose: bool) {
     if verbose {
@@ -46,6 +56,9 @@ fn report(error: &anyhow::Error, verbose: bool) {
     } else {
         let chain: Vec<String> = error.chain().map(|cause| format::multiline(&cause.to_string())).collect();
         eprintln!("ply: {}", joined(&chain));
+    }
+    if let Some(advice) = advice(error) {
+        eprintln!("  ({advice})");
     }
 }
 

@@ -95,6 +95,12 @@ pub enum RunError {
         /// Where.
         dir: PathBuf,
     },
+    /// The mount would cover the store itself.
+    #[error("{} is part of the state directory or holds it: mount somewhere else", dir.display())]
+    OverStore {
+        /// Where.
+        dir: PathBuf,
+    },
     /// The record is mounted.
     #[error("the record is mounted on {}: unmount it first", dir.display())]
     RecordMounted {
@@ -167,7 +173,7 @@ impl RunError {
             Self::NotFound { .. } | Self::NotMounted { .. } => ErrorKind::NotFound,
             Self::Mounted { .. } => ErrorKind::AlreadyExists,
             Self::RecordMounted { .. } | Self::ElsewhereMounted { .. } | Self::Unmount { .. } => ErrorKind::Busy,
-            Self::NoCommand { .. } | Self::Mutable { .. } => ErrorKind::InvalidInput,
+            Self::NoCommand { .. } | Self::Mutable { .. } | Self::OverStore { .. } => ErrorKind::InvalidInput,
             Self::Directory { source, .. } if source.kind() == io::ErrorKind::NotFound => ErrorKind::NotFound,
             Self::Directory { .. } => ErrorKind::Unavailable,
             Self::Image(source) => source.kind(),
@@ -246,7 +252,7 @@ impl Engine {
         cancel: &Cancel,
     ) -> Result<i32, RunError> {
         let rootfs = mounted.path().expect("because it was attached").to_owned();
-        crate::build::make_directory(mounted.root(), config.working_dir())?;
+        crate::build::make_directory(mounted.root(), config.working_dir(), None)?;
         let user = crate::build::user(mounted.root(), config.user())?;
         let home = exec::home_of(mounted.root(), user.uid)?;
         let mut env: Vec<(OsString, OsString)> =
@@ -284,6 +290,9 @@ impl Engine {
     /// [`RunError`].
     pub fn mount(&self, wanted: &str, dir: &Path, rw: bool) -> Result<(), RunError> {
         let dir = dir.canonicalize().map_err(|source| RunError::Directory { dir: dir.to_owned(), source })?;
+        if dir.starts_with(self.store().root()) || self.store().root().starts_with(&dir) {
+            return Err(RunError::OverStore { dir });
+        }
         let key = dir.as_os_str().as_bytes().to_vec();
         if let Some(row) = self.store().read(|rows| rows.get(&MOUNTS, &key))? {
             if !is_over(&dir, &row, &Place::here()?) {

@@ -95,7 +95,7 @@ fn one_damaged_image_hides_no_other() {
     fs::remove_file(ply.root().join("content/blobs/sha256").join(&hex)).unwrap();
     let ran = ply.fails(1, args!["images"]);
     assert!(ran.stdout.contains("localhost/good") && ran.stdout.contains("localhost/bad"), "{ran}");
-    assert!(ran.stdout.contains("damaged: ") && ran.stderr == "ply: 1 of these is damaged\n", "{ran}");
+    assert!(ran.stdout.contains(" damaged ") && ran.stderr == "ply: 1 of these is damaged\n", "{ran}");
     let ran = ply.fails(1, args!["images", "--json"]);
     let images: serde_json::Value = serde_json::from_str(&ran.stdout).unwrap();
     let errors: Vec<_> = images.as_array().unwrap().iter().filter(|image| image["error"].is_string()).collect();

@@ -69,8 +69,8 @@ pub(crate) enum Op {
     Run { base: VertexId, run: RunOp },
     /// The base with files added.
     Copy { base: VertexId, copy: CopyOp },
-    /// The base with a directory that is there.
-    Directory { base: VertexId, path: String },
+    /// The base with a directory that is there; one that has to be made belongs to the user.
+    Directory { base: VertexId, path: String, user: String },
     /// The stack of `base` with the stack of `over` on top: no file is touched.
     Merge { base: VertexId, over: VertexId },
 }
@@ -182,8 +182,12 @@ pub(crate) fn lower(
     for (key, value) in labels {
         result.config.set_label(key, value);
     }
-    let warnings =
-        args.unused(dockerfile).iter().map(|name| format!("build argument {name} is not used by any ARG")).collect();
+    let unused = args.unused(dockerfile);
+    let unused = unused.iter().map(|name| format!("build argument {name} is not used by any ARG"));
+    // The built-in frontend is docker's own language; another frontend's file may mean something else.
+    let other = dockerfile.syntax.iter().filter(|syntax| !syntax.contains("docker/dockerfile"));
+    let other = other.map(|syntax| format!("syntax {syntax:?} is not fetched, the file is read as a plain Dockerfile"));
+    let warnings = unused.chain(other).collect();
     Ok(Plan {
         graph: lowering.graph,
         target: result.vertex,
@@ -349,7 +353,9 @@ impl<'a> Lowering<'a> {
                 current.lowered.config.set_working_dir(&path);
                 created_by = format!("WORKDIR {path}");
                 let name = format!("{}{created_by}", current.label);
-                current.lowered.vertex = self.graph.add(Op::Directory { base: current.lowered.vertex, path }, name, at);
+                let user = current.lowered.config.user().to_owned();
+                let op = Op::Directory { base: current.lowered.vertex, path, user };
+                current.lowered.vertex = self.graph.add(op, name, at);
             }
             InstructionKind::Env(pairs) => {
                 // All values see the environment before the instruction.

@@ -15,7 +15,7 @@ use plies_archive::tar::EntryPath;
 use plies_archive::{ApplyStyle, UnpackError, compress, unpack};
 
 use plies_cache::{CacheKey, KeyBuilder, RecordId, RecordRow};
-use plies_oci::{Compression, DiffId, ErrorKind};
+use plies_oci::{Compression, DiffId, ErrorKind, limits};
 use plies_store::{
     ActiveOptions, Attach, CatalogueError, LayerError, LayerId, Lease, Mounted, SnapshotError, SnapshotId, Stamp,
 };
@@ -39,6 +39,9 @@ const KEY_VERSION: u32 = 1;
 
 /// Output of one step that is shown, as in BuildKit (`BUILDKIT_STEP_LOG_MAX_SIZE`).
 const OUTPUT_BYTES_MAX: usize = 2 << 20;
+
+/// Characters of a command that an error quotes.
+const COMMAND_CHARS_MAX: usize = 200;
 
 /// Longest description of a record: a Dockerfile's line can hold a whole script.
 const DESCRIPTION_CHARS_MAX: usize = 300;
@@ -86,6 +89,20 @@ pub enum SolveError {
         /// What is wrong with it.
         #[source]
         source: UnpackError,
+    },
+    /// It makes more layers than an image may have.
+    #[error("the image would have {layers} layers, the limit LAYERS_MAX is {}", limits::LAYERS_MAX)]
+    TooManyLayers {
+        /// How many.
+        layers: usize,
+    },
+    /// It does not fit on the tree below it.
+    #[error(
+        "{path} is no directory in the tree below: COPY --link does not follow links there (use it without --link)"
+    )]
+    Link {
+        /// Where.
+        path: EntryPath,
     },
     /// Its archive is of a kind that is not unpacked yet.
     #[error("{name} is {format}-compressed, and only plain, gzip and zstd archives are unpacked yet (use COPY)")]
@@ -140,7 +157,8 @@ impl SolveError {
             Self::Hash(source) => source.kind(),
             Self::Copy(source) => source.kind(),
             Self::Exclude(source) => source.kind(),
-            Self::Chmod(_) | Self::Archive { .. } => ErrorKind::InvalidInput,
+            Self::Chmod(_) | Self::Archive { .. } | Self::Link { .. } => ErrorKind::InvalidInput,
+            Self::TooManyLayers { .. } => ErrorKind::Limit,
             Self::Unpack { source, .. } => source.kind(),
             Self::Directory { .. } | Self::Io { .. } => ErrorKind::Unavailable,
             Self::Snapshot(source) => source.kind(),
@@ -153,7 +171,13 @@ impl SolveError {
     /// What the line of the Dockerfile that asked for it did not get; the cause follows.
     pub(crate) fn headline(&self) -> String {
         match self {
-            Self::Exit { command, .. } => format!("process {command:?} did not complete successfully"),
+            Self::Exit { command, .. } => {
+                let (shown, rest) = match command.char_indices().nth(COMMAND_CHARS_MAX) {
+                    Some((end, _)) => (&command[..end], "…"),
+                    None => (command.as_str(), ""),
+                };
+                format!("process \"{}{rest}\" did not complete successfully", shown.escape_debug())
+            }
             Self::Select(_) | Self::Hash(_) | Self::Copy(_) | Self::Exclude(_) | Self::Unpack { .. } => {
                 "files could not be copied".into()
             }
@@ -288,6 +312,11 @@ impl Solver<'_> {
                 };
                 Failed { location: vertex.location, focus, error }
             })?;
+            let layers = solved.base_diff_ids.len() + solved.layers.len();
+            if layers > limits::LAYERS_MAX {
+                let error = SolveError::TooManyLayers { layers };
+                return Err(Failed { location: vertex.location, focus: String::new(), error });
+            }
             if vertex.op.is_step() {
                 results.steps_count += 1;
                 results.cached_count += usize::from(outcome == Outcome::Cached);
@@ -324,7 +353,12 @@ impl Solver<'_> {
                 let (base, over) = (results.of(*base), results.of(*over));
                 let mut layers = self.layers_of(base.snapshot)?;
                 layers.extend(self.layers_of(over.snapshot)?);
-                let snapshot = if layers.is_empty() { None } else { Some(self.ensure(&layers)?) };
+                let snapshot = match self.engine.store().snapshots().ensure(&layers, self.lease) {
+                    _ if layers.is_empty() => None,
+                    Ok(snapshot) => Some(snapshot),
+                    Err(SnapshotError::NeedsBase { path, .. }) => return Err(SolveError::Link { path }),
+                    Err(other) => return Err(other.into()),
+                };
                 let solved = Solved {
                     key: KeyBuilder::new("merge", KEY_VERSION).input(&base.key).input(&over.key).finish(),
                     snapshot,
@@ -339,10 +373,18 @@ impl Solver<'_> {
                 let key = run_key(run, &base.key);
                 self.step(base, key, name, |root, path| self.run(run, root, path, task))
             }
-            Op::Directory { base, path } => {
+            Op::Directory { base, path, user } => {
                 let base = results.of(*base);
-                let key = KeyBuilder::new("directory", KEY_VERSION).input(&base.key).bytes(path.as_bytes()).finish();
-                self.step(base, key, name, |root, _| make_directory(root, path).map(|()| Made::default()))
+                let key = KeyBuilder::new("directory", KEY_VERSION)
+                    .input(&base.key)
+                    .bytes(path.as_bytes())
+                    .bytes(user.as_bytes())
+                    .finish();
+                self.step(base, key, name, |root, _| {
+                    let user = self::user(root, user)?;
+                    make_directory(root, path, Some(Owner { uid: user.uid, gid: user.gid }))?;
+                    Ok(Made::default())
+                })
             }
             Op::Copy { base, copy } => {
                 let base = results.of(*base);
@@ -494,7 +536,7 @@ impl Solver<'_> {
     }
 
     fn run(&self, run: &RunOp, root: BorrowedFd<'_>, path: &Path, task: Option<&Task<'_>>) -> Result<Made, SolveError> {
-        make_directory(root, &run.working_dir)?;
+        make_directory(root, &run.working_dir, None)?;
         let os = |(name, value): &(String, String)| (OsString::from(name), OsString::from(value));
         let mut mounts = StepMount::host_network_files();
         let script = run.invocation.script.as_ref();
@@ -572,7 +614,7 @@ impl Solver<'_> {
             };
             match archive {
                 Some(archive) => {
-                    make_directory(root, &copy.dest)?;
+                    make_directory(root, &copy.dest, owner)?;
                     let dir = inroot::open(root, copy.dest.as_bytes(), rustix::fs::OFlags::DIRECTORY);
                     let dir = dir.map_err(|source| SolveError::Directory { path: copy.dest.clone(), source })?;
                     archive.unpack(dir.as_fd(), self.engine.limits(), self.cancel)?;
@@ -626,10 +668,21 @@ pub(crate) fn random_id() -> Result<RecordId, SolveError> {
     Ok(RecordId::from_bytes(bytes))
 }
 
-/// Makes a directory with its parents (0755, root's) inside a root; one that is there is left alone.
-pub(crate) fn make_directory(root: BorrowedFd<'_>, path: &str) -> Result<(), SolveError> {
+/// Makes a directory with its parents (0755, the owner's or root's) inside a root; what is there is left alone.
+pub(crate) fn make_directory(root: BorrowedFd<'_>, path: &str, owner: Option<Owner>) -> Result<(), SolveError> {
+    let own = |dir: BorrowedFd<'_>| match owner {
+        Some(Owner { uid, gid }) => {
+            let (uid, gid) = (rustix::fs::Uid::from_raw(uid), rustix::fs::Gid::from_raw(gid));
+            rustix::fs::fchown(dir, Some(uid), Some(gid))
+        }
+        None => Ok(()),
+    };
     let make = || -> io::Result<()> {
-        let resolved = inroot::resolve(root, path.as_bytes(), inroot::Missing::Make(&mut |_, _| Ok(())))?;
+        let mut made_parent = |_: BorrowedFd<'_>, made: Option<inroot::MadeDir>| match made {
+            Some(made) => Ok(own(made.dir.as_fd())?),
+            None => Ok(()),
+        };
+        let resolved = inroot::resolve(root, path.as_bytes(), inroot::Missing::Make(&mut made_parent))?;
         let Some(name) = &resolved.name else { return Ok(()) };
         let mode = rustix::fs::Mode::from_raw_mode(0o755);
         rustix::fs::mkdirat(resolved.dir(), name.as_slice(), mode).map_err(|errno| match errno {
@@ -637,6 +690,7 @@ pub(crate) fn make_directory(root: BorrowedFd<'_>, path: &str) -> Result<(), Sol
             other => other.into(),
         })?;
         let made = inroot::open_dir(resolved.dir(), name)?;
+        own(made.as_fd())?;
         // mkdir obeys the umask, which is the caller's business and not the image's.
         Ok(rustix::fs::fchmod(&made, mode)?)
     };
@@ -647,11 +701,12 @@ pub(crate) fn user(root: BorrowedFd<'_>, text: &str) -> Result<User, UserError> 
     if text.is_empty() { Ok(User::root()) } else { resolve_user(root, text) }
 }
 
-/// `--chown`: a user without a group means the group of the same number, unlike in USER (Dockerfile reference).
+/// `--chown`: a number alone is user and group, a name alone brings its primary group (Dockerfile reference, "COPY
+/// --chown").
 fn owner(root: BorrowedFd<'_>, text: &str) -> Result<Owner, UserError> {
     let user = resolve_user(root, text)?;
-    let gid = if text.contains(':') { user.gid } else { user.uid };
-    Ok(Owner { uid: user.uid, gid })
+    let number_alone = !text.is_empty() && text.bytes().all(|c| c.is_ascii_digit());
+    Ok(Owner { uid: user.uid, gid: if number_alone { user.uid } else { user.gid } })
 }
 
 /// Passes a command's output on to its task, up to a limit: a step that floods its log costs neither a terminal nor a
@@ -752,7 +807,7 @@ impl Archive {
     }
 
     fn unpack(self, dir: BorrowedFd<'_>, limits: &plies_archive::Limits, cancel: &Cancel) -> Result<(), SolveError> {
-        let style = ApplyStyle::Merged;
+        let style = ApplyStyle::Added;
         let file = Watched { inner: self.file, task: None, cancel };
         let unpacked = unpack(file, self.compression, dir, style, limits, None);
         unpacked.map(drop).map_err(|source| SolveError::Unpack { name: self.name, source })

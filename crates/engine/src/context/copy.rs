@@ -88,6 +88,12 @@ pub enum CopyError {
         /// What, in the source.
         path: Escaped,
     },
+    /// A name that no layer can hold.
+    #[error("{path} can't be copied: names that begin with .wh. are kept for what layers take away")]
+    Reserved {
+        /// What, in the source.
+        path: Escaped,
+    },
     /// A file system did not do its part.
     #[error("{op} {path}")]
     Io {
@@ -105,7 +111,9 @@ impl CopyError {
     /// What a caller can do about it.
     pub fn kind(&self) -> ErrorKind {
         match self {
-            Self::NotADirectory { .. } | Self::IsADirectory { .. } | Self::Special { .. } => ErrorKind::InvalidInput,
+            Self::NotADirectory { .. } | Self::IsADirectory { .. } | Self::Special { .. } | Self::Reserved { .. } => {
+                ErrorKind::InvalidInput
+            }
             Self::Io { .. } => ErrorKind::Unavailable,
         }
     }
@@ -380,6 +388,14 @@ fn times(found: &Found) -> Timestamps {
     Timestamps { last_access: modified, last_modification: modified }
 }
 
+/// Refuses a name that a layer could not hold, before the step is done rather than when the image is.
+fn admit(name: &[u8], found: &Found) -> Result<(), CopyError> {
+    if name.starts_with(b".wh.") {
+        return Err(CopyError::Reserved { path: Escaped::of(&found.path) });
+    }
+    Ok(())
+}
+
 impl Visitor for Copier<'_> {
     type Error = CopyError;
 
@@ -388,6 +404,7 @@ impl Visitor for Copier<'_> {
             return Ok(());
         }
         let name = self.name(found).to_vec();
+        admit(&name, found)?;
         match rustix::fs::mkdirat(self.here(), OsStr::from_bytes(&name), Mode::from_raw_mode(0o700)) {
             Ok(()) | Err(Errno::EXIST) => {}
             Err(error) => return Err(self.failed("make the directory", found)(error)),
@@ -413,6 +430,7 @@ impl Visitor for Copier<'_> {
     }
 
     fn leaf(&mut self, found: &Found) -> Result<(), CopyError> {
+        admit(self.name(found), found)?;
         let kind = found.kind();
         let special = matches!(kind, FileType::Fifo | FileType::CharacterDevice | FileType::BlockDevice);
         if special && self.owners == Owners::Root {

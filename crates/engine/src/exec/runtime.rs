@@ -8,7 +8,7 @@
 //! Both go with their step. What a dead process left is deleted when the next executor is made: the state directory
 //! belongs to one process at a time.
 
-use std::ffi::{CStr, OsStr};
+use std::ffi::{CStr, OsStr, OsString};
 use std::io::Write;
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
@@ -132,6 +132,13 @@ impl OciRuntime {
         command
     }
 
+    /// crun takes what stands before a colon for a kind of log, and a state directory may have a colon in its name.
+    fn log_argument(&self, log: &Path) -> OsString {
+        let mut argument = OsString::from(if self.name.contains("crun") { "file:" } else { "" });
+        argument.push(log);
+        argument
+    }
+
     /// Kills everything in a container and forgets it.
     fn delete(&self, id: &OsStr) {
         let _ = self.command().args([OsStr::new("delete"), OsStr::new("--force"), id]).status();
@@ -155,7 +162,12 @@ impl OciRuntime {
         std::fs::write(&config_path, config.to_string()).map_err(failed("write", &config_path))?;
         let log = bundle.join("log");
         let mut command = self.command();
-        command.arg("--log").arg(&log).args(["--log-format", "json", "run", "--bundle"]).arg(bundle).arg(id);
+        command
+            .arg("--log")
+            .arg(self.log_argument(&log))
+            .args(["--log-format", "json", "run", "--bundle"])
+            .arg(bundle)
+            .arg(id);
         match step.streams {
             Streams::Captured => command.stdout(Stdio::piped()).stderr(Stdio::piped()),
             Streams::Inherited { .. } => {
