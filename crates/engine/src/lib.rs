@@ -4,7 +4,6 @@
 //! ```text
 //! lib.rs        Engine: a store with what requests need; opening and closing
 //! archive.rs    an image archive that a user hands in, readable at any place
-//! layers.rs     blobs become layers, layers become blobs
 //! load.rs       archive -> images          save.rs     images -> archive
 //! images.rs     list, inspect, history, tag, remove
 //! build/        Dockerfile -> graph -> solve -> image
@@ -22,9 +21,7 @@ pub mod context;
 pub mod dockerfile;
 pub mod exec;
 mod images;
-mod layers;
 mod load;
-pub mod progress;
 mod records;
 mod run;
 mod save;
@@ -35,17 +32,16 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use plies_archive::Limits;
-use plies_oci::ErrorKind;
 use plies_store::{
-    CatalogueError, GcMode, Holder, Lease, LeaseOptions, OpenError, OpenOptions, Stamp, Store, WaitPolicy, Warn,
+    Cancel, CatalogueError, GcMode, Holder, Lease, LeaseOptions, OpenError, OpenOptions, Stamp, Store, Transfer,
+    WaitPolicy, Warn,
 };
 
 pub use archive::{ArchiveError, Input};
 pub use images::{HistoryLine, ImageDetails, ImageSummary, ImagesError, familiar};
-pub use layers::LayerTransferError;
 pub use load::{LoadError, LoadedImage};
 pub use plies_image::Removed as RemovedImage;
-pub use plies_store::DriverKind;
+pub use plies_store::{Canceled, DriverKind, TransferError, progress};
 pub use records::{RecordSummary, RecordsError};
 pub use run::{RunError, RunRequest};
 pub use save::{Output, SaveError, SaveFormat};
@@ -112,6 +108,15 @@ impl Engine {
         &self.limits
     }
 
+    pub(crate) fn transfer<'a>(
+        &'a self,
+        lease: &'a Lease,
+        progress: &'a dyn progress::Progress,
+        cancel: &'a Cancel,
+    ) -> Transfer<'a> {
+        Transfer { lease, limits: &self.limits, progress, cancel }
+    }
+
     /// Does `work` with a lease that holds what it makes until something else does. If it fails, what it made is
     /// removed again: the store is then as it was.
     pub(crate) fn with_lease<T, E: From<CatalogueError>>(
@@ -127,18 +132,6 @@ impl Engine {
             Err(_) => drop(lease.release().map(|()| self.store.gc(GcMode::Run))),
         }
         done
-    }
-}
-
-/// The request was cancelled by its caller.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("cancelled")]
-pub struct Canceled;
-
-impl Canceled {
-    /// Always [`ErrorKind::Canceled`].
-    pub fn kind(&self) -> ErrorKind {
-        ErrorKind::Canceled
     }
 }
 

@@ -1,20 +1,21 @@
 //! `ply load`: images out of an archive.
 
-use std::io;
+use std::io::{self, Read};
 
 use plies_image::{ImageError, ImageRow, ManifestRow};
 use plies_oci::{
-    BlobDigest, ChainId, Descriptor, DocumentError, ErrorKind, ImageConfig, ImageId, Index, Manifest, MediaClass,
-    MediaType, Platform, Reference, classify, limits,
+    BlobDigest, ChainId, Compression, Descriptor, DiffId, DocumentError, ErrorKind, ImageConfig, ImageId, Index,
+    Manifest, MediaClass, MediaType, Platform, Reference, classify, limits,
 };
-use plies_store::{CatalogueError, CommitError, Expected, IngestError, Lease, Resource};
+use plies_store::{
+    CatalogueError, CommitError, Expected, IngestError, LayerBlob, LayerSource, Lease, Resource, Taken, TransferError,
+};
 use serde::{Deserialize, Serialize};
 
 use crate::Engine;
-use crate::archive::{Archive, ArchiveError, Input};
+use crate::archive::{Archive, ArchiveError, Input, Section};
 use crate::exec::Cancel;
 use crate::images::{ImagesError, plain_name};
-use crate::layers::{LayerBlob, LayerTransferError, Offered};
 use crate::progress::Progress;
 
 /// Indexes inside indexes that are followed. Builders nest one level (a manifest list in an `index.json`); a chain of
@@ -180,7 +181,7 @@ pub enum LoadError {
         path: String,
         /// Which layer, and what is wrong with it.
         #[source]
-        source: LayerTransferError,
+        source: TransferError,
     },
     /// A name.
     #[error(transparent)]
@@ -251,7 +252,7 @@ struct Candidate {
     /// `None`: a docker archive has no manifests, it is made once the layers' digests are known.
     manifest: Option<Manifest>,
     config: ImageConfig,
-    layers: Vec<Offered>,
+    layers: Vec<LayerSource<'static>>,
 }
 
 /// An OCI layout's marker file.
@@ -334,8 +335,9 @@ impl Engine {
         progress: &dyn Progress,
         cancel: &Cancel,
     ) -> Result<(BlobDigest, ImageRow), LoadError> {
-        let (blobs, snapshot) = self
-            .take_layers(&candidate.layers, lease, progress, cancel)
+        let Taken { blobs, snapshot, .. } = self
+            .transfer(lease, progress, cancel)
+            .take_layers(&candidate.layers, &[])
             .map_err(|source| LoadError::Layer { path: path.to_owned(), source })?;
         let config = candidate.config.document().raw();
         let manifest = match &candidate.manifest {
@@ -479,7 +481,7 @@ impl Engine {
                 // A plain layer's blob is its tar, so the diff ID is the digest to expect.
                 let plain = compression == plies_oci::Compression::None;
                 let digest = plain.then(|| BlobDigest::from_bytes(*diff_id.as_bytes()));
-                layers.push(Offered { section, digest, compression, diff_id, chain_id });
+                layers.push(source(section, digest, compression, diff_id, chain_id));
             }
             let names = image.repo_tags.unwrap_or_default();
             let names = names.iter().map(|name| plain_name(name)).collect::<Result<_, _>>()?;
@@ -540,9 +542,22 @@ fn oci_candidate(
             unreachable!("because a manifest with another kind of layer does not parse");
         };
         let (diff_id, chain_id) = chain.next();
-        layers.push(Offered { section, digest: Some(layer.digest), compression, diff_id, chain_id });
+        layers.push(source(section, Some(layer.digest), compression, diff_id, chain_id));
     }
     Ok(Candidate { names, manifest: Some(manifest), config, layers })
+}
+
+/// A layer that is part of an archive.
+fn source(
+    section: Section,
+    digest: Option<BlobDigest>,
+    compression: Compression,
+    diff_id: DiffId,
+    chain_id: ChainId,
+) -> LayerSource<'static> {
+    let size_bytes = section.size_bytes();
+    let open = Box::new(move || Ok(Box::new(section.clone()) as Box<dyn Read + Send>));
+    LayerSource { digest, size_bytes, compression, diff_id, chain_id, open }
 }
 
 /// Where an OCI layout keeps a blob.

@@ -20,12 +20,11 @@ use plies_oci::{
     BlobDigest, Compression, Descriptor, DiffId, DocumentError, ErrorKind, ImageConfig, ImageId, Index, Manifest,
     MediaClass, MediaType, Reference, classify,
 };
-use plies_store::{CatalogueError, CommitError, IngestError, Lease};
+use plies_store::{CatalogueError, CommitError, IngestError, LayerBlob, Lease, TransferError};
 use serde_json::json;
 
 use crate::exec::Cancel;
 use crate::images::ImagesError;
-use crate::layers::{LayerBlob, LayerTransferError};
 use crate::load::{DocumentsError, blob_name, manifest_row};
 use crate::progress::{Outcome, Progress, Task};
 use crate::{Canceled, Engine};
@@ -92,7 +91,7 @@ pub enum SaveError {
         image: String,
         /// Which layer, and what is wrong with it.
         #[source]
-        source: LayerTransferError,
+        source: TransferError,
     },
     /// A layer's tar is not the one of its diff ID.
     #[error("blob {blob} no longer decompresses to diff ID {expected}, but to {actual}")]
@@ -264,7 +263,7 @@ impl Engine {
         let layer = |source| SaveError::Layer { image: wanted.to_owned(), source };
         let mut blobs: Vec<LayerBlob> = Vec::new();
         for diff_id in config.diff_ids() {
-            blobs.push(self.blob_of(*diff_id, lease, progress, cancel).map_err(layer)?);
+            blobs.push(self.transfer(lease, progress, cancel).blob_of(*diff_id).map_err(layer)?);
         }
         let raw = config.document().raw();
         let config_descriptor = Descriptor::new(MediaType::ImageConfig, BlobDigest::of(raw), raw.len() as u64);

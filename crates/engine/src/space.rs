@@ -214,7 +214,7 @@ impl Engine {
             ControlFlow::Continue(())
         })?;
         for (digest, size_bytes) in blobs {
-            let of = self.store().read(|rows| plies_image::diff_id_of_blob(rows, digest));
+            let of = self.store().read(|rows| plies_store::transfer::diff_id_of_blob(rows, digest));
             let (description, error) = match of {
                 Ok(Some(diff_id)) => (format!("layer {diff_id}"), None),
                 Ok(None) => ("document".into(), None),

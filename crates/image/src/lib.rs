@@ -3,29 +3,24 @@
 //! ```text
 //! image.images   ImageId               -> ImageRow   config size, manifests, snapshot, when added
 //! image.names    full reference        -> NameRow    image, the manifest it was loaded with
-//! image.blobs    (DiffId, BlobDigest)  -> BlobRow    size and compression: which blobs hold a layer's tar
-//! image.diffs    BlobDigest            -> DiffId     the same, the other way; both were checked by us
 //! ```
 //!
 //! # Invariants
 //! - An image row has an owner `image:<id>` in the store that holds its config, its manifests and its snapshot, made
 //!   and dropped in the same transaction as the row. So an image that is listed is whole.
 //! - A name always points at a row that exists. An image without a name ("dangling") stays until it is removed.
-//! - `image.blobs` and `image.diffs` are memory, not holds: the blob may be gone, and whoever uses a row looks.
 //!
 //! All functions take the transaction to work in, so that an image appears together with what was written for it.
 //! There are no locks here.
 
 use std::str::FromStr as _;
 
-use plies_oci::{BlobDigest, Compression, DiffId, ErrorKind, ImageId, Reference};
+use plies_oci::{BlobDigest, ErrorKind, ImageId, Reference};
 use plies_store::{CatalogueError, Owner, Resource, Row, Rows, SnapshotId, Stamp, Table, Tx};
 use serde::{Deserialize, Serialize};
 
 const IMAGES: Table<ImageId, ImageRow> = Table::new("image.images");
 const NAMES: Table<String, NameRow> = Table::new("image.names");
-const BLOBS: Table<(DiffId, BlobDigest), BlobRow> = Table::new("image.blobs");
-const DIFFS: Table<BlobDigest, DiffRow> = Table::new("image.diffs");
 
 /// Hex digits that an ID must be given with at least, so that a short name is not taken for one.
 const ID_PREFIX_DIGITS_MIN: usize = 2;
@@ -63,28 +58,10 @@ pub struct NameRow {
     pub manifest: Option<BlobDigest>,
 }
 
-/// A blob that holds a layer's tar.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct BlobRow {
-    /// The blob's length.
-    pub size_bytes: u64,
-    /// How it is compressed.
-    pub compression: Compression,
-}
-
-#[derive(Debug, Serialize, Deserialize)]
-struct DiffRow(DiffId);
-
 impl Row for ImageRow {
     const VERSION: u8 = 1;
 }
 impl Row for NameRow {
-    const VERSION: u8 = 1;
-}
-impl Row for BlobRow {
-    const VERSION: u8 = 1;
-}
-impl Row for DiffRow {
     const VERSION: u8 = 1;
 }
 
@@ -282,30 +259,4 @@ pub fn remove(tx: &mut Tx<'_>, wanted: &str) -> Result<Vec<Removed>, ImageError>
         removed.push(Removed::Image(found.id));
     }
     Ok(removed)
-}
-
-/// Remembers that a blob, decompressed, is the tar of a diff ID. Only for what we hashed ourselves.
-///
-/// # Errors
-/// [`CatalogueError`].
-pub fn record_blob(tx: &mut Tx<'_>, blob: BlobDigest, diff_id: DiffId, row: BlobRow) -> Result<(), CatalogueError> {
-    tx.put(&BLOBS, &(diff_id, blob), &row)?;
-    tx.put(&DIFFS, &blob, &DiffRow(diff_id))?;
-    Ok(())
-}
-
-/// The diff ID of a blob, if it was unpacked here before.
-///
-/// # Errors
-/// [`CatalogueError`].
-pub fn diff_id_of_blob(rows: &impl Rows, blob: BlobDigest) -> Result<Option<DiffId>, CatalogueError> {
-    Ok(rows.get(&DIFFS, &blob)?.map(|row| row.0))
-}
-
-/// Blobs that are known to hold a layer's tar; they may be gone by now.
-///
-/// # Errors
-/// [`CatalogueError`].
-pub fn blobs_of_diff_id(rows: &impl Rows, diff_id: DiffId) -> Result<Vec<(BlobDigest, BlobRow)>, CatalogueError> {
-    Ok(rows.prefixed(&BLOBS, &diff_id)?.into_iter().map(|((_, blob), row)| (blob, row)).collect())
 }

@@ -1,4 +1,5 @@
-//! The store: content, catalogue, leases, garbage collection, layers, snapshots and mounts.
+//! The store: content, catalogue, leases, garbage collection, layers, snapshots and mounts; and the way between blobs
+//! and layers, which the caches above share.
 //!
 //! Everything on disk under one root directory, and the one catalogue that says what it is:
 //!
@@ -41,6 +42,7 @@
 //!
 //! No lock is held while a caller's code runs, except the gate while its own closure does.
 
+mod cancel;
 mod catalogue;
 mod check;
 mod content;
@@ -53,8 +55,10 @@ mod layers;
 mod lease;
 mod lock;
 mod open;
+pub mod progress;
 mod recover;
 mod snapshots;
+pub mod transfer;
 mod tree;
 mod usage;
 
@@ -62,6 +66,7 @@ use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
 
+pub use cancel::{Cancel, CancelGuard, Canceled, canceled_inside};
 use catalogue::Urgency;
 pub use catalogue::{CatalogueError, Key, KeyReader, PrefixOf, ReadTx, Row, Rows, Table, Tx};
 pub use check::{CheckError, CheckOptions, CheckReport, Problem};
@@ -78,6 +83,7 @@ pub use lock::{Holder, WaitPolicy};
 use open::Inner;
 pub use open::{BeforeRecovery, Clock, OpenError, OpenOptions, Warn};
 pub use snapshots::{ActiveInfo, ActiveOptions, Attach, Mounted, SnapshotError, SnapshotInfo, Snapshots};
+pub use transfer::{LayerBlob, LayerSource, Taken, Transfer, TransferError};
 pub use usage::{UsageError, UsageKind, UsageRow};
 
 /// A store that this process owns. Cloning is cheap; the store closes when the last clone and the

@@ -205,11 +205,24 @@ impl<W: Write> Encoder<W> {
     /// # Errors
     /// When there is no memory for the compressor.
     pub fn new(out: W, compression: Compression, threads: NonZeroUsize) -> io::Result<Self> {
+        Self::with_level(out, compression, None, threads)
+    }
+
+    /// As [`Encoder::new`], at a level of the format's own scale: gzip 0 to 9, zstd 1 to 22; others are brought
+    /// into that range.
+    ///
+    /// # Errors
+    /// As [`Encoder::new`].
+    pub fn with_level(out: W, compression: Compression, level: Option<i32>, threads: NonZeroUsize) -> io::Result<Self> {
         Ok(Self(match compression {
             Compression::None => Sink::Plain(out),
-            Compression::Gzip => Sink::Gzip(ParallelGzip::new(out, GZIP_LEVEL, threads)),
+            Compression::Gzip => {
+                let level = level.map_or(GZIP_LEVEL, |level| level.clamp(0, 9).unsigned_abs());
+                Sink::Gzip(ParallelGzip::new(out, level, threads))
+            }
             Compression::Zstd => {
-                let mut encoder = zstd::stream::write::Encoder::new(out, ZSTD_LEVEL)?;
+                let level = level.map_or(ZSTD_LEVEL, |level| level.clamp(1, 22));
+                let mut encoder = zstd::stream::write::Encoder::new(out, level)?;
                 encoder.include_checksum(true)?;
                 // From one worker on, libzstd's output does not depend on how many there are
                 // (zstd.h, ZSTD_c_nbWorkers); with none it would differ.

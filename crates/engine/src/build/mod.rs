@@ -16,14 +16,13 @@ use std::path::{Path, PathBuf};
 
 use plies_image::{ImageError, ImageRow};
 use plies_oci::{BlobDigest, DiffId, ErrorKind, ImageId, Platform, Reference};
-use plies_store::{CatalogueError, CommitError, Expected, IngestError, Lease};
+use plies_store::{CatalogueError, CommitError, Expected, IngestError, Lease, TransferError};
 use serde::Serialize;
 
 use crate::context::Tree;
 use crate::dockerfile::{self, BuildArgs, Dockerfile, DockerfileError, Ignore, IgnoreError};
 use crate::exec::{self, Cancel, ExecError, ExecutorChoice};
 use crate::images::{ImagesError, plain_name};
-use crate::layers::LayerTransferError;
 use crate::progress::{Outcome, Progress, Task};
 use crate::{Canceled, Engine};
 
@@ -109,7 +108,7 @@ pub enum BuildError {
     Image(#[from] ImagesError),
     /// A layer of the result.
     #[error("finish the image")]
-    Layer(#[from] LayerTransferError),
+    Layer(#[from] TransferError),
     /// The solver itself.
     #[error("solve")]
     Solve(#[from] SolveError),
@@ -215,7 +214,7 @@ impl Engine {
         let target = solved.of(plan.target);
         let mut diff_ids: Vec<DiffId> = target.base_diff_ids.clone();
         for layer in &target.layers {
-            diff_ids.push(self.diff_id_of(*layer, cancel)?);
+            diff_ids.push(self.transfer(lease, progress, cancel).diff_id_of(*layer)?);
         }
         let made = |vertex| solved.of(vertex).made.map(crate::rfc3339);
         let (history, created) = graph::history(&plan.history, plan.base_created.as_deref(), made);

@@ -18,6 +18,7 @@ use plies_cache::{CacheKey, KeyBuilder, RecordId, RecordRow};
 use plies_oci::{Compression, DiffId, ErrorKind, limits};
 use plies_store::{
     ActiveOptions, Attach, CatalogueError, LayerError, LayerId, Lease, Mounted, SnapshotError, SnapshotId, Stamp,
+    canceled_inside,
 };
 
 use super::config::DEFAULT_PATH;
@@ -30,7 +31,6 @@ use crate::exec::{
     self, Access, Cancel, ExecError, Executor, MountSource, Network, Step, StepMount, Streams, User, UserError,
     resolve_user,
 };
-use crate::layers::canceled_inside;
 use crate::progress::{Outcome, Progress, Task, Watched};
 use crate::{Canceled, Engine};
 

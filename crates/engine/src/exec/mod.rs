@@ -36,9 +36,9 @@ mod user;
 use std::ffi::OsString;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
 
 use plies_oci::ErrorKind;
+pub use plies_store::Cancel;
 
 pub use builtin::Builtin;
 pub use init::init_main_if_asked;
@@ -302,84 +302,6 @@ pub fn pick(
                 None => Ok(Box::new(Builtin::new())),
             }
         }
-    }
-}
-
-/// A request to stop, shared by whoever may ask and whatever is to stop. Clones are the same request.
-#[derive(Debug, Clone, Default)]
-pub struct Cancel {
-    inner: Arc<Mutex<CancelState>>,
-}
-
-#[derive(Default)]
-struct CancelState {
-    canceled: bool,
-    next: u64,
-    actions: Vec<(u64, Box<dyn Fn() + Send>)>,
-}
-
-impl std::fmt::Debug for CancelState {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("CancelState").field("canceled", &self.canceled).finish_non_exhaustive()
-    }
-}
-
-impl Cancel {
-    /// A request that nobody has made yet.
-    pub fn new() -> Self {
-        Self::default()
-    }
-
-    /// Asks to stop: what runs is killed, what starts later doesn't. Safe to repeat; not for use in a signal handler.
-    pub fn cancel(&self) {
-        let mut state = self.lock();
-        state.canceled = true;
-        for (_, action) in &state.actions {
-            action();
-        }
-    }
-
-    /// Whether anybody has asked.
-    pub fn is_canceled(&self) -> bool {
-        self.lock().canceled
-    }
-
-    /// For loops over bytes: an error with [`Canceled`](crate::Canceled) inside once somebody has asked.
-    ///
-    /// # Errors
-    /// That error only.
-    pub(crate) fn check(&self) -> io::Result<()> {
-        if self.is_canceled() { Err(io::Error::other(crate::Canceled)) } else { Ok(()) }
-    }
-
-    /// Has `action` called on a cancel (now, if that was earlier) for as long as the guard lives. Actions are quick and
-    /// can't fail: they send a signal or wake a thread.
-    fn on_cancel(&self, action: impl Fn() + Send + 'static) -> CancelGuard {
-        let mut state = self.lock();
-        if state.canceled {
-            action();
-        }
-        let id = state.next;
-        state.next += 1;
-        state.actions.push((id, Box::new(action)));
-        CancelGuard { cancel: self.clone(), id }
-    }
-
-    /// Nothing can panic while holding the lock that leaves the state wrong.
-    fn lock(&self) -> std::sync::MutexGuard<'_, CancelState> {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-#[derive(Debug)]
-struct CancelGuard {
-    cancel: Cancel,
-    id: u64,
-}
-
-impl Drop for CancelGuard {
-    fn drop(&mut self) {
-        self.cancel.lock().actions.retain(|(id, _)| *id != self.id);
     }
 }
 

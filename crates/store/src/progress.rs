@@ -1,12 +1,12 @@
 //! What a request tells while it runs.
 //!
-//! The engine never prints. It reports tasks (a layer being unpacked, a build step) to a [`Progress`] that the front
+//! No library here prints. It reports tasks (a layer being unpacked, a build step) to a [`Progress`] that the front
 //! end hands in: live bars on a terminal, plain lines in a pipe, nothing in a test.
 
 use std::io::{self, Read, Write};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::exec::Cancel;
+use crate::Cancel;
 
 /// Names a task within one request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -65,7 +65,7 @@ impl Progress for Silent {
 }
 
 /// A running task. Dropped without [`Task::end`] it reports a failure, so an early return needs no extra line.
-pub(crate) struct Task<'p> {
+pub struct Task<'p> {
     id: TaskId,
     progress: &'p dyn Progress,
     ended: bool,
@@ -81,32 +81,39 @@ impl std::fmt::Debug for Task<'_> {
 static NEXT_TASK: AtomicU64 = AtomicU64::new(1);
 
 impl<'p> Task<'p> {
-    pub(crate) fn start(progress: &'p dyn Progress, name: &str, total_bytes: Option<u64>) -> Self {
+    /// Reports that it begins.
+    pub fn start(progress: &'p dyn Progress, name: &str, total_bytes: Option<u64>) -> Self {
         let id = TaskId(NEXT_TASK.fetch_add(1, Ordering::Relaxed));
         progress.report(id, Event::Started { name, total_bytes });
         Self { id, progress, ended: false }
     }
 
-    pub(crate) fn advance(&self, bytes: u64) {
+    /// Reports that it took in more bytes.
+    pub fn advance(&self, bytes: u64) {
         self.progress.report(self.id, Event::Advanced { bytes });
     }
 
-    pub(crate) fn output(&self, bytes: &[u8]) {
+    /// Reports what its command wrote.
+    pub fn output(&self, bytes: &[u8]) {
         self.progress.report(self.id, Event::Output { bytes });
     }
 
-    pub(crate) fn end(mut self, outcome: Outcome) {
+    /// Reports that it ended, and how.
+    pub fn end(mut self, outcome: Outcome) {
         self.ended = true;
         self.progress.report(self.id, Event::Ended { outcome });
     }
 }
 
 /// Bytes on their way: whoever asked hears of them, and may stop them.
-pub(crate) struct Watched<'a, T> {
-    pub(crate) inner: T,
+#[derive(Debug)]
+pub struct Watched<'a, T> {
+    /// Where they come from or go to.
+    pub inner: T,
     /// Told how many bytes passed, if anybody is.
-    pub(crate) task: Option<&'a Task<'a>>,
-    pub(crate) cancel: &'a Cancel,
+    pub task: Option<&'a Task<'a>>,
+    /// Asked at every read and write.
+    pub cancel: &'a Cancel,
 }
 
 impl<T> Watched<'_, T> {

@@ -1,0 +1,793 @@
+//! Blobs become layers, layers become blobs.
+//!
+//! A [`Transfer`] is one such piece of work: what it makes is held by its lease. Layers of one request are worked on in
+//! parallel; each blob is read once, hashed, decompressed, unpacked and kept on the way. Nothing is visible until all
+//! of them are whole.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::num::NonZero;
+use std::os::fd::AsFd as _;
+use std::sync::{Mutex, PoisonError};
+
+use plies_archive::compress::{self, DecodeError};
+use plies_archive::hash::{HashingReader, HashingWriter};
+use plies_archive::tar::{self, EntryPath};
+use plies_archive::tarsplit::{self, AssembleError, Recorder};
+use plies_archive::{ApplyError, ApplyStyle, DiffError, Limits, Root, UnpackError, Unpacked, layer_to_tar, unpack};
+use plies_oci::{BlobDigest, ChainId, Compression, Descriptor, DiffId, ErrorKind, MediaType};
+use serde::{Deserialize, Serialize};
+
+use crate::cancel::canceled_inside;
+use crate::catalogue::{CatalogueError, Row, Rows, Table, Tx};
+use crate::progress::{Outcome, Progress, Task, Watched};
+use crate::{
+    ActiveOptions, Attach, BlobError, Cancel, Canceled, CommitError, Expected, FinishedStage, Ingest, IngestError,
+    LayerContents, LayerError, LayerId, Lease, SnapshotError, SnapshotId, Store,
+};
+
+// Named for the crate that they began in. Which blobs hold a layer's tar, both ways, as we found it ourselves: memory,
+// not holds, so the blob may be gone.
+const BLOBS_OF_DIFF: Table<(DiffId, BlobDigest), LayerBlobRow> = Table::new("image.blobs");
+const DIFF_OF_BLOB: Table<BlobDigest, DiffIdRow> = Table::new("image.diffs");
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+struct LayerBlobRow {
+    size_bytes: u64,
+    compression: Compression,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct DiffIdRow(DiffId);
+
+impl Row for LayerBlobRow {
+    const VERSION: u8 = 1;
+}
+impl Row for DiffIdRow {
+    const VERSION: u8 = 1;
+}
+
+/// Threads that take in layers at once, at most: beyond that they wait for the disk, and each holds buffers and a
+/// decompressor's window.
+const WORKERS_MAX: usize = 8;
+
+/// Why a layer could not be taken in or given out.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum TransferError {
+    /// A blob's archive could not be unpacked.
+    #[error("layer {digest}")]
+    Unpack {
+        /// The blob.
+        digest: String,
+        /// What is wrong with it.
+        #[source]
+        source: UnpackError,
+    },
+    /// A blob does not decompress to the tar that its image promises.
+    #[error("layer {digest}: its tar has diff ID {actual}, the image's config says {expected}")]
+    DiffIdMismatch {
+        /// The blob.
+        digest: String,
+        /// As the config says.
+        expected: DiffId,
+        /// As computed.
+        actual: DiffId,
+    },
+    /// A layer's bytes could not be read.
+    #[error("read layer {digest}")]
+    Read {
+        /// The blob.
+        digest: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A layer needs files of the layers below it, and those can't be mounted with it.
+    #[error("layer {digest} does not fit on the layers below it")]
+    Base {
+        /// The blob.
+        digest: String,
+        /// Why.
+        #[source]
+        source: SnapshotError,
+    },
+    /// Neither a blob nor a layer of this diff ID is here any more.
+    #[error("layer with diff ID {diff_id} is not in the store")]
+    Gone {
+        /// The layer.
+        diff_id: DiffId,
+    },
+    /// A layer that was changed on disk: its tar is no longer what it was.
+    #[error("layer with diff ID {diff_id} was changed on disk: its tar now has {actual}")]
+    Changed {
+        /// The layer.
+        diff_id: DiffId,
+        /// What its files give now.
+        actual: DiffId,
+    },
+    /// A layer's tar could not be put together again.
+    #[error("assemble the tar of layer {layer}")]
+    Assemble {
+        /// The layer.
+        layer: LayerId,
+        /// Why.
+        #[source]
+        source: AssembleError,
+    },
+    /// A layer's tar could not be written.
+    #[error("write layer {layer} as a tar")]
+    Diff {
+        /// The layer.
+        layer: LayerId,
+        /// Why.
+        #[source]
+        source: DiffError,
+    },
+    /// Beginning a blob.
+    #[error("begin a blob")]
+    Ingest(#[from] IngestError),
+    /// Finishing a blob.
+    #[error("keep a blob")]
+    Commit(#[from] CommitError),
+    /// Reading a blob.
+    #[error("read a blob")]
+    Blob(#[from] BlobError),
+    /// Making a layer.
+    #[error("keep a layer")]
+    Layer(#[from] LayerError),
+    /// Making a snapshot.
+    #[error("stack layers")]
+    Snapshot(#[from] SnapshotError),
+    /// The catalogue failed.
+    #[error("read or change the catalogue")]
+    Catalogue(#[from] CatalogueError),
+    /// The caller asked to stop.
+    #[error(transparent)]
+    Canceled(#[from] Canceled),
+}
+
+impl TransferError {
+    /// What a caller can do about it.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Unpack { source, .. } => source.kind(),
+            Self::DiffIdMismatch { .. } | Self::Changed { .. } | Self::Gone { .. } => ErrorKind::DataLoss,
+            Self::Read { source, .. } => DecodeError::kind_of(source),
+            Self::Base { source, .. } | Self::Snapshot(source) => source.kind(),
+            Self::Diff { source, .. } => source.kind(),
+            Self::Assemble { source, .. } => source.kind(),
+            Self::Ingest(source) => source.kind(),
+            Self::Commit(source) => source.kind(),
+            Self::Blob(source) => source.kind(),
+            Self::Layer(source) => source.kind(),
+            Self::Catalogue(source) => source.kind(),
+            Self::Canceled(source) => source.kind(),
+        }
+    }
+}
+
+/// A layer that somebody offers: an archive, a registry, a cache.
+pub struct LayerSource<'a> {
+    /// The blob's digest, where it is said. Docker's archives don't.
+    pub digest: Option<BlobDigest>,
+    /// The blob's length.
+    pub size_bytes: u64,
+    /// How the blob is compressed.
+    pub compression: Compression,
+    /// What the blob is said to decompress to.
+    pub diff_id: DiffId,
+    /// The chain that this layer completes.
+    pub chain_id: ChainId,
+    /// Begins to read the blob from its start. Asked only if it is not in the store.
+    pub open: Box<dyn Fn() -> io::Result<Box<dyn Read + Send + 'a>> + Send + Sync + 'a>,
+}
+
+impl LayerSource<'_> {
+    /// What messages call it.
+    fn name(&self) -> String {
+        self.digest.map_or_else(|| format!("with diff ID {}", self.diff_id), |digest| digest.to_string())
+    }
+
+    fn expected(&self) -> Expected {
+        Expected { digest: self.digest, size_bytes: Some(self.size_bytes) }
+    }
+}
+
+impl fmt::Debug for LayerSource<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "LayerSource({})", self.name())
+    }
+}
+
+/// Layers that were taken in.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Taken {
+    /// Their blobs, bottom first.
+    pub blobs: Vec<LayerBlob>,
+    /// The layers, bottom first.
+    pub layers: Vec<LayerId>,
+    /// All of them on top of what they were taken onto; `None` for the empty tree.
+    pub snapshot: Option<SnapshotId>,
+}
+
+/// A blob that holds a layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LayerBlob {
+    /// Which.
+    pub digest: BlobDigest,
+    /// Its length.
+    pub size_bytes: u64,
+    /// How it is compressed.
+    pub compression: Compression,
+}
+
+impl LayerBlob {
+    /// As a manifest lists it.
+    pub fn descriptor(&self) -> Descriptor {
+        let media_type = match self.compression {
+            Compression::None => MediaType::ImageLayer,
+            Compression::Gzip => MediaType::ImageLayerGzip,
+            Compression::Zstd => MediaType::ImageLayerZstd,
+        };
+        Descriptor::new(media_type, self.digest, self.size_bytes)
+    }
+}
+
+/// What one worker made of one layer. Nothing of it is visible yet.
+struct Worked {
+    /// The blob, if it was not here.
+    ingest: Option<Ingest>,
+    layer: WorkedLayer,
+}
+
+enum WorkedLayer {
+    Here(LayerId),
+    Staged(Box<FinishedStage>),
+    /// It refers to files of the layers below: to be unpacked again over them.
+    NeedsBase,
+}
+
+/// The bytes of a layer on their way from an archive: whoever reads them also writes them into the blob.
+struct Tee<'a> {
+    blob: Watched<'a, Box<dyn Read + Send + 'a>>,
+    ingest: Option<&'a mut Ingest>,
+}
+
+impl Read for Tee<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = self.blob.read(buffer)?;
+        if let Some(ingest) = &mut self.ingest {
+            ingest.write_all(&buffer[..read])?;
+        }
+        Ok(read)
+    }
+}
+
+/// What is known of a request that turns blobs into layers or layers into blobs.
+#[derive(Clone, Copy)]
+pub struct Transfer<'a> {
+    /// Holds whatever is made; its store is the one that is worked on.
+    pub lease: &'a Lease,
+    /// What archives may ask for.
+    pub limits: &'a Limits,
+    /// Told what happens.
+    pub progress: &'a dyn Progress,
+    /// Asked whether to go on.
+    pub cancel: &'a Cancel,
+}
+
+impl fmt::Debug for Transfer<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Transfer({})", self.lease.id())
+    }
+}
+
+impl Transfer<'_> {
+    fn store(&self) -> &Store {
+        self.lease.store()
+    }
+
+    /// Takes in layers, bottom first, to stand on the layers `below`: blobs, layers and the snapshot of all. Blobs and
+    /// layers that are here are not touched. The others are worked on in parallel, then synced and made visible
+    /// together.
+    ///
+    /// # Errors
+    /// [`TransferError`]; then nothing of them is visible.
+    pub fn take_layers(&self, offered: &[LayerSource<'_>], below: &[LayerId]) -> Result<Taken, TransferError> {
+        // An image may list a layer more than once.
+        let mut unique: Vec<&LayerSource<'_>> = Vec::new();
+        let place: Vec<usize> = offered
+            .iter()
+            .map(|offer| {
+                let same = |have: &&LayerSource<'_>| have.diff_id == offer.diff_id && have.digest == offer.digest;
+                unique.iter().position(same).unwrap_or_else(|| {
+                    unique.push(offer);
+                    unique.len() - 1
+                })
+            })
+            .collect();
+        let work = |offer: &&LayerSource<'_>| self.work_on(offer);
+        let worked = parallel(&unique, |offer| offer.size_bytes, work)?;
+
+        let (mut ingests, mut layers) = (Vec::new(), Vec::new());
+        for (work, offer) in worked.into_iter().zip(&unique) {
+            ingests.push(work.ingest.map(|ingest| (ingest, offer.expected())));
+            layers.push(work.layer);
+        }
+        let blobs = self.publish_blobs(ingests, &unique)?;
+        let layers = self.publish_layers(layers, &unique)?;
+        self.connect(&unique, &blobs, &layers)?;
+
+        let blobs: Vec<LayerBlob> = place.iter().map(|at| blobs[*at]).collect();
+        let layers: Vec<Option<LayerId>> = place.iter().map(|at| layers[*at]).collect();
+        let (layers, snapshot) = self.stack(layers, offered, &blobs, below)?;
+        Ok(Taken { blobs, layers, snapshot })
+    }
+
+    /// Does for one layer what is missing of it.
+    fn work_on(&self, offer: &LayerSource<'_>) -> Result<Worked, TransferError> {
+        let Self { lease, progress, cancel, .. } = *self;
+        let name = format!("layer {}", offer.name());
+        let task = Task::start(progress, &name, Some(offer.size_bytes));
+        let layers = self.store().layers();
+        let layer = match layers.hold_by_diff_id(offer.diff_id, lease)? {
+            None => layers.hold_by_chain(offer.chain_id, lease)?,
+            found => found,
+        };
+        if let Some(layer) = layer {
+            // A row whose files are gone is no layer to build an image on.
+            layers.root(layer)?;
+        }
+        let here = match offer.digest {
+            Some(digest) => lease.hold_if_present(digest)?.then_some(digest),
+            None => None,
+        };
+        // That it decompresses to this diff ID must be our own finding, not the claim of whoever offers it.
+        let known = here.map(|digest| self.store().read(|rows| diff_id_of_blob(rows, digest))).transpose()?.flatten();
+        if let (Some(layer), true) = (layer, known == Some(offer.diff_id)) {
+            task.end(Outcome::Cached);
+            return Ok(Worked { ingest: None, layer: WorkedLayer::Here(layer) });
+        }
+        let blob: Box<dyn Read + Send + '_> = match here {
+            Some(digest) => Box::new(self.store().content().open(digest)?),
+            None => (offer.open)().map_err(|source| read_error(offer, source))?,
+        };
+        let mut ingest = if here.is_some() { None } else { Some(self.store().content().ingest_unnamed()?) };
+        let mut tee = Tee { blob: Watched { inner: blob, task: Some(&task), cancel }, ingest: ingest.as_mut() };
+        let layer = match layer {
+            Some(layer) => {
+                self.check_diff_id(&mut tee, offer)?;
+                WorkedLayer::Here(layer)
+            }
+            None => self.unpack_alone(&mut tee, offer)?,
+        };
+        // Whatever the decompressor left, so that the blob is whole.
+        io::copy(&mut tee, &mut io::sink()).map_err(|source| read_error(offer, source))?;
+        drop(tee);
+        task.end(Outcome::Done);
+        Ok(Worked { ingest, layer })
+    }
+
+    /// Unpacks a layer by itself, without the layers below it.
+    fn unpack_alone(&self, blob: &mut Tee<'_>, offer: &LayerSource<'_>) -> Result<WorkedLayer, TransferError> {
+        let mut stage = self.store().layers().stage()?;
+        let record = Recorder::new(tarsplit::Output::File(stage.tar_split_file()?));
+        let unpacked = unpack(blob, offer.compression, stage.root(), ApplyStyle::Layer, self.limits, Some(record));
+        let unpacked = match unpacked {
+            Err(UnpackError::Apply(ApplyError::NeedsBase { .. })) => return Ok(WorkedLayer::NeedsBase),
+            other => checked(offer, other)?,
+        };
+        // The kernel does not know a root that hides everything below: such a layer is unpacked over what it hides.
+        if unpacked.applied.opaque_root {
+            return Ok(WorkedLayer::NeedsBase);
+        }
+        let contents = LayerContents {
+            diff_id: Some(offer.diff_id),
+            chain_id: None,
+            usage: unpacked.applied.usage,
+            index: unpacked.applied.index,
+        };
+        Ok(WorkedLayer::Staged(Box::new(stage.finish(contents))))
+    }
+
+    /// Checks that a blob decompresses to the tar of its diff ID, for a layer that is here already.
+    fn check_diff_id(&self, blob: &mut Tee<'_>, offer: &LayerSource<'_>) -> Result<(), TransferError> {
+        let decoder = compress::Decoder::new(blob, offer.compression, self.limits);
+        let mut tar = HashingReader::new(decoder.map_err(|source| read_error(offer, source))?);
+        io::copy(&mut tar, &mut io::sink()).map_err(|source| read_error(offer, source))?;
+        let (_, hashed) = tar.finish();
+        same_diff_id(offer, DiffId::from_bytes(hashed.sha256))
+    }
+
+    fn publish_blobs(
+        &self,
+        ingests: Vec<Option<(Ingest, Expected)>>,
+        offered: &[&LayerSource<'_>],
+    ) -> Result<Vec<LayerBlob>, TransferError> {
+        let new: Vec<bool> = ingests.iter().map(Option::is_some).collect();
+        let mut committed =
+            self.store().content().commit_all(ingests.into_iter().flatten().collect(), self.lease)?.into_iter();
+        let blobs = new.iter().zip(offered).map(|(new, offer)| {
+            let digest = if *new { committed.next() } else { offer.digest };
+            LayerBlob {
+                digest: digest.expect("because a blob without an ingest was found by its digest"),
+                size_bytes: offer.size_bytes,
+                compression: offer.compression,
+            }
+        });
+        Ok(blobs.collect())
+    }
+
+    fn publish_layers(
+        &self,
+        worked: Vec<WorkedLayer>,
+        offered: &[&LayerSource<'_>],
+    ) -> Result<Vec<Option<LayerId>>, TransferError> {
+        debug_assert_eq!(worked.len(), offered.len());
+        let (mut layers, mut staged, mut places) = (vec![None; worked.len()], Vec::new(), Vec::new());
+        for (at, work) in worked.into_iter().enumerate() {
+            match work {
+                WorkedLayer::Here(layer) => layers[at] = Some(layer),
+                WorkedLayer::NeedsBase => {}
+                WorkedLayer::Staged(stage) => {
+                    staged.push(*stage);
+                    places.push(at);
+                }
+            }
+        }
+        for (at, layer) in places.into_iter().zip(self.store().layers().publish(self.lease, staged)?) {
+            layers[at] = Some(layer);
+        }
+        Ok(layers)
+    }
+
+    /// Writes down which blob is which layer, and that the layer keeps its blob alive; for those only that were unpacked
+    /// or hashed, since what an image's config says of a blob may be a lie.
+    fn connect(
+        &self,
+        offered: &[&LayerSource<'_>],
+        blobs: &[LayerBlob],
+        layers: &[Option<LayerId>],
+    ) -> Result<(), TransferError> {
+        self.store().write(|tx| {
+            for ((offer, blob), layer) in offered.iter().zip(blobs).zip(layers) {
+                if let Some(layer) = layer {
+                    record_blob(tx, offer.diff_id, blob, *layer)?;
+                }
+            }
+            Ok::<_, CatalogueError>(())
+        })?;
+        Ok(())
+    }
+
+    /// Makes the snapshot of the layers on top of those `below`. Those that turn out to need the layers below them are
+    /// unpacked again, over the stack that they stand on, and kept for this chain alone.
+    fn stack(
+        &self,
+        mut layers: Vec<Option<LayerId>>,
+        offered: &[LayerSource<'_>],
+        blobs: &[LayerBlob],
+        below: &[LayerId],
+    ) -> Result<(Vec<LayerId>, Option<SnapshotId>), TransferError> {
+        loop {
+            let whole: Vec<LayerId> = layers.iter().map_while(|layer| *layer).collect();
+            let stack: Vec<LayerId> = below.iter().chain(&whole).copied().collect();
+            let ensured = match stack.as_slice() {
+                [] => Ok(None),
+                stack => self.store().snapshots().ensure(stack, self.lease).map(Some),
+            };
+            let needs_base = match ensured {
+                Ok(snapshot) if whole.len() == layers.len() => return Ok((whole, snapshot)),
+                Ok(_) => whole.len(),
+                Err(SnapshotError::NeedsBase { layer, path }) => {
+                    let at = whole.iter().position(|have| *have == layer);
+                    match at {
+                        Some(at) if self.store().layers().info(layer)?.chain_id.is_none() => at,
+                        at => {
+                            let digest = at.map_or_else(|| layer.to_string(), |at| offered[at].name());
+                            return Err(TransferError::Base {
+                                digest,
+                                source: SnapshotError::NeedsBase { layer, path },
+                            });
+                        }
+                    }
+                }
+                Err(other) => return Err(other.into()),
+            };
+            let (offer, blob) = (&offered[needs_base], &blobs[needs_base]);
+            layers[needs_base] = Some(self.unpack_over(&stack[..below.len() + needs_base], offer, blob)?);
+        }
+    }
+
+    /// Unpacks a layer into the mounted tree of the layers below it.
+    fn unpack_over(
+        &self,
+        below: &[LayerId],
+        offer: &LayerSource<'_>,
+        blob: &LayerBlob,
+    ) -> Result<LayerId, TransferError> {
+        let Self { lease, cancel, .. } = *self;
+        if let Some(layer) = self.store().layers().hold_by_chain(offer.chain_id, lease)? {
+            return Ok(layer);
+        }
+        let snapshots = self.store().snapshots();
+        let base = if below.is_empty() { None } else { Some(snapshots.ensure(below, lease)?) };
+        let active = snapshots.prepare(base, lease, ActiveOptions { volatile: true })?;
+        let mounted = snapshots.mount_active(active, Attach::Detached)?;
+        let bytes = Watched { inner: self.store().content().open(blob.digest)?, task: None, cancel };
+        let unpacked = unpack(bytes, blob.compression, mounted.root(), ApplyStyle::Merged, self.limits, None);
+        checked(offer, unpacked)?;
+        mounted.unmount()?;
+        let layer = snapshots.seal_for_chain(active, offer.diff_id, offer.chain_id, lease)?;
+        self.store().write(|tx| record_blob(tx, offer.diff_id, blob, layer))?;
+        Ok(layer)
+    }
+
+    /// The diff ID of a layer; its tar is written into a hash if nobody knows it yet.
+    ///
+    /// # Errors
+    /// [`TransferError`].
+    pub fn diff_id_of(&self, layer: LayerId) -> Result<DiffId, TransferError> {
+        let layers = self.store().layers();
+        if let Some(diff_id) = layers.info(layer)?.diff_id {
+            return Ok(diff_id);
+        }
+        let sink = Watched { inner: io::sink(), task: None, cancel: self.cancel };
+        let mut tar = HashingWriter::new(sink);
+        self.write_canonical_tar(layer, &mut tar)?;
+        let diff_id = DiffId::from_bytes(tar.finish().1.sha256);
+        layers.set_diff_id(layer, diff_id)?;
+        Ok(diff_id)
+    }
+
+    /// Writes the tar that a layer's files make today: its own, unless it came from an archive.
+    fn write_canonical_tar(&self, layer: LayerId, out: &mut impl Write) -> Result<(), TransferError> {
+        let layers = self.store().layers();
+        let (root, index) = (layers.root(layer)?, layers.index(layer)?);
+        let failed = |source: DiffError| match canceled_inside(&source) {
+            true => Canceled.into(),
+            false => TransferError::Diff { layer, source },
+        };
+        let mut tar = tar::Writer::new(out);
+        layer_to_tar(root.as_fd(), &index, &mut tar).map_err(failed)?;
+        tar.finish().map(drop).map_err(|source| failed(source.into()))
+    }
+
+    /// Writes the tar of a diff ID, byte for byte: out of a blob that is here, put together again from `layer` and its
+    /// tar-split, or from the layer's files if they came from no archive. It is hashed on the way; what does not have
+    /// the diff ID in the end is an error, and the caller throws away what it has of it.
+    ///
+    /// # Errors
+    /// [`TransferError::Changed`], [`TransferError::Gone`] and the others.
+    pub fn write_tar(&self, diff_id: DiffId, layer: Option<LayerId>, out: impl Write) -> Result<(), TransferError> {
+        let mut tar = HashingWriter::new(Watched { inner: out, task: None, cancel: self.cancel });
+        if let Some(blob) = self.blobs_of(diff_id)?.first() {
+            let broken = |source| self.reading(&blob.digest.to_string(), source);
+            let bytes = self.store().content().open(blob.digest)?;
+            let mut decoder = compress::Decoder::new(bytes, blob.compression, self.limits).map_err(broken)?;
+            io::copy(&mut decoder, &mut tar).map_err(broken)?;
+        } else {
+            let layer = layer.ok_or(TransferError::Gone { diff_id })?;
+            match self.store().layers().tar_split(layer)? {
+                Some(recording) => self.assemble(layer, recording, &mut tar)?,
+                None => self.write_canonical_tar(layer, &mut tar)?,
+            }
+        }
+        match DiffId::from_bytes(tar.finish().1.sha256) {
+            actual if actual == diff_id => Ok(()),
+            actual => Err(TransferError::Changed { diff_id, actual }),
+        }
+    }
+
+    fn assemble(&self, layer: LayerId, recording: impl Read, tar: &mut impl Write) -> Result<(), TransferError> {
+        let root = self.store().layers().root(layer)?;
+        let root = Root::new(root.as_fd()).map_err(|error| self.reading(&layer.to_string(), error))?;
+        let open = |name: &[u8], _| {
+            let path = EntryPath::clean(name).map_err(|_| io::ErrorKind::InvalidData)?;
+            Ok(File::from(root.open_file(&path)?))
+        };
+        let assembled = tarsplit::assemble(recording, open, tar);
+        assembled.map(drop).map_err(|source| match canceled_inside(&source) {
+            true => Canceled.into(),
+            false => TransferError::Assemble { layer, source },
+        })
+    }
+
+    /// The blobs that are here and known to decompress to the tar of a diff ID; held from now on.
+    ///
+    /// # Errors
+    /// [`CatalogueError`].
+    pub fn blobs_of(&self, diff_id: DiffId) -> Result<Vec<LayerBlob>, CatalogueError> {
+        let mut here = Vec::new();
+        for blob in self.store().read(|rows| blobs_of_diff_id(rows, diff_id))? {
+            if self.lease.hold_if_present(blob.digest)? {
+                here.push(blob);
+            }
+        }
+        Ok(here)
+    }
+
+    /// A blob of the layer with this diff ID: one that is here, or a gzip of the layer's tar, made now and kept with the
+    /// layer.
+    ///
+    /// # Errors
+    /// [`TransferError`].
+    pub fn blob_of(&self, diff_id: DiffId) -> Result<LayerBlob, TransferError> {
+        match self.blobs_of(diff_id)?.first() {
+            Some(blob) => Ok(*blob),
+            None => self.make_blob(diff_id, None, Compression::Gzip, None),
+        }
+    }
+
+    /// Compresses the tar of a diff ID into a blob, which is kept with the layer. `layer` says where its files are, if
+    /// not in the self-contained layer of this diff ID. `level` is the format's own scale; `None` its default.
+    ///
+    /// # Errors
+    /// [`TransferError`].
+    pub fn make_blob(
+        &self,
+        diff_id: DiffId,
+        layer: Option<LayerId>,
+        compression: Compression,
+        level: Option<i32>,
+    ) -> Result<LayerBlob, TransferError> {
+        let layer = match layer {
+            None => self.store().layers().hold_by_diff_id(diff_id, self.lease)?,
+            layer => layer,
+        };
+        let task = Task::start(self.progress, &format!("compress layer {diff_id}"), None);
+        let mut ingest = self.store().content().ingest_unnamed()?;
+        let broken = |source| self.reading(&diff_id.to_string(), source);
+        let encoder = compress::Encoder::with_level(&mut ingest, compression, level, threads()).map_err(broken)?;
+        let mut watched = Watched { inner: encoder, task: Some(&task), cancel: self.cancel };
+        self.write_tar(diff_id, layer, &mut watched)?;
+        watched.inner.finish().map_err(broken)?;
+        let size_bytes = ingest.offset_bytes();
+        let digest = ingest.commit(Expected::anything(), self.lease)?;
+        let blob = LayerBlob { digest, size_bytes, compression };
+        self.store().write(|tx| match layer {
+            Some(layer) => record_blob(tx, diff_id, &blob, layer),
+            None => remember_blob(tx, diff_id, &blob),
+        })?;
+        task.end(Outcome::Done);
+        Ok(blob)
+    }
+
+    fn reading(&self, digest: &str, source: io::Error) -> TransferError {
+        if canceled_inside(&source) {
+            return Canceled.into();
+        }
+        TransferError::Read { digest: digest.to_owned(), source }
+    }
+}
+
+/// Remembers that a blob, decompressed, is the tar of a diff ID. Only for what was hashed here.
+fn remember_blob(tx: &mut Tx<'_>, diff_id: DiffId, blob: &LayerBlob) -> Result<(), CatalogueError> {
+    let row = LayerBlobRow { size_bytes: blob.size_bytes, compression: blob.compression };
+    tx.put(&BLOBS_OF_DIFF, &(diff_id, blob.digest), &row)?;
+    tx.put(&DIFF_OF_BLOB, &blob.digest, &DiffIdRow(diff_id))?;
+    Ok(())
+}
+
+/// As [`remember_blob`], and that the layer keeps the blob alive.
+fn record_blob(tx: &mut Tx<'_>, diff_id: DiffId, blob: &LayerBlob, layer: LayerId) -> Result<(), CatalogueError> {
+    remember_blob(tx, diff_id, blob)?;
+    tx.add_edge(layer, blob.digest)
+}
+
+/// The diff ID of a blob, if it was unpacked here before.
+///
+/// # Errors
+/// [`CatalogueError`].
+pub fn diff_id_of_blob(rows: &impl Rows, blob: BlobDigest) -> Result<Option<DiffId>, CatalogueError> {
+    Ok(rows.get(&DIFF_OF_BLOB, &blob)?.map(|row| row.0))
+}
+
+/// Blobs that are known to hold the tar of a diff ID; they may be gone by now.
+///
+/// # Errors
+/// [`CatalogueError`].
+pub fn blobs_of_diff_id(rows: &impl Rows, diff_id: DiffId) -> Result<Vec<LayerBlob>, CatalogueError> {
+    let rows = rows.prefixed(&BLOBS_OF_DIFF, &diff_id)?;
+    let blob = |((_, digest), LayerBlobRow { size_bytes, compression })| LayerBlob { digest, size_bytes, compression };
+    Ok(rows.into_iter().map(blob).collect())
+}
+
+fn read_error(offer: &LayerSource<'_>, source: io::Error) -> TransferError {
+    match source.get_ref().and_then(|inner| inner.downcast_ref::<Canceled>()) {
+        Some(canceled) => (*canceled).into(),
+        None => TransferError::Read { digest: offer.name(), source },
+    }
+}
+
+fn checked(offer: &LayerSource<'_>, unpacked: Result<Unpacked, UnpackError>) -> Result<Unpacked, TransferError> {
+    let unpacked = unpacked.map_err(|source| {
+        if canceled_inside(&source) {
+            return Canceled.into();
+        }
+        TransferError::Unpack { digest: offer.name(), source }
+    })?;
+    same_diff_id(offer, unpacked.diff_id)?;
+    Ok(unpacked)
+}
+
+fn same_diff_id(offer: &LayerSource<'_>, actual: DiffId) -> Result<(), TransferError> {
+    if actual == offer.diff_id {
+        return Ok(());
+    }
+    Err(TransferError::DiffIdMismatch { digest: offer.name(), expected: offer.diff_id, actual })
+}
+
+/// How many threads work at once.
+pub fn threads() -> NonZero<usize> {
+    std::thread::available_parallelism().unwrap_or(NonZero::<usize>::MIN)
+}
+
+/// Does `work` for all `items` on a few threads, the largest first so that none is left over at the end. After the
+/// first failure nothing new is begun, and that failure is the result.
+fn parallel<I: Sync, T: Send, E: Send>(
+    items: &[I],
+    weight: impl Fn(&I) -> u64,
+    work: impl Fn(&I) -> Result<T, E> + Sync,
+) -> Result<Vec<T>, E> {
+    let mut order: Vec<usize> = (0..items.len()).collect();
+    order.sort_by_key(|at| std::cmp::Reverse(weight(&items[*at])));
+    let queue = Mutex::new(VecDeque::from(order));
+    let results: Mutex<Vec<Option<Result<T, E>>>> = Mutex::new(items.iter().map(|_| None).collect());
+    let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
+    std::thread::scope(|scope| {
+        for _ in 0..threads().get().min(WORKERS_MAX).min(items.len()) {
+            scope.spawn(|| {
+                while let Some(at) = next() {
+                    let result = work(&items[at]);
+                    if result.is_err() {
+                        queue.lock().unwrap_or_else(PoisonError::into_inner).clear();
+                    }
+                    results.lock().unwrap_or_else(PoisonError::into_inner)[at] = Some(result);
+                }
+            });
+        }
+    });
+    let results = results.into_inner().unwrap_or_else(PoisonError::into_inner);
+    // An item without a result was never begun, because another one failed: that one is in here.
+    let mut done = Vec::with_capacity(items.len());
+    let mut first_failure = None;
+    for result in results.into_iter().flatten() {
+        match result {
+            Ok(value) => done.push(value),
+            Err(error) => first_failure = first_failure.or(Some(error)),
+        }
+    }
+    first_failure.map_or(Ok(done), Err)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parallel_keeps_the_order_of_items() {
+        let items: Vec<u64> = (0..100).collect();
+        let doubled = parallel(&items, |item| *item, |item| Ok::<_, ()>(item * 2)).unwrap();
+        assert_eq!(doubled, items.iter().map(|item| item * 2).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn parallel_begins_nothing_after_a_failure() {
+        let begun = std::sync::atomic::AtomicUsize::new(0);
+        let items: Vec<u64> = (0..1000).collect();
+        let result = parallel(
+            &items,
+            |_| 1,
+            |item| {
+                begun.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                if *item == 0 { Err("no") } else { Ok(()) }
+            },
+        );
+        assert_eq!(result, Err("no"));
+        assert!(begun.into_inner() <= threads().get() * 2 + WORKERS_MAX, "workers went on");
+    }
+}
