@@ -147,6 +147,21 @@ fn an_opaque_directory_keeps_what_its_own_layer_lists() {
 }
 
 #[test]
+fn a_directory_that_is_only_emptied_stays_as_private_as_it_was() {
+    let Some(ply) = store() else { return };
+    load(
+        &ply,
+        &Image::new("localhost/trap:1")
+            .layer(&[Member::dir("secret").mode(0o700).owner(7, 8), Member::file("secret/k", "key")], Packing::Plain)
+            .layer(&[Member::opaque("secret")], Packing::Plain),
+    );
+    let tree = tree_of(&ply, "localhost/trap:1");
+    assert_eq!(tree.names().collect::<Vec<_>>(), ["", "secret"]);
+    let secret = tree.get("secret");
+    assert_eq!((secret.mode, secret.uid, secret.gid), (0o700, 7, 8));
+}
+
+#[test]
 fn overlay_marks_in_an_archive_have_no_power() {
     let Some(ply) = store() else { return };
     load(
