@@ -462,6 +462,39 @@ fn privileged_w11_marks_are_empty_files_and_nothing_links_to_them() {
 }
 
 #[test]
+fn privileged_marks_below_a_file_leave_the_file() {
+    if skip_unprivileged() {
+        return;
+    }
+    for mark in ["f/.wh.x", "f/.wh..wh..opq", "f/g/.wh.x"] {
+        // In the same archive, ...
+        both(|_| vec![file("f", "1"), file(mark, "")], &["f=1"]);
+        // ... and below it. (By itself a layer does not know that there is a file.)
+        let place = Place::new();
+        place.apply(Merged, &[file("f", "1").owner(7, 7)]).unwrap();
+        place.apply(Merged, &[file(mark, "")]).unwrap();
+        assert_eq!(shape(&place.root()), ["f=1"], "{mark}");
+        assert!(line(&place.root(), "f").contains(" 7:7 "), "{mark}");
+    }
+}
+
+#[test]
+fn privileged_what_is_added_to_a_tree_holds_no_marks() {
+    if skip_unprivileged() {
+        return;
+    }
+    for mark in [".wh.x", "d/.wh.x", ".wh..wh..opq", "d/.wh..wh..opq", ".wh..wh.aufs", ".wh..wh.plnk/x"] {
+        let place = Place::new();
+        place.apply(Merged, &[dir("d"), file("d/x", "1"), file("x", "1")]).unwrap();
+        assert_eq!(refusal(place.apply(ApplyStyle::Added, &[file(mark, "")])), Refusal::Reserved, "{mark}");
+        assert_eq!(shape(&place.root()), ["d/", "d/x=1", "x=1"], "{mark}");
+    }
+    let place = Place::new();
+    place.apply(ApplyStyle::Added, &[dir("d"), file("d/wh.x", "1"), file("d/x.wh.", "2")]).unwrap();
+    assert_eq!(shape(&place.root()), ["d/", "d/wh.x=1", "d/x.wh.=2"]);
+}
+
+#[test]
 fn privileged_w12_what_aufs_kept_for_itself_is_passed_over() {
     if skip_unprivileged() {
         return;
