@@ -570,3 +570,38 @@ fn an_interrupt_ends_the_wait_for_a_writer() {
     assert!(writer.wait().unwrap().success());
     refusal.ply.ok(args!["inspect", image.tag()]);
 }
+
+#[test]
+fn names_that_layers_keep_for_themselves_are_refused_before_the_copy() {
+    let Some(ply) = store() else { return };
+    let context = Context::new(&ply, "");
+    context.file(".wh.x", "");
+    context.file("dir/.wh.y", "");
+    context.file("plain", "");
+    context.file("a.tar", tar::archive(&[Member::file("f", ""), Member::whiteout("d/x")]));
+    ply.ok(args!["images"]);
+    let before = State::of(&ply);
+    for (line, path) in [
+        ("COPY .wh.x /d/", ".wh.x"),
+        ("COPY . /d/", ".wh."),
+        ("COPY dir /d", "dir/.wh.y"),
+        ("COPY --link dir /d", "dir/.wh.y"),
+        ("COPY plain /d/.wh.z", "/d/.wh.z"),
+        ("COPY plain /.wh.z/d", "/.wh.z/d"),
+        ("COPY <<.wh.z /d/\n.wh.z", "d/.wh.z"),
+        ("ADD a.tar /d/", "d/.wh.x"),
+        ("ADD .wh.x /d/", ".wh.x"),
+        ("ADD a.tar /.wh.z/", "/.wh.z"),
+        ("WORKDIR /d/.wh.z", "/d/.wh.z"),
+    ] {
+        context.file("Dockerfile", format!("FROM scratch\n{line}\n"));
+        let ran = context.build_fails(&[]);
+        let told = ran.stderr.lines().find(|line| line.starts_with("ply: ")).unwrap();
+        for text in ["Dockerfile:2", path, "kept for what layers take away"] {
+            assert!(told.contains(text), "{line}: does not say {text}: {ran}");
+        }
+        assert_eq!(ply.json(args!["ref", "ls"]), json!([]), "{line}: a record stays");
+        ply.ok(args!["gc"]);
+        before.assert_same(&State::of(&ply), line);
+    }
+}

@@ -350,6 +350,7 @@ impl<'a> Lowering<'a> {
             InstructionKind::Workdir(path) => {
                 let path = self.expand(current, at, path)?;
                 let path = absolute(current.lowered.config.working_dir(), &path);
+                self.admit(at, &path)?;
                 current.lowered.config.set_working_dir(&path);
                 created_by = format!("WORKDIR {path}");
                 let name = format!("{}{created_by}", current.label);
@@ -517,11 +518,23 @@ impl<'a> Lowering<'a> {
     fn destination(&self, current: &Current, at: Location, dest: &str) -> Result<String, DockerfileError> {
         let dest = self.expand(current, at, dest)?;
         let mut path = absolute(current.lowered.config.working_dir(), &dest);
+        self.admit(at, &path)?;
         let directory = dest.ends_with('/') || dest == "." || dest.ends_with("/.");
         if directory && !path.ends_with('/') {
             path.push('/');
         }
         Ok(path)
+    }
+
+    /// Refuses a path that no layer can hold.
+    fn admit(&self, at: Location, path: &str) -> Result<(), DockerfileError> {
+        match path.split('/').find(|name| name.starts_with(".wh.")) {
+            Some(name) => {
+                let why = format!("{path:?}: names that begin with .wh. are kept for what layers take away");
+                Err(self.dockerfile.error(at, name, why))
+            }
+            None => Ok(()),
+        }
     }
 
     #[allow(clippy::type_complexity, reason = "two lists that are taken apart at once")]
