@@ -4,7 +4,7 @@
 //! each standing on earlier ones; instructions that only change the config change the config. What comes out no longer
 //! knows about Dockerfiles: the solver sees operations and inputs, nothing else.
 
-use plies_oci::{DiffId, ImageConfig, Platform};
+use plies_oci::{DiffId, ImageConfig, Platform, Reference};
 use plies_store::SnapshotId;
 use serde_json::json;
 
@@ -185,7 +185,11 @@ pub(crate) fn lower(
     let unused = args.unused(dockerfile);
     let unused = unused.iter().map(|name| format!("build argument {name} is not used by any ARG"));
     // The built-in frontend is docker's own language; another frontend's file may mean something else.
-    let other = dockerfile.syntax.iter().filter(|syntax| !syntax.contains("docker/dockerfile"));
+    let is_dockers = |syntax: &str| {
+        let image = syntax.split_whitespace().next().unwrap_or_default().parse::<Reference>();
+        image.is_ok_and(|image| ["docker/dockerfile", "docker/dockerfile-upstream"].contains(&image.repository()))
+    };
+    let other = dockerfile.syntax.iter().filter(|syntax| !is_dockers(syntax));
     let other = other.map(|syntax| format!("syntax {syntax:?} is not fetched, the file is read as a plain Dockerfile"));
     let warnings = unused.chain(other).collect();
     Ok(Plan {
