@@ -290,7 +290,10 @@ impl Engine {
     /// [`RunError`].
     pub fn mount(&self, wanted: &str, dir: &Path, rw: bool) -> Result<(), RunError> {
         let dir = dir.canonicalize().map_err(|source| RunError::Directory { dir: dir.to_owned(), source })?;
-        if dir.starts_with(self.store().root()) || self.store().root().starts_with(&dir) {
+        // The state directory may have been named by a link.
+        let root = self.store().root();
+        let root = root.canonicalize().map_err(|source| RunError::Directory { dir: root.to_owned(), source })?;
+        if dir.starts_with(&root) || root.starts_with(&dir) {
             return Err(RunError::OverStore { dir });
         }
         let key = dir.as_os_str().as_bytes().to_vec();
