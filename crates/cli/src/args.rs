@@ -181,10 +181,10 @@ pub(crate) struct Build {
     #[arg(long, value_name = "STAGE")]
     pub(crate) target: Option<String>,
     /// Value of an ARG; without `=VALUE` it is taken from the environment
-    #[arg(long, value_name = "KEY[=VALUE]")]
+    #[arg(long, value_name = "KEY[=VALUE]", value_parser = keyed)]
     pub(crate) build_arg: Vec<String>,
     /// Label of the result; without `=VALUE` it is empty
-    #[arg(long, value_name = "KEY[=VALUE]")]
+    #[arg(long, value_name = "KEY[=VALUE]", value_parser = keyed)]
     pub(crate) label: Vec<String>,
     /// Run every step, whatever is cached
     #[arg(long)]
@@ -215,6 +215,15 @@ fn image_name(text: &str) -> Result<String, String> {
     match name.digest() {
         Some(_) => Err("a digest cannot be given as a name".into()),
         None => Ok(text.to_owned()),
+    }
+}
+
+/// Something with a key, whatever its value.
+fn keyed(text: &str) -> Result<String, String> {
+    match text {
+        "" => Err("the key is missing".into()),
+        text if text.starts_with('=') => Err("the key before `=` is missing".into()),
+        text => Ok(text.to_owned()),
     }
 }
 

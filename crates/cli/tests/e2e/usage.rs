@@ -30,6 +30,9 @@ fn wrong_usage_is_told_before_a_store_is_made() {
         args!["tag", "x", "sha256"],
         args!["load", "--tag", format!("sha256:{}", "0a".repeat(32))],
         args!["build", "-t", "sha256:1", "."],
+        args!["build", "--label", "=x", "."],
+        args!["build", "--label", "", "."],
+        args!["build", "--build-arg", "=x", "."],
         args!["save", "--format", "oci-dir", "x"],
         args!["save", "--format", "oci-dir", "-o", "-", "x"],
     ] {
