@@ -446,10 +446,14 @@ pub(crate) fn search_path() -> Vec<PathBuf> {
         .unwrap_or_default()
 }
 
-/// The first SIGINT, SIGTERM or SIGHUP (its terminal is gone) asks to stop, so that nothing is left half-made; a second one kills.
+/// The first SIGINT, SIGTERM or SIGHUP (its terminal is gone) asks to stop, so that nothing is left half-made; a second
+/// one kills.
 fn cancel_on_signals() -> anyhow::Result<Cancel> {
     let cancel = Cancel::new();
-    let mut signals = signal_hook::iterator::Signals::new([SIGHUP, SIGINT, SIGTERM]).context("take over signals")?;
+    // Under nohup(1) the end of the terminal is no reason to stop.
+    let hangup = (!is_ignored(SIGHUP)).then_some(SIGHUP);
+    let taken = hangup.into_iter().chain([SIGINT, SIGTERM]);
+    let mut signals = signal_hook::iterator::Signals::new(taken).context("take over signals")?;
     let asked = cancel.clone();
     std::thread::Builder::new()
         .name("signals".into())
@@ -464,6 +468,14 @@ fn cancel_on_signals() -> anyhow::Result<Cancel> {
         })
         .context("start a thread for signals")?;
     Ok(cancel)
+}
+
+/// Whether this process was started with a signal ignored (`SigIgn` in proc_pid_status(5)).
+fn is_ignored(signal: i32) -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    mask.is_some_and(|mask| mask & 1 << (signal - 1) != 0)
 }
 
 /// How long ago an RFC 3339 time was; empty when there is none.
