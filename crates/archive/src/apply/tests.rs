@@ -479,6 +479,43 @@ fn privileged_marks_below_a_file_leave_the_file() {
 }
 
 #[test]
+fn privileged_marks_below_what_is_taken_away_ask_for_the_base() {
+    if skip_unprivileged() {
+        return;
+    }
+    for (items, at) in [
+        (vec![file("a/.wh.x", ""), file(".wh.a", "")], "a"),
+        (vec![file("a/.wh..wh..opq", ""), file(".wh.a", "")], "a"),
+        (vec![file("a/f", "1"), file("a/b/.wh.x", ""), file(".wh.a", "")], "a/b"),
+        (vec![file("d/a/.wh.x", ""), file("d/.wh..wh..opq", "")], "d/a"),
+        (vec![file("d/a/.wh.x", ""), dir("d")], "d/a"),
+    ] {
+        match Place::new().apply(Layer, &items).unwrap_err() {
+            ApplyError::NeedsBase { why: BaseNeed::Marks { dir }, .. } => assert_eq!(dir, path(at)),
+            other => panic!("{items:?}: {other:?}"),
+        }
+    }
+    // With anything else in it, or when it was taken away before, it is a directory whatever lies below.
+    for (items, shown) in [
+        (vec![file("a/f", "1"), file("a/.wh.x", ""), file(".wh.a", "")], &["a/", "a/f=1"][..]),
+        (vec![file(".wh.a", ""), file("a/.wh.x", "")], &["a/"]),
+        (vec![file(".wh.a", ""), file("a/.wh.x", ""), file(".wh.a", "")], &["a/"]),
+        (vec![dir("a"), file("a/.wh.x", ""), file(".wh.a", "")], &["a/"]),
+    ] {
+        let place = Place::new();
+        let (layer, merged) = (place.root(), place.tree("merged"));
+        place.apply(Layer, &items).unwrap();
+        apply_archive(&merged, Merged, &archive(&[file("a", "old")])).unwrap();
+        let lower = place.tree("lower");
+        copy(&merged, &lower);
+        apply_archive(&merged, Merged, &archive(&items)).unwrap();
+        assert_eq!(shape(&merged), shown, "{items:?}");
+        let mounted = overlay(&[&layer, &lower]);
+        assert_eq!(snapshot(&mounted).keys().skip(1).count(), shown.len(), "{items:?}");
+    }
+}
+
+#[test]
 fn privileged_what_is_added_to_a_tree_holds_no_marks() {
     if skip_unprivileged() {
         return;
