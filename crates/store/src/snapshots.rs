@@ -204,7 +204,7 @@ pub struct Snapshots<'a> {
 }
 
 /// Repeated layers keep their uppermost place: below it they show nothing that it does not.
-fn without_repetitions(layers: &[LayerId]) -> Vec<LayerId> {
+pub(crate) fn without_repetitions(layers: &[LayerId]) -> Vec<LayerId> {
     let mut seen = std::collections::HashSet::new();
     let mut kept: Vec<LayerId> = layers.iter().rev().copied().filter(|layer| seen.insert(*layer)).collect();
     kept.reverse();
