@@ -165,6 +165,17 @@ fn with_engine(engine: &Engine, global: &Global, command: Command, cancel: &Canc
             return print_id(json, &engine.new_record(parent.as_deref(), &description)?.to_string());
         }
         Command::Ref(Ref::Commit { id }) => return print_id(json, &engine.commit_record(&id)?.to_string()),
+        Command::Ref(Ref::Get { id }) => return print_id(json, &engine.get_record(&id, cancel)?.to_string()),
+        Command::Ref(Ref::Merge { ids }) => match engine.merge_records(&ids)? {
+            Some(id) => return print_id(json, &id.to_string()),
+            None => anyhow::bail!("all of these are empty: there is nothing to merge"),
+        },
+        Command::Ref(Ref::Diff { lower, upper }) => {
+            return print_id(json, &engine.diff_records(&lower, &upper, cancel)?.to_string());
+        }
+        Command::Ref(Ref::Pin { id }) => return print_id(json, &engine.pin_record(&id, true)?.to_string()),
+        Command::Ref(Ref::Unpin { id }) => return print_id(json, &engine.pin_record(&id, false)?.to_string()),
+        Command::Ref(Ref::Export { id, output }) => engine.export_record(&id, &output, cancel)?,
         Command::Ref(Ref::Rm { ids }) => {
             let removed = engine.remove_records(&ids)?;
             if json {
@@ -325,7 +336,7 @@ fn records(engine: &Engine, json: bool) -> anyhow::Result<ExitCode> {
         vec![
             format::short_id(&record.id).to_owned(),
             record.state.to_owned(),
-            ago(Some(&record.last_used)),
+            ago(record.last_used.as_deref().or(Some(&record.created))),
             record.usage_count.to_string(),
             format::size(record.size_bytes),
             described(&record.description, record.error.as_deref()),

@@ -5,7 +5,6 @@
 //! knows about Dockerfiles: the solver sees operations and inputs, nothing else.
 
 use plies_oci::{DiffId, ImageConfig, Platform, Reference};
-use plies_store::SnapshotId;
 use serde_json::json;
 
 use super::config::{Config, HistoryEntry};
@@ -64,7 +63,7 @@ pub(crate) enum Op {
     /// The empty tree.
     Scratch,
     /// The tree of an image that is here.
-    Image { diff_ids: Vec<DiffId>, snapshot: Option<SnapshotId> },
+    Image { diff_ids: Vec<DiffId>, name: String },
     /// The result of a process.
     Run { base: VertexId, run: RunOp },
     /// The base with files added.
@@ -125,7 +124,8 @@ pub(crate) struct Plan {
 #[derive(Debug, Clone)]
 pub(crate) struct BaseImage {
     pub(crate) config: ImageConfig,
-    pub(crate) snapshot: Option<SnapshotId>,
+    /// For descriptions.
+    pub(crate) name: String,
 }
 
 /// Finds images by name; the error is a sentence for the line that names the image.
@@ -312,7 +312,7 @@ impl<'a> Lowering<'a> {
     }
 
     fn image_vertex(&mut self, image: &BaseImage, name: String, at: Location) -> VertexId {
-        let op = Op::Image { diff_ids: image.config.diff_ids().to_vec(), snapshot: image.snapshot };
+        let op = Op::Image { diff_ids: image.config.diff_ids().to_vec(), name: image.name.clone() };
         self.graph.add(op, name, at)
     }
 
