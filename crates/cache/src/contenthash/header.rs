@@ -88,6 +88,13 @@ impl Header<'_> {
     }
 }
 
+/// Whether an extended attribute counts: not those that a host's security modules and its file systems put on a file,
+/// nor overlay's own, which belong to the driver.
+pub(super) fn counts(xattr: &[u8]) -> bool {
+    let dropped: [&[u8]; 4] = [b"security.", b"system.", b"trusted.overlay.", b"user.overlay."];
+    xattr == CAPABILITY || !dropped.iter().any(|prefix| xattr.starts_with(prefix))
+}
+
 /// Feeds all of a file to `sum`, and tells how many bytes it were. `go_on` is asked before each read.
 ///
 /// # Errors
@@ -176,5 +183,15 @@ mod tests {
             digest(&Header { mode: 0, link: b"a", ..of(Kind::Symlink) }),
             "a link has no mode of its own"
         );
+    }
+
+    #[test]
+    fn m01_m02_attributes_of_the_host_and_the_driver_do_not_count() {
+        for name in ["security.selinux", "security.ima", "system.posix_acl_access", "trusted.overlay.origin"] {
+            assert!(!counts(name.as_bytes()), "{name}");
+        }
+        for name in ["security.capability", "user.note", "trusted.note", "user.overlayed"] {
+            assert!(counts(name.as_bytes()), "{name}");
+        }
     }
 }

@@ -267,7 +267,7 @@ pub fn resolve_with(
 }
 
 /// The components that mean something.
-fn split(path: &[u8]) -> impl DoubleEndedIterator<Item = &[u8]> {
+pub(super) fn split(path: &[u8]) -> impl DoubleEndedIterator<Item = &[u8]> {
     path.split(|byte| *byte == b'/').filter(|part| !part.is_empty() && *part != b".")
 }
 
