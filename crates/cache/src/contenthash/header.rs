@@ -14,16 +14,16 @@
 //! is what images have, puts a list of all of them with their lengths in front, and the digest is not BuildKit's.
 //! It isn't for devices either: BuildKit means to count their numbers and, by a slip, does not.
 
-use std::io::{self, Read};
-use std::os::fd::OwnedFd;
+use std::fs::File;
+use std::io::{self, Read as _};
 
 use plies_archive::tree::Kind;
 use plies_oci::Sha256Hasher;
 
 use super::walk::Xattrs;
 
-/// How much of a file is read at a time, in bytes: large enough for the hash to be what takes the time.
-const READ_BYTES: usize = 128 << 10;
+/// How much of a file is best read at a time, in bytes: large enough for the hash to be what takes the time.
+pub const READ_BYTES: usize = 128 << 10;
 
 const CAPABILITY: &[u8] = b"security.capability";
 
@@ -95,17 +95,21 @@ pub(super) fn counts(xattr: &[u8]) -> bool {
     xattr == CAPABILITY || !dropped.iter().any(|prefix| xattr.starts_with(prefix))
 }
 
-/// Feeds all of a file to `sum`, and tells how many bytes it were. `go_on` is asked before each read.
+/// Feeds all of a file to `sum` through `buffer`, of [`READ_BYTES`] or less, and tells how many bytes it were. `go_on` is
+/// asked before each read.
 ///
 /// # Errors
 /// The kernel's, and what `go_on` says.
-pub fn add_content(file: OwnedFd, sum: &mut Sha256Hasher, go_on: &dyn Fn() -> io::Result<()>) -> io::Result<u64> {
-    let mut file = std::fs::File::from(file);
-    let mut buffer = vec![0; READ_BYTES];
+pub fn add_content(
+    mut file: &File,
+    sum: &mut Sha256Hasher,
+    buffer: &mut [u8],
+    go_on: &dyn Fn() -> io::Result<()>,
+) -> io::Result<u64> {
     let mut total_bytes = 0;
     loop {
         go_on()?;
-        match file.read(&mut buffer) {
+        match file.read(buffer) {
             Ok(0) => return Ok(total_bytes),
             Ok(length) => {
                 sum.update(&buffer[..length]);
@@ -157,6 +161,7 @@ mod tests {
             digest(&of(Kind::Fifo)),
             digest(&of(Kind::CharDevice(device(1, 11)))),
             digest(&of(Kind::CharDevice(device(11, 1)))),
+            digest(&of(Kind::CharDevice(device(1, 1)))),
             digest(&of(Kind::BlockDevice(device(1, 11)))),
             digest(&Header { link: b"a", ..of(Kind::Symlink) }),
             digest(&Header { link: b"b", ..of(Kind::Symlink) }),

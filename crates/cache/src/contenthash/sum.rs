@@ -10,8 +10,8 @@
 //! No name has a NUL and all digests are of one length, so that no two lists run together.
 
 use std::collections::HashMap;
+use std::fs::File;
 use std::io;
-use std::os::fd::AsFd as _;
 
 use plies_archive::tar::{Device, Escaped};
 use plies_archive::tree::Kind;
@@ -28,13 +28,15 @@ use super::{ChecksumError, ContentDigest};
 pub(super) struct Sums<'a> {
     pub(super) cache: &'a mut HashCache,
     go_on: &'a dyn Fn() -> io::Result<()>,
+    /// What files are read through.
+    buffer: Vec<u8>,
     /// Files with several names, by device and inode: they are read once.
     links: HashMap<(u64, u64), ContentDigest>,
 }
 
 impl<'a> Sums<'a> {
     pub(super) fn new(cache: &'a mut HashCache, go_on: &'a dyn Fn() -> io::Result<()>) -> Self {
-        Self { cache, go_on, links: HashMap::new() }
+        Self { cache, go_on, buffer: vec![0; header::READ_BYTES], links: HashMap::new() }
     }
 
     /// The digest of all there is. `None` for a socket, which no tree holds.
@@ -101,10 +103,10 @@ impl<'a> Sums<'a> {
             return Ok(*known);
         }
         let mut sum = begin(base, found, b"")?;
-        let file = found.open().map_err(failed("open", base, found))?;
-        let after = file.as_fd().try_clone_to_owned().map_err(failed("open", base, found))?;
-        let read_bytes = header::add_content(file, &mut sum, self.go_on).map_err(failed("read", base, found))?;
-        let after = rustix::fs::fstat(after).map_err(|errno| failed("stat", base, found)(errno.into()))?;
+        let file = File::from(found.open().map_err(failed("open", base, found))?);
+        let read_bytes =
+            header::add_content(&file, &mut sum, &mut self.buffer, self.go_on).map_err(failed("read", base, found))?;
+        let after = rustix::fs::fstat(&file).map_err(|errno| failed("stat", base, found)(errno.into()))?;
         let modified = |stat: &rustix::fs::Stat| (stat.st_size, stat.st_mtime, stat.st_mtime_nsec);
         if read_bytes != size_bytes(found) || modified(&after) != modified(found.stat) {
             return Err(ChecksumError::Changed { path: path(base, found) });

@@ -192,6 +192,7 @@ fn equal_content_and_nothing_else_has_equal_digests() {
         ("there or not", &["a->b"], at("a").itself(), true, &["a->b", "b=1"], at("a").itself()),
         ("two names are two equal files", &["d/a=1", "d/b==d/a"], at("d"), true, &["d/a=1", "d/b=1"], at("d")),
         ("a hard link is the file", &["a/foo=1", "ln==a/foo"], at("ln"), true, &["f=1"], at("f")),
+        ("and no other", &["a=1", "b==a", "c=1", "d==c"], at("/"), false, &["a=1", "b==a", "c=2", "d==c"], at("/")),
         ("names below a directory count", &["d/a=1"], at("d"), false, &["d/b=1"], at("d")),
         ("an empty directory counts", &["d/a=1", "d/e/"], at("d"), false, &["d/a=1"], at("d")),
         ("a directory's own name does not", &["d/a=1"], at("d"), true, &["e/a=1"], at("e")),
@@ -427,11 +428,15 @@ fn wildcards_and_patterns() {
         (at("d0/").but(&[" none ", "", "/none/"]), Some(at("d0/").but(&["none"])), true),
         (at("d1").but(&["deep"]), Some(at("d1").but(&["deep/**"])), false),
         (at("d1").but(&["deep"]), Some(at("d1").only(&["def"])), true),
+        (at("d1").only(&["def", "deep"]), Some(at("d1").but(&["none"])), true),
+        (at("").but(&["*", "!d1/def"]), Some(at("").only(&["d1/def"])), true),
         (at("d1").only(&["deep/er/abc"]), Some(at("d1").only(&["**/abc"])), true),
         // A link that is followed is what it leads to, patterns or not.
         (at("l").but(&["none"]), Some(at("d1").but(&["none"])), true),
         (at("l").but(&["deep"]), Some(at("d1").but(&["deep"])), true),
         (at("l").only(&["def"]), Some(at("d1").only(&["def"])), true),
+        (at("lf").only(&["foo"]), None, true),
+        (at("lf").but(&["none"]), Some(at("foo")), true),
         (at("l").itself().but(&["none"]), Some(at("l").itself()), true),
         (at("l/deep").only(&["er"]), Some(at("d1/deep").only(&["er"])), true),
         // Wildcards.

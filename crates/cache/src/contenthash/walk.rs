@@ -32,8 +32,6 @@ pub struct Found<'a> {
     pub stat: &'a Stat,
     /// Of the thing itself, never of what it links to. A directory's is readable, all others are path handles.
     handle: BorrowedFd<'a>,
-    /// Its directory and its name there, of anything but a directory.
-    place: Option<(BorrowedFd<'a>, &'a [u8])>,
 }
 
 impl Found<'_> {
@@ -71,26 +69,12 @@ impl Found<'_> {
     /// # Errors
     /// As `listxattr(2)` and `getxattr(2)`.
     pub fn xattrs(&self, keep: impl Fn(&[u8]) -> bool) -> io::Result<Xattrs> {
-        // A path handle has no attributes of its own, but its name in /proc leads to the file. For a link that would be
-        // the file it points to, so that is asked by its name.
-        let (path, by_name) = match self.place {
-            Some((dir, name)) if self.kind() == FileType::Symlink => {
-                ([inroot::fd_path(dir).as_bytes(), b"/", name].concat(), true)
-            }
-            _ => (inroot::fd_path(self.handle).into_bytes(), false),
-        };
-        let list = |names: &mut [u8]| match by_name {
-            true => rustix::fs::llistxattr(&path[..], names),
-            false => rustix::fs::listxattr(&path[..], names),
-        };
-        let get = |name: &[u8], value: &mut [u8]| match by_name {
-            true => rustix::fs::lgetxattr(&path[..], name, value),
-            false => rustix::fs::getxattr(&path[..], name, value),
-        };
+        // A path handle has no attributes of its own, but its name in /proc leads to the file, and no further.
+        let path = inroot::fd_path(self.handle);
         // Nearly all files have none: no large buffer for those.
         let mut names = vec![0; 256];
         let length = loop {
-            match list(&mut names) {
+            match rustix::fs::listxattr(path.as_str(), &mut names[..]) {
                 Ok(length) => break length,
                 Err(Errno::RANGE) if names.len() < XATTR_BYTES_MAX => names.resize(XATTR_BYTES_MAX, 0),
                 Err(Errno::NOTSUP) => return Ok(Vec::new()),
@@ -100,7 +84,7 @@ impl Found<'_> {
         let mut xattrs = Vec::new();
         for name in names[..length].split(|byte| *byte == 0).filter(|name| !name.is_empty() && keep(name)) {
             let mut value = vec![0; XATTR_BYTES_MAX];
-            match get(name, &mut value) {
+            match rustix::fs::getxattr(path.as_str(), name, &mut value[..]) {
                 Ok(length) => {
                     value.truncate(length);
                     value.shrink_to_fit();
@@ -263,8 +247,7 @@ impl Walk<'_> {
         if let Some(name) = &from.name {
             let handle = inroot::open_handle(from.dir(), name).map_err(self.error("open", b""))?;
             let stat = rustix::fs::fstat(&handle).map_err(self.error("stat", b""))?;
-            let place = Some((from.dir(), name.as_slice()));
-            let found = Found { path: b"", stat: &stat, handle: handle.as_fd(), place };
+            let found = Found { path: b"", stat: &stat, handle: handle.as_fd() };
             return match found.kind() {
                 // It was none when the path was resolved.
                 FileType::Directory => Err(self.error("walk", b"")(Errno::AGAIN).into()),
@@ -276,7 +259,7 @@ impl Walk<'_> {
         let dir = inroot::reopen_dir(from.dir()).map_err(self.error("open", b""))?;
         let stat = rustix::fs::fstat(&dir).map_err(self.error("stat", b""))?;
         if !hidden {
-            let found = Found { path: b"", stat: &stat, handle: dir.as_fd(), place: None };
+            let found = Found { path: b"", stat: &stat, handle: dir.as_fd() };
             if visitor.enter(&found)? == Step::Over {
                 return Ok(());
             }
@@ -291,7 +274,7 @@ impl Walk<'_> {
             let Some((name, listed_as)) = frame.names.advance() else {
                 let frame = frames.pop().expect("because there is one");
                 if frame.entered {
-                    visitor.leave(&Found { path: &path, stat: &frame.stat, handle: descent.here(), place: None })?;
+                    visitor.leave(&Found { path: &path, stat: &frame.stat, handle: descent.here() })?;
                 }
                 if !frames.is_empty() {
                     descent.leave().map_err(self.error("come back from", &path))?;
@@ -326,8 +309,7 @@ impl Walk<'_> {
                 self.show(&mut frames, &descent, &path, visitor)?;
             }
             if kind != FileType::Directory {
-                let place = Some((descent.here(), &path[name_at..]));
-                visitor.leaf(&Found { path: &path, stat: &stat, handle: handle.as_fd(), place })?;
+                visitor.leaf(&Found { path: &path, stat: &stat, handle: handle.as_fd() })?;
                 continue;
             }
             if frames.len() >= self.depth_max {
@@ -335,7 +317,7 @@ impl Walk<'_> {
             }
             let dir = inroot::reopen_dir(handle.as_fd()).map_err(self.error("open", &path))?;
             if !hidden {
-                let found = Found { path: &path, stat: &stat, handle: dir.as_fd(), place: None };
+                let found = Found { path: &path, stat: &stat, handle: dir.as_fd() };
                 if visitor.enter(&found)? == Step::Over {
                     continue;
                 }
@@ -362,7 +344,7 @@ impl Walk<'_> {
             let path = &path[..frame.path_len];
             let dir = descent.open_level(level, above.as_ref().map(AsFd::as_fd)).map_err(self.error("open", path))?;
             // Nobody can step over what something shown lies in.
-            visitor.enter(&Found { path, stat: &frame.stat, handle: dir.as_fd(), place: None })?;
+            visitor.enter(&Found { path, stat: &frame.stat, handle: dir.as_fd() })?;
             frame.entered = true;
             above = Some(dir);
         }

@@ -4,6 +4,7 @@
 //! does to a file: owners of a context don't come along, and hard links inside a source do.
 
 use std::fmt;
+use std::fs::File;
 use std::io;
 
 use plies_archive::tar::{Device, Escaped};
@@ -98,6 +99,7 @@ impl Tree {
             source: Vec::new(),
             owners: self.owners,
             links: Links::default(),
+            buffer: vec![0; header::READ_BYTES],
             cancel: self.cancel.clone(),
         };
         hasher.sum.update(DOMAIN);
@@ -130,6 +132,7 @@ struct Hasher {
     source: Vec<u8>,
     owners: Owners,
     links: Links,
+    buffer: Vec<u8>,
     cancel: Cancel,
 }
 
@@ -190,9 +193,10 @@ impl Visitor for Hasher {
             FileType::RegularFile => {
                 self.entry(found, Kind::File, b"")?;
                 // The bytes' own hash, whose length is known.
-                let file = found.open().map_err(failed("open", found))?;
+                let file = File::from(found.open().map_err(failed("open", found))?);
                 let mut sum = Sha256Hasher::default();
-                header::add_content(file, &mut sum, &|| self.cancel.check()).map_err(failed("read", found))?;
+                header::add_content(&file, &mut sum, &mut self.buffer, &|| self.cancel.check())
+                    .map_err(failed("read", found))?;
                 self.sum.update(&sum.finish());
                 Ok(())
             }
