@@ -18,7 +18,8 @@ const VERSION: u8 = 1;
 /// Bytes of sha256 at the end of the stored form.
 const SUM_BYTES: usize = 32;
 
-/// Digests of paths of one tree, so that nothing is read twice. It belongs to a tree that doesn't change.
+/// Digests of paths of one tree, so that nothing is read twice. It belongs to a tree that doesn't change, or
+/// whose changes it is told by [`HashCache::forget`].
 ///
 /// A directory has two: one of its own header, and one of all that is in it. A symbolic link's target is kept too, so
 /// that paths through links are found without the tree.
@@ -248,6 +249,53 @@ impl HashCache {
         if let Known::Directory { header } = &mut self.records[index.0 as usize].stored.kind {
             *header = Some(digest);
             self.is_modified = true;
+        }
+    }
+
+    /// Forgets what was at these paths and below them, and the digests of all directories that hold them: somebody
+    /// changed, made or removed what is there. Links in a path are not followed; of a directory whose header alone
+    /// changed, all that is below is forgotten too. Costs a pass over all records, however many the paths.
+    pub fn forget<P: AsRef<[u8]>>(&mut self, paths: impl IntoIterator<Item = P>) {
+        let mut is_gone = vec![false; self.records.len()];
+        for path in paths {
+            let mut at = Some(RecordIndex::ROOT);
+            let mut components = super::wildcard::normalise(path.as_ref()).into_iter();
+            while let Some(dir) = at {
+                self.records[dir.0 as usize].stored.digest = None;
+                let Some(name) = components.next() else {
+                    is_gone[dir.0 as usize] = true;
+                    break;
+                };
+                at = self.child(dir, name);
+            }
+        }
+        if is_gone[0] {
+            *self = Self::with_records_max(self.records_max);
+        } else {
+            self.remove(&is_gone);
+        }
+        self.is_modified = true;
+    }
+
+    /// Drops records, and those below them.
+    fn remove(&mut self, is_gone: &[bool]) {
+        let old = std::mem::take(&mut self.records);
+        let mut moved: Vec<Option<RecordIndex>> = Vec::with_capacity(old.len());
+        for (at, record) in old.iter().enumerate() {
+            let parent = if at == 0 { Some(RecordIndex::ROOT) } else { moved[record.stored.parent as usize] };
+            let kept = parent.filter(|_| !is_gone[at]).map(|parent| {
+                let index = u32::try_from(self.records.len()).expect("because RECORDS_MAX fits");
+                let stored = Stored { parent: parent.0, ..record.stored.clone() };
+                self.records.push(Record { stored, children: Vec::new() });
+                RecordIndex(index)
+            });
+            moved.push(kept);
+        }
+        for (record, now) in old.iter().zip(&moved) {
+            if let Some(now) = now {
+                self.records[now.0 as usize].children =
+                    record.children.iter().filter_map(|child| moved[child.0 as usize]).collect();
+            }
         }
     }
 

@@ -32,7 +32,7 @@
 //!
 //! A tree is read through directory handles only and nothing but regular files is opened, so that it can neither lead
 //! out of itself nor block. It must not change meanwhile: what is seen to have changed is an error, and a
-//! [`HashCache`] is only good for the tree that it was filled from.
+//! [`HashCache`] is only good for the tree that it was filled from, or when it is told what changed there.
 
 mod cache;
 pub mod glob;

@@ -657,6 +657,68 @@ fn a_stored_cache_gives_the_same_digests() {
     assert!(!read.is_modified(), "nothing new was learned");
 }
 
+/// As BuildKit's tests of changes that are told one by one.
+#[test]
+fn what_changed_is_forgotten_and_nothing_else() {
+    type Change<'a> = &'a dyn Fn(&Path);
+    let remove = |path: &'static str| move |root: &Path| fs::remove_dir_all(root.join(path)).unwrap();
+    let steps: [(&str, Change<'_>, &[&str]); 7] = [
+        ("a file is removed", &|root| fs::remove_file(root.join("d0/ghi")).unwrap(), &["d0/ghi"]),
+        ("a file is made", &|root| make(root, &["d1/bar=data1"]), &["d1/bar"]),
+        ("a file changes", &|root| fs::write(root.join("d0/foo/bar/foo"), "other").unwrap(), &["/d0/foo/bar/foo"]),
+        (
+            "a directory's mode changes",
+            &|root| fs::set_permissions(root.join("d0/foo"), fs::Permissions::from_mode(0o700)).unwrap(),
+            &["d0/foo"],
+        ),
+        (
+            "a file takes a directory's place",
+            &|root| {
+                fs::remove_dir_all(root.join("d0/foo/bar")).unwrap();
+                make(root, &["d0/foo/bar=data2"]);
+            },
+            &["d0/foo/bar"],
+        ),
+        (
+            "a link leads elsewhere",
+            &|root| {
+                fs::remove_file(root.join("link")).unwrap();
+                make(root, &["link->d1"]);
+            },
+            &["link"],
+        ),
+        ("a directory goes, and what was in it is told too", &remove("d0"), &["d0", "d0/foo", "d0/none/x"]),
+    ];
+    let root = tree(&[
+        "d0/foo/bar/foo=data0",
+        "d0/foo/bar/bar=data1",
+        "d0/abc=data0",
+        "d0/ghi->no",
+        "d1/foo=data0",
+        "d2/far/away=1",
+        "link->d0",
+    ]);
+    let asks = ["", "d0", "d0/foo", "d0/foo/bar", "d0/abc", "d1", "d1/foo", "link", "link/foo", "d2"];
+    let before = at("d0/foo/bar").of(root.path()).unwrap();
+    let mut cache = HashCache::new();
+    let texts = |cache: &mut HashCache| asks.map(|path| at(path).with(root.path(), cache).map_err(|e| e.to_string()));
+    texts(&mut cache).iter().for_each(|digest| assert!(digest.is_ok()));
+    for (what, change, told) in steps {
+        change(root.path());
+        cache.forget(told);
+        let mut stored = HashCache::from_bytes(&cache.to_bytes()).unwrap();
+        assert_eq!(reads(&at("d2"), root.path(), &mut cache).0, 0, "{what}: nothing happened there");
+        let expected = texts(&mut HashCache::new());
+        assert_eq!(texts(&mut cache), expected, "{what}");
+        assert_eq!(texts(&mut stored), expected, "{what}");
+        if what == "a file is made" {
+            assert_eq!(expected[5], Ok(before), "it has now what the other directory had");
+        }
+    }
+    cache.forget([""]);
+    assert_eq!(cache.records_count(), 1);
+}
+
 #[test]
 fn a_full_cache_changes_no_digest() {
     let root = tree(&["a/b/c/d=1", "a/b/e=2", "f/g=3", "h=4", "l->a"]);
