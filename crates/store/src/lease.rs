@@ -110,7 +110,7 @@ impl Lease {
     /// [`CatalogueError::Database`].
     pub fn let_go(&self, resource: impl Into<Resource>) -> Result<(), CatalogueError> {
         let key = (self.id, resource.into());
-        self.write(|tx| tx.remove(&LEASE_HOLDS, &key).map(drop))
+        self.write(|tx| tx.remove_ref(&LEASE_HOLDS, &key, key.1).map(drop))
     }
 
     /// What it holds itself, without what edges keep.
@@ -168,7 +168,7 @@ impl Tx<'_> {
         }
         let resource = resource.into();
         self.must_exist(resource)?;
-        self.put(&LEASE_HOLDS, &(lease, resource), &()).map(drop)
+        self.put_ref(&LEASE_HOLDS, &(lease, resource), resource)
     }
 
     /// Lets `owner` hold `resource` until it lets go; idempotent.
@@ -178,7 +178,7 @@ impl Tx<'_> {
     pub fn hold(&mut self, owner: &Owner, resource: impl Into<Resource>) -> Result<(), CatalogueError> {
         let resource = resource.into();
         self.must_exist(resource)?;
-        self.put(&HOLDS, &(owner.clone(), resource), &()).map(drop)
+        self.put_ref(&HOLDS, &(owner.clone(), resource), resource)
     }
 
     /// `owner` holds `resource` no longer; true if it did.
@@ -186,7 +186,8 @@ impl Tx<'_> {
     /// # Errors
     /// [`CatalogueError::Database`].
     pub fn unhold(&mut self, owner: &Owner, resource: impl Into<Resource>) -> Result<bool, CatalogueError> {
-        self.remove(&HOLDS, &(owner.clone(), resource.into()))
+        let resource = resource.into();
+        self.remove_ref(&HOLDS, &(owner.clone(), resource), resource)
     }
 
     /// `owner` holds nothing any longer; how many it held.
@@ -196,7 +197,7 @@ impl Tx<'_> {
     pub fn unhold_all(&mut self, owner: &Owner) -> Result<usize, CatalogueError> {
         let held = self.prefixed(&HOLDS, owner)?;
         for (key, ()) in &held {
-            self.remove(&HOLDS, key)?;
+            self.remove_ref(&HOLDS, key, key.1)?;
         }
         Ok(held.len())
     }
@@ -209,7 +210,7 @@ impl Tx<'_> {
         let (from, to) = (from.into(), to.into());
         self.must_exist(from)?;
         self.must_exist(to)?;
-        self.put(&EDGES, &(from, to), &()).map(drop)
+        self.put_ref(&EDGES, &(from, to), to)
     }
 
     /// Takes an edge back; true if there was one.
@@ -217,7 +218,8 @@ impl Tx<'_> {
     /// # Errors
     /// [`CatalogueError::Database`].
     pub fn remove_edge(&mut self, from: impl Into<Resource>, to: impl Into<Resource>) -> Result<bool, CatalogueError> {
-        self.remove(&EDGES, &(from.into(), to.into()))
+        let (from, to) = (from.into(), to.into());
+        self.remove_ref(&EDGES, &(from, to), to)
     }
 
     fn must_exist(&self, resource: Resource) -> Result<(), CatalogueError> {
@@ -226,7 +228,7 @@ impl Tx<'_> {
 
     pub(crate) fn drop_lease(&mut self, lease: LeaseId) -> Result<(), CatalogueError> {
         for (key, ()) in self.prefixed(&LEASE_HOLDS, &lease)? {
-            self.remove(&LEASE_HOLDS, &key)?;
+            self.remove_ref(&LEASE_HOLDS, &key, key.1)?;
         }
         self.remove(&LEASES, &lease).map(drop)
     }

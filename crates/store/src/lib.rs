@@ -58,6 +58,7 @@ mod lock;
 mod open;
 pub mod progress;
 mod recover;
+mod refs;
 mod snapshots;
 pub mod transfer;
 mod tree;

@@ -675,11 +675,10 @@ fn put_snapshot(
     fixup: Option<LayerId>,
 ) -> Result<(), CatalogueError> {
     // Two may have made it at once: the first stands, and the other's fix-up is garbage.
-    if tx.contains(&SNAPSHOTS, &id)? {
+    let row = SnapshotRow { layers: list.to_vec(), fixup, created: tx.now() };
+    if !tx.put_snapshot(id, &row)? {
         return Ok(());
     }
-    let row = SnapshotRow { layers: list.to_vec(), fixup, created: tx.now() };
-    tx.put(&SNAPSHOTS, &id, &row)?;
     list.iter().chain(&fixup).try_for_each(|layer| tx.add_edge(id, *layer))
 }
 
