@@ -417,7 +417,7 @@ fn create_catalogue(path: &Path, options: &OpenOptions) -> Result<(), OpenError>
     let database = Catalogue::builder(options.cache_bytes)
         .create(&new)
         .map_err(|error| CatalogueError::database("create")(error.into()))?;
-    let catalogue = Catalogue::new(database);
+    let catalogue = Catalogue::new(database, &new);
     catalogue.write(Urgency::Durable, &Stamp::default, |tx| {
         tx.put(&META, &META_SCHEMA.to_owned(), &SCHEMA)?;
         tx.put(&META, &META_CLEAN.to_owned(), &1)?;

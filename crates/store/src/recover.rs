@@ -185,10 +185,12 @@ fn remove_stale_uppers(store: &Store) -> Result<(), RecoverError> {
 fn remove_unlisted(store: &Store) -> Result<(), RecoverError> {
     let paths = &store.inner.paths;
     let unlisted = |dir: &Path, is_listed: &dyn Fn(&ReadTx, &str) -> Result<bool, CatalogueError>| {
-        let entries = entries(dir)?;
+        // One by one: there may be a million.
+        let entries = fs::read_dir(dir).at("read directory", dir)?;
         store.read(|tx| {
             let mut found = Vec::new();
-            for path in entries {
+            for entry in entries {
+                let path = entry.at("read directory", dir)?.path();
                 let name = path.file_name().unwrap_or_default();
                 let listed = match std::str::from_utf8(name.as_bytes()) {
                     Ok(name) => is_listed(tx, name)?,
