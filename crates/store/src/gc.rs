@@ -497,6 +497,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::catalogue::Catalogue;
     use crate::catalogue::schema::{ActiveRow, LayerKind, LayerRow, REFS, SnapshotRow, StoredUsage};
     use crate::refs::{Differences, differences};
     use crate::{ActiveId, LayerId, OpenOptions, Owner, Problem, SnapshotId, WaitPolicy};
@@ -700,6 +701,22 @@ mod tests {
     }
 
     #[test]
+    fn putting_a_row_again_changes_no_count() {
+        let rig = Rig::new();
+        rig.write(|tx| {
+            [0, 2].into_iter().try_for_each(|n| {
+                make(tx, n)?;
+                tx.hold(&owner(n), resource(n))
+            })
+        });
+        // An active, and a layer.
+        apply(&rig, Op::PutAgain(0));
+        apply(&rig, Op::PutAgain(2));
+        assert_eq!(rig.differences(), Differences::default());
+        assert_eq!(rig.store.gc(GcMode::DryRun).unwrap().kept_count, 2);
+    }
+
+    #[test]
     fn a_step_takes_no_more_than_it_may() {
         let rig = Rig::new();
         let all = u8::MAX;
@@ -708,9 +725,11 @@ mod tests {
             (0..all).try_for_each(|n| tx.put_blob(BlobDigest::of(&[n]), 1).map(drop))?;
             (0..all - 1).step_by(2).try_for_each(|n| tx.add_edge(blob(n), blob(n + 1)))
         });
+        let edges = || rig.store.read(|tx| tx.rows_count(&EDGES)).unwrap() as usize;
+        let before = edges();
         let step = rig.write(take_loose);
-        assert!(step.more && !step.collected.is_empty());
-        assert!(step.collected.len() <= STEP_CHANGES, "{}", step.collected.len());
+        let changes = step.collected.len() + before - edges();
+        assert!(step.more && (1..=STEP_CHANGES + 1).contains(&changes), "{changes}");
         assert_eq!(rig.differences(), Differences::default());
         assert_eq!(step.collected.len() + rig.store.gc(GcMode::Run).unwrap().collected.len(), usize::from(all));
     }
@@ -724,6 +743,20 @@ mod tests {
         assert_eq!(rig.store.read(resources_count).unwrap(), 500);
         assert_eq!(rig.differences(), Differences::default());
         assert_eq!(rig.store.gc(GcMode::Run).unwrap().collected.len(), 500);
+    }
+
+    #[test]
+    fn no_kill_brings_back_the_row_of_bytes_that_went() {
+        let rig = Rig::new();
+        rig.store.write(|tx| tx.put_blob(BlobDigest::of(&[1]), 1)).unwrap();
+        assert_eq!(rig.store.gc(GcMode::Run).unwrap().collected.len(), 1);
+        // What a kill would leave: lazy commits are in this process only.
+        let database = rig.store.inner.paths.database();
+        let killed = database.with_extension("killed");
+        fs::copy(&database, &killed).unwrap();
+        let killed = Catalogue::open(&killed, OpenOptions::CACHE_BYTES).unwrap();
+        let rows: Result<_, CatalogueError> = killed.read(|tx| tx.rows_count(&BLOBS));
+        assert_eq!(rows.unwrap(), 0);
     }
 
     #[test]
