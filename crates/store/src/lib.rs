@@ -27,7 +27,7 @@
 //! - What `write` acknowledged is durable, except holds of process-bound leases and volatile
 //!   actives, which end with the process.
 //! - Opening costs the same for a million rows as for none, after a clean stop. After an unclean
-//!   one it reads the directories once, to find what was on its way.
+//!   one it reads the directories once, to find what was on its way, and no table of many rows.
 //!
 //! # Lock order
 //! Each may be taken while holding those above it, never the other way round:
