@@ -1036,10 +1036,11 @@ fn random_layer(store: &Store, mut lines: Vec<String>) -> FinishedStage {
     loop {
         match try_stage(store, &lines) {
             Some(stage) => return stage,
-            // A hard link to nothing, to a directory, to a mark.
+            // A hard link to nothing, to a directory, to a mark; a mark in a directory of which nothing else is said.
             None => {
-                let link = lines.iter().rposition(|line| line.contains("==")).expect("nothing else is refused");
-                lines.remove(link);
+                let last = |of: fn(&String) -> bool| lines.iter().rposition(of);
+                let odd = last(|line| line.contains("==")).or_else(|| last(|line| line.starts_with(['-', '!'])));
+                lines.remove(odd.expect("because nothing else is refused"));
             }
         }
     }
