@@ -182,7 +182,8 @@ fn reads(store: &Store, rows: u64) {
         let row: Result<_, CatalogueError> = store.read(|tx| tx.get(&RECORDS, &at(n)));
         assert!(black_box(row.unwrap()).is_some());
     };
-    each(20_000, get);
+    // Until the file is in the page cache.
+    each(rows, get);
     let single = each(100_000, get);
     let many = store
         .read(|tx| {
