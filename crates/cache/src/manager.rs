@@ -295,14 +295,8 @@ impl Accessor {
     /// # Errors
     /// [`CacheError::Catalogue`].
     pub fn count(&self) -> Result<usize, CacheError> {
-        let mut count = 0;
-        self.inner.read(|rows| {
-            record::scan_ids_from(rows, RecordId::from_bytes([0; 16]), |_| {
-                count += 1;
-                true
-            })
-        })?;
-        Ok(count)
+        let count = self.inner.read(|rows| rows.rows_count(&record::RECORDS))?;
+        Ok(usize::try_from(count).unwrap_or(usize::MAX))
     }
 
     /// The layers of a record's tree, bottom first, as far as they are there: what is lazy is left out.
