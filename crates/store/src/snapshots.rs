@@ -502,7 +502,10 @@ impl<'a> Snapshots<'a> {
         let sealed = self.seal_upper(&stage, &lowers, &upper, known).and_then(|contents| {
             let nothing = contents.usage.inodes <= 1 && contents.index.is_implied(&EntryPath::root());
             if nothing && empty == Empty::IsNothing {
-                fs::rename(stage.tree(), upper.tree()).at("rename", upper.tree())?;
+                // A driver that copies has left it where it was.
+                if !upper.tree().try_exists().at("stat", upper.tree())? {
+                    fs::rename(stage.tree(), upper.tree()).at("rename", upper.tree())?;
+                }
                 tree::remove(&self.store.inner.paths.stage.join(layer.to_string()))?;
                 self.store.write(|tx| {
                     tx.remove(&SEALING, &id)?;
