@@ -254,6 +254,28 @@ pub trait Rows: sealed::RawRows {
         Ok(rows)
     }
 
+    /// As [`Rows::prefixed`], without decoding the rows: one that is damaged hides no other.
+    ///
+    /// # Errors
+    /// [`CatalogueError`].
+    fn prefixed_keys<K: Key, V: Row, P: PrefixOf<K>>(
+        &self,
+        table: &Table<K, V>,
+        prefix: &P,
+    ) -> Result<Vec<K>, CatalogueError>
+    where
+        Self: Sized,
+    {
+        let mut keys = Vec::new();
+        let prefix = prefix.to_bytes();
+        let end = after_prefix(&prefix);
+        self.raw_scan(table.name, (Bound::Included(prefix), end), &mut |key, _| {
+            keys.push(decode_key(table.name, key)?);
+            Ok(ControlFlow::Continue(()))
+        })?;
+        Ok(keys)
+    }
+
     /// All rows in key order. For tables known to be small.
     ///
     /// # Errors
