@@ -202,7 +202,7 @@ impl Inner {
             match &row.state {
                 State::Sealed { layer } => layers.extend(layer),
                 State::Stack(snapshot) => layers.extend(self.store.snapshots().info(*snapshot)?.layers),
-                State::Lazy => layers.push(self.unpack_over(*at, row, &layers, &transfer)?),
+                State::Lazy => layers.push(self.unpack_over(*at, row, &layers, providers, &transfer)?),
                 State::Composed => layers.extend(self.compute(*at, row, providers, &transfer)?),
                 State::Mutable { .. } | State::Shared { .. } => {
                     let what = format!("record {at}, which it stands on, is not finalized");
@@ -225,7 +225,7 @@ impl Inner {
                     let Some((at, of, row)) = again else {
                         return Err(SnapshotError::NeedsBase { layer, path }.into());
                     };
-                    let new = self.unpack_over(*of, row, &layers[..at], &transfer)?;
+                    let new = self.unpack_over(*of, row, &layers[..at], providers, &transfer)?;
                     if new == layer {
                         return Err(SnapshotError::NeedsBase { layer, path }.into());
                     }
@@ -301,8 +301,22 @@ impl Inner {
         cancel: &Cancel,
     ) -> Result<(), CacheError> {
         let lease = self.store.lease(LeaseOptions::process("unlazy"))?;
-        let transfer = Transfer { lease: &lease, limits: &self.limits, progress: &Silent, cancel };
         let source = self.source(id, row, providers)?;
+        // The same layer may have come meanwhile, by another blob or for another record: nothing to fetch then.
+        let layers = self.store.layers();
+        if let Some(layer) = layers.hold_by_diff_id(source.diff_id, &lease)?
+            && layers.root(layer).is_ok()
+        {
+            self.store.write(|tx| {
+                record::change(tx, id, |row| {
+                    if row.state == State::Lazy {
+                        row.state = State::Sealed { layer: Some(layer) };
+                    }
+                })
+            })?;
+            return Ok(lease.release()?);
+        }
+        let transfer = Transfer { lease: &lease, limits: &self.limits, progress: &Silent, cancel };
         let (_, layers) = transfer.take_apart(&[source])?;
         self.store.write(|tx| {
             record::change(tx, id, |row| {
@@ -316,16 +330,17 @@ impl Inner {
         Ok(lease.release()?)
     }
 
-    /// Unpacks a layer over those below it, from its blob, which is here by now. Also finds the layer that somebody else
-    /// unpacked from the same blob meanwhile.
+    /// Unpacks a layer over those below it, from its blob, which is here by now (unless it came for another record, and
+    /// went with that). Also finds the layer that somebody else unpacked from the same blob meanwhile.
     fn unpack_over(
         &self,
         id: RecordId,
         row: &RecordRow,
         below: &[LayerId],
+        providers: &Providers,
         transfer: &Transfer<'_>,
     ) -> Result<LayerId, CacheError> {
-        let source = self.source(id, row, &Providers::none())?;
+        let source = self.source(id, row, providers)?;
         let taken = transfer.take_layers(&[source], below)?;
         let layer = *taken.layers.first().expect("because one source makes one layer");
         self.store.write(|tx| {
@@ -336,7 +351,12 @@ impl Inner {
     }
 
     /// A record's blob, as somebody offers it.
-    fn source(&self, id: RecordId, row: &RecordRow, providers: &Providers) -> Result<LayerSource<'static>, CacheError> {
+    pub(crate) fn source(
+        &self,
+        id: RecordId,
+        row: &RecordRow,
+        providers: &Providers,
+    ) -> Result<LayerSource<'static>, CacheError> {
         let damaged = |what: &str| CacheError::Damaged { id, what: what.to_owned() };
         let blob = row.blob.clone().ok_or_else(|| damaged("it has neither a layer nor a blob"))?;
         let digest = blob.digest.ok_or_else(|| damaged("it has neither a layer nor a blob"))?;

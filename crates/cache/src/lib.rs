@@ -41,6 +41,7 @@ mod solver;
 mod usage;
 mod uses;
 
+pub use blobs::{CREATED_AT, LayerFormat, REMOTES_MAX, Remote, RemoteOptions, StoreProvider};
 pub use error::{CacheError, Holder};
 pub use id::RecordId;
 pub use key::{CacheKey, KeyBuilder};

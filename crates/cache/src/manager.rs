@@ -666,8 +666,10 @@ impl Inner {
             }
             for ((_, id), ()) in tx.prefixed(&record::BY_BLOB_CHAIN, &blob_chain_id)? {
                 let Some(row) = record::get(tx, id)? else { continue };
-                // Merges and diffs may have the same chain, and their files elsewhere.
-                if !matches!(row.parents, Parents::None | Parents::Layer(_)) || row.is_mutable() {
+                // Merges and diffs may have the same chain, and their files elsewhere; and so may records that add
+                // nothing to one that has it.
+                let own = row.blob.as_ref().and_then(|blob| blob.digest);
+                if !matches!(row.parents, Parents::None | Parents::Layer(_)) || own != Some(digest) {
                     continue;
                 }
                 let Ok((ticket, _)) = self.live.hold(id, &holder) else { continue };
@@ -837,7 +839,7 @@ pub(crate) fn blob_row(descriptor: &Descriptor, diff_id: DiffId) -> BlobRow {
         diff_id,
         media_type: descriptor.media_type.to_string(),
         size_bytes: descriptor.size_bytes,
-        urls: Vec::new(),
+        urls: descriptor.urls.clone(),
         annotations: descriptor.annotations.iter().map(|(key, value)| (key.clone(), value.clone())).collect(),
     }
 }
