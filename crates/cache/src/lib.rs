@@ -47,6 +47,7 @@ pub use id::RecordId;
 pub use key::{CacheKey, KeyBuilder};
 pub use lazy::{Provider, Providers, RangeProvider};
 pub use manager::{Accessor, Controller, Manager, ManagerOptions, RecordOptions, UNCOMPRESSED};
+pub use metadata::{Changes, LAYER_TYPE, Value};
 pub use prune::SharedChecker;
 pub use record::{BlobRow, Parents, RecordRow, RecordType, State, UseRow};
 pub use refs::{ImmutableRef, MutableRef};
