@@ -8,6 +8,11 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
 pub struct CacheKey(BlobDigest);
 
+impl CacheKey {
+    /// No other sorts before it.
+    pub(crate) const LOWEST: Self = Self(BlobDigest::from_bytes([0; 32]));
+}
+
 impl Key for CacheKey {
     fn encode(&self, out: &mut Vec<u8>) {
         self.0.encode(out);
