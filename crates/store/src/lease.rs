@@ -10,6 +10,7 @@
 //! at which a thing exists unheld. Process-bound leases are written lazily: a crash that loses such
 //! a row ends the lease anyway.
 
+use std::ops::ControlFlow;
 use std::time::Duration;
 
 use crate::catalogue::schema::{EDGES, HOLDS, LEASE_HOLDS, LEASES, LeaseRow, exists};
@@ -240,4 +241,33 @@ impl Tx<'_> {
 /// [`CatalogueError`].
 pub fn held_by(rows: &impl Rows, owner: &Owner) -> Result<Vec<Resource>, CatalogueError> {
     Ok(rows.prefixed(&HOLDS, owner)?.into_iter().map(|((_, held), ())| held).collect())
+}
+
+/// Calls `visit` for every permanent hold, by owner, until it breaks. One look at the table.
+///
+/// # Errors
+/// [`CatalogueError`].
+pub fn scan_holds(
+    rows: &impl Rows,
+    mut visit: impl FnMut(&Owner, Resource) -> ControlFlow<()>,
+) -> Result<(), CatalogueError> {
+    rows.scan_each(&HOLDS, |key, _| match key {
+        Some((owner, held)) => visit(&owner, held),
+        // Nobody's hold: the check finds it.
+        None => ControlFlow::Continue(()),
+    })
+}
+
+/// Calls `visit` for every edge, by what it leads from, until it breaks. One look at the table.
+///
+/// # Errors
+/// [`CatalogueError`].
+pub fn scan_edges(
+    rows: &impl Rows,
+    mut visit: impl FnMut(Resource, Resource) -> ControlFlow<()>,
+) -> Result<(), CatalogueError> {
+    rows.scan_each(&EDGES, |key, _| match key {
+        Some((from, to)) => visit(from, to),
+        None => ControlFlow::Continue(()),
+    })
 }

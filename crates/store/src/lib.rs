@@ -81,13 +81,13 @@ pub use error::FileError;
 pub use gc::{Collected, GcError, GcMode, GcReport};
 pub use id::{ActiveId, IdError, LayerId, LeaseId, Owner, Resource, SnapshotId, Stamp};
 pub use layers::{FinishedStage, LayerContents, LayerError, LayerInfo, Layers, Stage};
-pub use lease::{Lease, LeaseInfo, LeaseOptions, held_by};
+pub use lease::{Lease, LeaseInfo, LeaseOptions, held_by, scan_edges, scan_holds};
 pub use lock::{Holder, WaitPolicy};
 use open::Inner;
 pub use open::{BeforeRecovery, Clock, OpenError, OpenOptions, Warn};
 pub use snapshots::{ActiveInfo, ActiveOptions, Attach, Mounted, SnapshotError, SnapshotInfo, Snapshots};
 pub use transfer::{LayerBlob, LayerSource, Taken, Transfer, TransferError};
-pub use usage::{UsageError, UsageKind, UsageRow};
+pub use usage::{SizeRow, UsageError, UsageKind, UsageRow, scan_sizes};
 
 /// A store that this process owns. Cloning is cheap; the store closes when the last clone and the
 /// last lease, ingest, stage and mount made from it are gone.

@@ -205,6 +205,28 @@ pub trait Rows: sealed::RawRows {
         self.raw_scan(table.name, bounds, &mut |key, _| Ok(visit(decode_key(table.name, key)?)))
     }
 
+    /// As [`Rows::scan`], but a row that does not decode is handed to `visit` as its error: it hides no other. So is a
+    /// key that does not, as `None`.
+    ///
+    /// # Errors
+    /// [`CatalogueError::Database`].
+    fn scan_each<K: Key, V: Row>(
+        &self,
+        table: &Table<K, V>,
+        mut visit: impl FnMut(Option<K>, Result<V, CatalogueError>) -> ControlFlow<()>,
+    ) -> Result<(), CatalogueError>
+    where
+        Self: Sized,
+    {
+        let name = table.name;
+        self.raw_scan(name, (Bound::Unbounded, Bound::Unbounded), &mut |key, value| {
+            Ok(match decode_key(name, key) {
+                Ok(decoded) => visit(Some(decoded), decode_row(name, key, value)),
+                Err(error) => visit(None, Err(error)),
+            })
+        })
+    }
+
     /// Whether a blob, layer, snapshot or active is in the store.
     ///
     /// # Errors
