@@ -53,3 +53,4 @@ pub use prune::SharedChecker;
 pub use record::{BlobRow, Parents, RecordRow, RecordType, State, UseRow};
 pub use refs::{ImmutableRef, MutableRef};
 pub use solver::Link;
+pub use usage::{RecordUsage, Usage, UsageOptions, UsageTotals};
