@@ -49,7 +49,7 @@ pub use key::{CacheKey, KeyBuilder};
 pub use lazy::{Provider, Providers, RangeProvider};
 pub use manager::{Accessor, Controller, Manager, ManagerOptions, RecordOptions, UNCOMPRESSED};
 pub use metadata::{Changes, LAYER_TYPE, Value};
-pub use prune::SharedChecker;
+pub use prune::{Cap, Fate, Judged, PruneOptions, PruneReport, PrunedRecord, Reason, SharedChecker, effective_keep};
 pub use record::{BlobRow, Parents, RecordRow, RecordType, State, UseRow};
 pub use refs::{ImmutableRef, MutableRef};
 pub use solver::Link;
