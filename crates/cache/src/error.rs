@@ -245,6 +245,10 @@ impl CacheError {
         matches!(self, Self::Locked { .. })
     }
 
+    pub(crate) fn gone_below(id: RecordId, parent: RecordId) -> Self {
+        Self::Damaged { id, what: format!("record {parent}, which it stands on, is gone") }
+    }
+
     pub(crate) fn no_record(id: RecordId) -> Self {
         Self::NotFound { wanted: id.to_string() }
     }

@@ -119,8 +119,12 @@ impl Accessor {
         if let Some(retain) = changes.retain
             && let State::Shared { mutable, .. } = self.inner.must_have(id)?.state
         {
-            // Decided when the last ref goes.
-            self.inner.live.pair(id, (!retain).then_some(mutable));
+            match retain {
+                // What is to stay needs files of its own.
+                true => self.inner.finalize(id)?,
+                // Decided when the last ref goes.
+                false => self.inner.live.pair(id, mutable),
+            }
         }
         Ok(())
     }
