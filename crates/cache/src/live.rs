@@ -205,3 +205,44 @@ impl Live {
         entries.iter().map(|(id, entry)| (*id, holders(entry))).filter(|(_, held)| !held.is_empty()).collect()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::panic::Location;
+
+    use super::*;
+    use crate::RecordOptions;
+
+    fn holder() -> Holder {
+        Holder::of(&RecordOptions::by("test"), Location::caller())
+    }
+
+    const ID: RecordId = RecordId::from_bytes([1; 16]);
+    const PARTNER: RecordId = RecordId::from_bytes([2; 16]);
+
+    #[test]
+    fn what_was_kept_is_not_paired_by_whoever_read_an_older_row() {
+        let live = Live::default();
+        let (finalizes, _) = live.hold(ID, &holder()).unwrap();
+        live.pair(ID, PARTNER);
+        let (looks, _) = live.hold(ID, &holder()).unwrap();
+        live.keep(ID);
+        live.pair(ID, PARTNER);
+        assert_eq!(live.let_go(ID, finalizes, false), Ended::Stays);
+        assert_eq!(live.let_go(ID, looks, false), Ended::Stays);
+        assert!(live.all().is_empty());
+    }
+
+    #[test]
+    fn a_partner_that_somebody_looks_at_stays_condemned_until_it_is_absolved() {
+        let live = Live::default();
+        let (last, _) = live.hold(ID, &holder()).unwrap();
+        live.pair(ID, PARTNER);
+        let (looks, _) = live.hold(PARTNER, &holder()).unwrap();
+        assert_eq!(live.let_go(ID, last, false), Ended::Goes(Some(PARTNER)));
+        assert_eq!(live.let_go(PARTNER, looks, false), Ended::Stays);
+        assert!(matches!(live.hold(PARTNER, &holder()), Err(Refused::Condemned)));
+        live.absolve(PARTNER);
+        assert!(live.hold(PARTNER, &holder()).is_ok());
+    }
+}

@@ -13,6 +13,9 @@ use crate::{CacheError, RecordId};
 /// Uses that are gathered before they are written down: some 200 KiB.
 const GATHERED_MAX: usize = 4096;
 
+/// Uses that are written in one transaction: others who write wait for no more than that, a few milliseconds.
+const WRITTEN_AT_ONCE: usize = 256;
+
 /// Uses that are not written down yet.
 #[derive(Debug, Default)]
 pub(crate) struct Uses(Mutex<HashMap<RecordId, UseRow>>);
@@ -61,15 +64,18 @@ impl Inner {
         }
         let mut sorted: Vec<(RecordId, UseRow)> = gathered.into_iter().collect();
         sorted.sort_unstable_by_key(|(id, _)| *id);
-        Ok(self.store.write_lazily(|tx| {
-            for (id, gathered) in &sorted {
-                // A record may be gone by now.
-                if tx.contains(&RECORDS, id)? {
-                    let written = tx.get(&USES, id)?.unwrap_or_default();
-                    tx.put(&USES, id, &add(written, *gathered))?;
+        for some in sorted.chunks(WRITTEN_AT_ONCE) {
+            self.store.write_lazily(|tx| {
+                for (id, gathered) in some {
+                    // A record may be gone by now.
+                    if tx.contains(&RECORDS, id)? {
+                        let written = tx.get(&USES, id)?.unwrap_or_default();
+                        tx.put(&USES, id, &add(written, *gathered))?;
+                    }
                 }
-            }
-            Ok::<_, CatalogueError>(())
-        })?)
+                Ok::<_, CatalogueError>(())
+            })?;
+        }
+        Ok(())
     }
 }

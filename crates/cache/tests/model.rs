@@ -48,10 +48,10 @@ fn act() -> impl Strategy<Value = Act> {
         4 => n().prop_map(Act::Get),
         3 => n().prop_map(Act::GetMutable),
         2 => n().prop_map(Act::Clone),
-        5 => n().prop_map(Act::Release),
+        8 => n().prop_map(Act::Release),
         4 => [n(), n(), n()].prop_map(Act::Merge),
         3 => (n(), n()).prop_map(|(lower, upper)| Act::Diff(lower, upper)),
-        3 => n().prop_map(Act::Remove),
+        6 => n().prop_map(Act::Remove),
         2 => n().prop_map(Act::Look),
         1 => Just(Act::Reopen),
         1 => Just(Act::Gc),
@@ -452,7 +452,7 @@ impl World {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 60, max_shrink_iters: 300, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 100, max_shrink_iters: 300, ..ProptestConfig::default() })]
     #[test]
     fn records_holders_and_trees_are_those_of_the_model(acts in proptest::collection::vec(act(), 1..50)) {
         let rig = Rig::new();
