@@ -27,5 +27,11 @@ bench *OPTIONS:
     cargo build --release --bin ply
     bench/run.py --ply target/release/ply {{OPTIONS}}
 
+# What records and rows cost, by their number, beside BuildKit's figures: just bench-records 1000 1000000
+bench-records *RECORDS:
+    cargo bench -p plies-cache --bench records -- {{RECORDS}}
+    cargo bench -p plies-cache --bench space -- {{RECORDS}}
+    cargo bench -p plies-store --bench scale -- {{RECORDS}}
+
 fmt:
     cargo fmt --all
