@@ -2,7 +2,7 @@
 //!
 //! Overlayfs leaves marks that its own next mount understands but that mean nothing to another
 //! stack: handles of origins and counters in attributes, whiteouts of names that only existed meanwhile,
-//! opaque directories over nothing, directories in which nothing changed after all. Sealing takes one walk, which also tells explicit directories
+//! opaque directories, directories in which nothing changed after all. Sealing takes one walk, which also tells explicit directories
 //! from implied ones and counts what the layer costs. No file is read or copied.
 //!
 //! The directory must be unmounted and nobody else may use it. Sealing again what was sealed, over
@@ -85,6 +85,8 @@ struct Frame {
     changed: bool,
     /// Whiteouts stayed in it.
     whiteouts: bool,
+    /// It was made anew where the lower tree has a directory: what that has and this does not was taken away.
+    anew: bool,
     /// Nothing about it differs from the lower tree's.
     implied: bool,
     /// It says something: it hides, it is not implied, or something stayed in it.
@@ -103,7 +105,7 @@ pub fn seal_upper(upper: BorrowedFd<'_>, lower: Option<BorrowedFd<'_>>) -> Resul
         linked: HashSet::new(),
         sealed: Sealed::default(),
     };
-    let mut frames = vec![seal.directory(lower.is_some())?];
+    let mut frames = vec![seal.directory(lower.is_some(), false)?];
     while let Some(frame) = frames.last_mut() {
         if let Some((name, _)) = frame.names.advance() {
             let name = name.to_vec();
@@ -136,44 +138,50 @@ struct Seal {
 
 impl Seal {
     /// Cleans the directory where the walk stands, and says whether it is implied. `has_lower`:
-    /// the lower tree has a directory there.
-    fn directory(&mut self, has_lower: bool) -> Result<Frame, SealError> {
+    /// the lower tree has a directory there. `anew`: the directory around it was made anew, and so this one too.
+    ///
+    /// An opaque mark says that everything is hidden, whatever lies below; what is known is which names were taken
+    /// away. So those get a whiteout each and the mark goes: over another tree, the layer takes away the same names and
+    /// no others, as the layers of the other builders do.
+    fn directory(&mut self, has_lower: bool, anew: bool) -> Result<Frame, SealError> {
         let subject = Subject::Fd(self.upper.here());
         let opaque = self.clean(subject, &self.here)?;
         let here = self.here.clone();
         let mut look = || -> SysResult<_> {
             let upper = self.upper.here();
             let stat = rustix::fs::fstat(upper)?;
-            let (mut implied, mut hides) = (false, false);
+            let mut implied = false;
             if has_lower && let Some(lower) = self.lower.here() {
                 implied = is_same(upper, &stat, lower)?;
             }
-            // An opaque root would hide nothing: overlayfs always merges the roots of its layers.
-            if opaque.as_deref() == Some(b"y") && has_lower && !here.is_root() {
-                hides = match self.lower.here() {
-                    Some(lower) => !Names::sorted(lower)?.is_empty(),
-                    None => false,
-                };
-                if hides {
-                    self.lower.hide()?;
-                } else {
-                    Subject::Fd(upper).remove(xattr::OPAQUE)?;
-                }
-            } else if opaque.is_some() {
+            if opaque.is_some() {
                 Subject::Fd(upper).remove(xattr::OPAQUE)?;
             }
+            // An opaque root would hide nothing: overlayfs always merges the roots of its layers.
+            let anew = has_lower && (anew || (opaque.as_deref() == Some(b"y") && !here.is_root()));
+            let mut hidden = false;
+            if anew && let Some(lower) = self.lower.here() {
+                let mut names = Names::sorted(lower)?;
+                while let Some((name, _)) = names.advance() {
+                    if sys::stat_if_exists(upper, name)?.is_none() {
+                        rustix::fs::mknodat(upper, name, FileType::CharacterDevice, Mode::empty(), 0)?;
+                        hidden = true;
+                    }
+                }
+            }
             let names = Names::sorted(upper)?;
-            Ok((stat, implied, hides, names))
+            Ok((stat, implied, anew, hidden, names))
         };
-        let (stat, implied, hides, names) = look().map_err(io_error(&here))?;
+        let (stat, implied, anew, hidden, names) = look().map_err(io_error(&here))?;
         Ok(Frame {
             names,
             stat,
             xattr_whiteouts: opaque.as_deref() == Some(b"x"),
-            changed: false,
+            changed: hidden,
             whiteouts: false,
+            anew,
             implied,
-            needed: hides || !implied || here.is_root(),
+            needed: !implied || here.is_root(),
         })
     }
 
@@ -221,7 +229,7 @@ impl Seal {
             self.upper.enter(name).map_err(at())?;
             let has_lower = self.lower.enter(name).map_err(at())?;
             self.here = path;
-            return self.directory(has_lower).map(Some);
+            return self.directory(has_lower, frame.anew).map(Some);
         }
         let subject = Subject::At(self.upper.here(), name);
         let as_file = frame.xattr_whiteouts

@@ -427,7 +427,6 @@ fn diffs_go_where_trees_go() {
 }
 
 #[test]
-#[ignore = "an upper of overlay keeps its opaque marks when it is sealed, so it hides more than native does"]
 fn a_directory_made_anew_hides_what_its_lower_had_and_not_more() {
     let parent = || same("parent", layers([&[File("p/dir/A", ""), File("p/dir/B", ""), File("p/dir/sub/C", "")]]));
     let other = layers([&[File("p/dir/A", ""), File("p/dir/B", ""), File("p/dir/D", ""), Dir("p/dir/sub", 0o755)]]);
@@ -705,7 +704,9 @@ fn a_merge_copies_and_links_nothing() {
 }
 
 fn sizes(cache: &Cache) -> u64 {
-    cache.store.usage().unwrap().iter().map(|row| row.size_bytes).sum()
+    // The database's file grows by pages as it likes.
+    let usage = cache.store.usage().unwrap();
+    usage.iter().filter(|row| row.kind != plies_store::UsageKind::Catalogue).map(|row| row.size_bytes).sum()
 }
 
 #[test]

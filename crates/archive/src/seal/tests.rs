@@ -101,6 +101,9 @@ fn privileged_marks_that_hide_nothing_go_and_the_others_stay() {
         file("kept/gone", "1"),
         dir("remade"),
         file("remade/old", "1"),
+        dir("remade/sub"),
+        file("remade/sub/older", "1"),
+        file("remade/sub/again", "1"),
         dir("empty"),
         file("file", "1"),
     ]);
@@ -110,6 +113,8 @@ fn privileged_marks_that_hide_nothing_go_and_the_others_stay() {
             fs::remove_dir_all(root.join(name)).unwrap();
             fs::create_dir(root.join(name)).unwrap();
         }
+        fs::create_dir(root.join("remade/sub")).unwrap();
+        fs::write(root.join("remade/sub/again"), "2").unwrap();
         fs::remove_file(root.join("file")).unwrap();
         fs::create_dir(root.join("file")).unwrap();
         fs::write(root.join("file/x"), "1").unwrap();
@@ -120,11 +125,24 @@ fn privileged_marks_that_hide_nothing_go_and_the_others_stay() {
     });
     assert_eq!(
         shape(&step.upper),
-        ["empty/", "file/", "file/x=1", "kept/", "kept/gone!", "new/", "remade/ opaque"],
-        "the kernel marked all four as opaque"
+        [
+            "empty/",
+            "file/",
+            "file/x=1",
+            "kept/",
+            "kept/gone!",
+            "new/",
+            "remade/",
+            "remade/old!",
+            "remade/sub/",
+            "remade/sub/again=2",
+            "remade/sub/older!"
+        ],
+        "the kernel marked all four as opaque; what they took away is named"
     );
     assert_eq!(sealed.index, implied(&[]));
-    let marks = ["/kept trusted.overlay.origin", "/remade trusted.overlay.opaque"];
+    let marks =
+        ["/kept trusted.overlay.origin", "/remade trusted.overlay.origin", "/remade/sub trusted.overlay.origin"];
     assert_eq!(private_xattrs(&step.upper), marks);
 }
 
