@@ -147,7 +147,7 @@ impl Seal {
         let subject = Subject::Fd(self.upper.here());
         let opaque = self.clean(subject, &self.here)?;
         let here = self.here.clone();
-        let mut look = || -> SysResult<_> {
+        let look = || -> SysResult<_> {
             let upper = self.upper.here();
             let stat = rustix::fs::fstat(upper)?;
             let mut implied = false;

@@ -263,17 +263,6 @@ impl Below {
         Ok(false)
     }
 
-    /// From here on until [`Self::leave`], nothing lies below.
-    pub(crate) fn hide(&mut self) -> Result<()> {
-        if let (Some(descent), 0) = (&mut self.descent, self.missing)
-            && descent.depth() > 0
-        {
-            descent.leave()?;
-            self.missing = 1;
-        }
-        Ok(())
-    }
-
     pub(crate) fn leave(&mut self) -> Result<()> {
         match (self.missing.checked_sub(1), &mut self.descent) {
             (Some(less), _) => self.missing = less,
@@ -635,8 +624,6 @@ mod tests {
         below.leave().unwrap();
         assert!(below.enter(b"b").unwrap());
         below.leave().unwrap();
-        below.hide().unwrap();
-        assert!(below.here().is_none());
         below.leave().unwrap();
         assert!(below.enter(b"a").unwrap());
         below.leave().unwrap();

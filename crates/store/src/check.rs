@@ -289,7 +289,8 @@ impl Checker<'_> {
         for (id, row) in rows {
             listed.insert(id);
             self.count(Kind::Actives, row.total());
-            let gone = row.sealed.is_some() || (row.volatile && !self.store.inner.is_of_this_session(*id.as_bytes()));
+            // That of a volatile one is made when it is needed, and goes with its process.
+            let gone = row.sealed.is_some() || row.volatile;
             let tree = self.store.inner.paths.active.join(id.to_string()).join("fs");
             match fs::symlink_metadata(&tree) {
                 Ok(_) => {}

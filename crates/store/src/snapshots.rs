@@ -323,9 +323,11 @@ impl<'a> Snapshots<'a> {
         let lowers = self.lowers(base)?;
         let id = ActiveId::from_bytes(self.store.inner.fresh_id()?);
         let upper = self.upper_of(id, options.volatile);
-        make_dir(&upper.dir)?;
         let ActiveOptions { volatile } = options;
-        let made = self.store.inner.driver.prepare(&lowers, &upper).and_then(|()| {
+        // The directory of one that ends with this process is made when somebody looks: many are not even mounted, and
+        // three directories that come and go cost more than all else about it.
+        let made = if volatile { Ok(()) } else { self.make_upper(&lowers, &upper) };
+        let made = made.and_then(|()| {
             if !volatile {
                 let dir = tree::open_own(&upper.dir)?;
                 rustix::fs::syncfs(dir).at("sync", &upper.dir)?;
@@ -345,11 +347,35 @@ impl<'a> Snapshots<'a> {
             match error {
                 // It may have been committed after all: the next open knows.
                 SnapshotError::Catalogue(CatalogueError::Database { .. }) => self.store.inner.leave_unclean(),
+                _ if volatile => {}
                 _ => self.store.inner.discard_dir(&upper.dir),
             }
             return Err(error);
         }
         Ok(id)
+    }
+
+    /// Makes an upper's directory, or nothing.
+    fn make_upper(&self, lowers: &[Lower], upper: &Upper) -> Result<(), SnapshotError> {
+        make_dir(&upper.dir)?;
+        let made = self.store.inner.driver.prepare(lowers, upper);
+        if made.is_err() {
+            self.store.inner.discard_dir(&upper.dir);
+        }
+        made
+    }
+
+    /// The upper of an active that the caller has claimed, with its directory, which may not have been needed until now.
+    fn claimed_upper(&self, id: ActiveId, row: &ActiveRow, lowers: &[Lower]) -> Result<Upper, SnapshotError> {
+        let upper = self.upper_of(id, row.volatile);
+        if row.volatile && !self.is_made(&upper)? {
+            self.make_upper(lowers, &upper)?;
+        }
+        Ok(upper)
+    }
+
+    fn is_made(&self, upper: &Upper) -> Result<bool, FileError> {
+        upper.tree().try_exists().at("stat", upper.tree())
     }
 
     /// What the catalogue knows of it.
@@ -404,7 +430,7 @@ impl<'a> Snapshots<'a> {
         let row = self.usable(id)?;
         let lowers = self.lowers(row.base)?;
         let scratch = self.scratch()?;
-        let upper = self.upper_of(id, row.volatile);
+        let upper = self.claimed_upper(id, &row, &lowers)?;
         let tree = self.store.inner.driver.mount(&lowers, &upper, &scratch)?;
         Mounted::attach(self.store, tree, attach, scratch, hold, Some(claim))
     }
@@ -503,7 +529,11 @@ impl<'a> Snapshots<'a> {
         let _claim = Claim::take(self.store, id)?;
         let row = self.usable(id)?;
         let lowers = self.lowers(row.base)?;
-        let upper = self.upper_of(id, row.volatile);
+        if row.volatile && empty == Empty::IsNothing && !self.is_made(&self.upper_of(id, true))? {
+            self.store.write(|tx| also(tx, None))?;
+            return Ok(None);
+        }
+        let upper = self.claimed_upper(id, &row, &lowers)?;
         let mut stage = Stage::without_tree(self.store)?;
         let layer = stage.id();
         // A volatile one does not outlive a crash anyway: nobody will look for it.
@@ -589,8 +619,12 @@ impl<'a> Snapshots<'a> {
     /// [`SnapshotError::NotFound`]; [`SnapshotError::File`] also if somebody is removing files from
     /// it meanwhile.
     pub fn measure(&self, id: ActiveId) -> Result<Usage, SnapshotError> {
-        let upper = self.upper(id)?;
-        let usage = tree::measure(upper).at("measure", self.upper_of(id, false).tree())?;
+        let row = self.usable(id)?;
+        let upper = self.upper_of(id, row.volatile);
+        let usage = match row.volatile && !self.is_made(&upper)? {
+            true => Usage::default(),
+            false => tree::measure(tree::open_own(&upper.tree())?).at("measure", upper.tree())?,
+        };
         self.store.write_lazily(|tx| {
             let mut row = tx.get(&ACTIVES, &id)?.ok_or(SnapshotError::NotFound { what: id.into() })?;
             row.usage = Some(StoredUsage::from(usage));
@@ -605,8 +639,13 @@ impl<'a> Snapshots<'a> {
     /// # Errors
     /// As [`Snapshots::mount_active`].
     pub fn upper(&self, id: ActiveId) -> Result<OwnedFd, SnapshotError> {
-        self.usable(id)?;
-        Ok(tree::open_own(&self.upper_of(id, false).tree())?)
+        let row = self.usable(id)?;
+        let upper = self.upper_of(id, row.volatile);
+        if row.volatile && !self.is_made(&upper)? {
+            let _claim = Claim::take(self.store, id)?;
+            self.claimed_upper(id, &row, &self.lowers(row.base)?)?;
+        }
+        Ok(tree::open_own(&upper.tree())?)
     }
 
     fn snapshot_row(&self, id: SnapshotId) -> Result<SnapshotRow, SnapshotError> {
