@@ -438,6 +438,19 @@ impl Stage {
         Ok(file)
     }
 
+    /// Gives the tar-split file up: it cannot give the archive back.
+    pub(crate) fn forget_tar_split(&mut self) -> Result<(), LayerError> {
+        self.tar_split = false;
+        let path = self.dir.join(TAR_SPLIT);
+        Ok(fs::remove_file(&path).at("remove", path)?)
+    }
+
+    /// The tar-split that was written, from its start.
+    pub(crate) fn read_tar_split(&self) -> Result<File, LayerError> {
+        let path = self.dir.join(TAR_SPLIT);
+        Ok(File::open(&path).at("open", path)?)
+    }
+
     /// Nothing more will be written.
     pub fn finish(self, contents: LayerContents) -> FinishedStage {
         FinishedStage { stage: self, contents }
