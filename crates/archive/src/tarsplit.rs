@@ -62,7 +62,7 @@ const SEGMENT: u8 = 2;
 pub enum Output {
     /// Into memory.
     Memory(Vec<u8>),
-    /// Into a file that is empty. Not synced.
+    /// Into a file that is empty; open for reading too, if the recorder has a spool. Not synced.
     File(File),
 }
 

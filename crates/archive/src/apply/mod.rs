@@ -291,6 +291,8 @@ struct Applier {
     usage: Usage,
     /// The current entry has content that no tree gets, such as AUFS's own files.
     not_extracted: bool,
+    /// Marks below what was a file when they came.
+    passed_over: Vec<EntryPath>,
     entries: u64,
     xattrs_left_out: u64,
     devices_left_out: u64,
@@ -311,6 +313,7 @@ impl Applier {
             style,
             usage: Usage::default(),
             not_extracted: false,
+            passed_over: Vec::new(),
             entries: 0,
             xattrs_left_out: 0,
             devices_left_out: 0,
@@ -349,7 +352,10 @@ impl Applier {
             // Below a file there is nothing to hide, and a mark is no reason to take the file away.
             return match self.dirs.resolve(outer, Missing::CreateBesideFiles, path)? {
                 Some(dir) => self.mark(dir, mark, path),
-                None => Ok(()),
+                None => {
+                    self.passed_over.push(path.clone());
+                    Ok(())
+                }
             };
         }
         let dir = self.dirs.resolve(outer, Missing::Create, path)?.expect("because missing parents are made");
@@ -650,6 +656,11 @@ impl Applier {
     /// Sets what had to wait, and sums up.
     fn finish(mut self) -> Result<Applied, ApplyError> {
         let root = EntryPath::root();
+        // Had the file gone before they came, there would be a directory. Which comes first makes no difference.
+        for mark in std::mem::take(&mut self.passed_over) {
+            let (outer, _) = mark.split().expect("because a mark has a name");
+            self.dirs.resolve(outer.as_bytes(), Missing::CreateBesideFiles, &mark)?;
+        }
         if self.style == ApplyStyle::Layer && self.dirs.get(ROOT).origin == Origin::Implied {
             let fresh = Description { mode: IMPLIED_MODE, uid: 0, gid: 0, mtime: EPOCH, xattrs: &[] };
             self.describe(ROOT, fresh, false)?;

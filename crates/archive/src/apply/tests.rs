@@ -393,6 +393,8 @@ fn privileged_w08_a_mark_below_a_whiteout_says_that_there_is_a_directory() {
         &["d/ opaque", "d/old!"],
         &["d/"],
     );
+    // Where the base has a file.
+    over_base(&[file("d", "1")], &[file(".wh.d", ""), file("d/.wh.x", "")], &["d/ opaque", "d/x!"], &["d/"]);
 }
 
 #[test]
