@@ -235,6 +235,15 @@ pub(crate) fn is_same_xattrs(a: Subject<'_>, b: Subject<'_>) -> SysResult<bool> 
     Ok(xattr::read(a)? == xattr::read(b)?)
 }
 
+/// Whether two files are the same to [`diff_trees`], the names that lead to them aside. Neither is a directory.
+///
+/// # Errors
+/// The kernel's.
+pub fn same_file(a: At<'_>, b: At<'_>) -> io::Result<bool> {
+    let (stat_a, stat_b) = (sys::stat_at(a.0, a.1)?, sys::stat_at(b.0, b.1)?);
+    Ok(is_same_file(&stat_a, a, &stat_b, b)?)
+}
+
 /// Whether two things that are no directories are the same.
 pub(crate) fn is_same_file(a: &Stat, (a_dir, a_name): At<'_>, b: &Stat, (b_dir, b_name): At<'_>) -> SysResult<bool> {
     if (a.st_dev, a.st_ino) == (b.st_dev, b.st_ino) {
@@ -254,7 +263,7 @@ pub(crate) fn is_same_file(a: &Stat, (a_dir, a_name): At<'_>, b: &Stat, (b_dir, 
 }
 
 /// A name in a directory.
-pub(crate) type At<'a> = (BorrowedFd<'a>, &'a [u8]);
+pub type At<'a> = (BorrowedFd<'a>, &'a [u8]);
 
 fn is_same_content(a_dir: BorrowedFd<'_>, a_name: &[u8], b_dir: BorrowedFd<'_>, b_name: &[u8]) -> SysResult<bool> {
     let (a, b) = (sys::open_file(a_dir, a_name)?, sys::open_file(b_dir, b_name)?);

@@ -181,10 +181,10 @@ pub(crate) struct Build {
     #[arg(long, value_name = "STAGE")]
     pub(crate) target: Option<String>,
     /// Value of an ARG; without `=VALUE` it is taken from the environment
-    #[arg(long, value_name = "KEY[=VALUE]")]
+    #[arg(long, value_name = "KEY[=VALUE]", value_parser = keyed)]
     pub(crate) build_arg: Vec<String>,
     /// Label of the result; without `=VALUE` it is empty
-    #[arg(long, value_name = "KEY[=VALUE]")]
+    #[arg(long, value_name = "KEY[=VALUE]", value_parser = keyed)]
     pub(crate) label: Vec<String>,
     /// Run every step, whatever is cached
     #[arg(long)]
@@ -215,6 +215,15 @@ fn image_name(text: &str) -> Result<String, String> {
     match name.digest() {
         Some(_) => Err("a digest cannot be given as a name".into()),
         None => Ok(text.to_owned()),
+    }
+}
+
+/// Something with a key, whatever its value.
+fn keyed(text: &str) -> Result<String, String> {
+    match text {
+        "" => Err("the key is missing".into()),
+        text if text.starts_with('=') => Err("the key before `=` is missing".into()),
+        text => Ok(text.to_owned()),
     }
 }
 
@@ -260,10 +269,46 @@ pub(crate) enum Ref {
         #[arg(long, default_value = "", value_name = "TEXT")]
         description: String,
     },
-    /// Make a mutable record immutable and print its ID
+    /// Make an immutable record of a mutable one, which goes, and print its ID
     Commit {
         /// Record ID
         id: String,
+    },
+    /// Fetch, unpack or compute what is missing of a record's tree and print its ID
+    Get {
+        /// Record ID
+        id: String,
+    },
+    /// Make the record that shows all of these over one another and print its ID
+    Merge {
+        /// Records or images, the lowest first
+        #[arg(required = true, value_name = "ID")]
+        ids: Vec<String>,
+    },
+    /// Make the record that leads from one tree to another and print its ID
+    Diff {
+        /// Record or image to start from; - is the empty tree
+        lower: String,
+        /// Record or image to end at
+        upper: String,
+    },
+    /// Keep a record from being pruned
+    Pin {
+        /// Record ID
+        id: String,
+    },
+    /// Let a record be pruned again
+    Unpin {
+        /// Record ID
+        id: String,
+    },
+    /// Write a record's own layer, or the whole tree of a merge, as an archive
+    Export {
+        /// Record ID
+        id: String,
+        /// File to write; compressed if its name ends in .gz or .zst
+        #[arg(short, long, value_name = "FILE")]
+        output: PathBuf,
     },
     /// Remove records
     Rm {

@@ -165,6 +165,17 @@ fn with_engine(engine: &Engine, global: &Global, command: Command, cancel: &Canc
             return print_id(json, &engine.new_record(parent.as_deref(), &description)?.to_string());
         }
         Command::Ref(Ref::Commit { id }) => return print_id(json, &engine.commit_record(&id)?.to_string()),
+        Command::Ref(Ref::Get { id }) => return print_id(json, &engine.get_record(&id, cancel)?.to_string()),
+        Command::Ref(Ref::Merge { ids }) => match engine.merge_records(&ids)? {
+            Some(id) => return print_id(json, &id.to_string()),
+            None => anyhow::bail!("all of these are empty: there is nothing to merge"),
+        },
+        Command::Ref(Ref::Diff { lower, upper }) => {
+            return print_id(json, &engine.diff_records(&lower, &upper, cancel)?.to_string());
+        }
+        Command::Ref(Ref::Pin { id }) => return print_id(json, &engine.pin_record(&id, true)?.to_string()),
+        Command::Ref(Ref::Unpin { id }) => return print_id(json, &engine.pin_record(&id, false)?.to_string()),
+        Command::Ref(Ref::Export { id, output }) => engine.export_record(&id, &output, cancel)?,
         Command::Ref(Ref::Rm { ids }) => {
             let removed = engine.remove_records(&ids)?;
             if json {
@@ -325,7 +336,7 @@ fn records(engine: &Engine, json: bool) -> anyhow::Result<ExitCode> {
         vec![
             format::short_id(&record.id).to_owned(),
             record.state.to_owned(),
-            ago(Some(&record.last_used)),
+            ago(record.last_used.as_deref().or(Some(&record.created))),
             record.usage_count.to_string(),
             format::size(record.size_bytes),
             described(&record.description, record.error.as_deref()),
@@ -446,10 +457,14 @@ pub(crate) fn search_path() -> Vec<PathBuf> {
         .unwrap_or_default()
 }
 
-/// The first SIGINT, SIGTERM or SIGHUP (its terminal is gone) asks to stop, so that nothing is left half-made; a second one kills.
+/// The first SIGINT, SIGTERM or SIGHUP (its terminal is gone) asks to stop, so that nothing is left half-made; a second
+/// one kills.
 fn cancel_on_signals() -> anyhow::Result<Cancel> {
     let cancel = Cancel::new();
-    let mut signals = signal_hook::iterator::Signals::new([SIGHUP, SIGINT, SIGTERM]).context("take over signals")?;
+    // Under nohup(1) the end of the terminal is no reason to stop.
+    let hangup = (!is_ignored(SIGHUP)).then_some(SIGHUP);
+    let taken = hangup.into_iter().chain([SIGINT, SIGTERM]);
+    let mut signals = signal_hook::iterator::Signals::new(taken).context("take over signals")?;
     let asked = cancel.clone();
     std::thread::Builder::new()
         .name("signals".into())
@@ -464,6 +479,14 @@ fn cancel_on_signals() -> anyhow::Result<Cancel> {
         })
         .context("start a thread for signals")?;
     Ok(cancel)
+}
+
+/// Whether this process was started with a signal ignored (`SigIgn` in proc_pid_status(5)).
+fn is_ignored(signal: i32) -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    mask.is_some_and(|mask| mask & 1 << (signal - 1) != 0)
 }
 
 /// How long ago an RFC 3339 time was; empty when there is none.

@@ -280,9 +280,9 @@ fn spool(path: &Path, file: File, dir: &Path, limits: &Limits, cancel: &Cancel) 
     let mut decoder = decoder.map_err(io("read", path))?;
     let mut buffer = vec![0; SPOOL_BUFFER_BYTES];
     // What does not begin as an archive is not worth a copy: it may never end.
-    let mut first = [0; 512];
-    decoder.read_exact(&mut first).map_err(io("read", path))?;
-    if !plies_archive::tar::is_header(&first) {
+    let mut first = Vec::new();
+    (&mut decoder).take(512).read_to_end(&mut first).map_err(io("read", path))?;
+    if !first.as_array().is_some_and(plies_archive::tar::is_header) {
         return Err(ArchiveError::NotATar { path: path.to_owned() });
     }
     spooled.write_all(&first).map_err(io("write a copy of the archive into", dir))?;

@@ -32,6 +32,8 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use plies_archive::Limits;
+use plies_cache::{CacheError, Manager, ManagerOptions};
+use plies_oci::ErrorKind;
 use plies_store::{
     Cancel, CatalogueError, GcMode, Holder, Lease, LeaseOptions, OpenError, OpenOptions, Stamp, Store, Transfer,
     WaitPolicy, Warn,
@@ -67,10 +69,37 @@ impl std::fmt::Debug for EngineOptions {
     }
 }
 
+/// Why an engine could not be opened or closed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum EngineError {
+    /// The store.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// The build cache.
+    #[error(transparent)]
+    Cache(#[from] CacheError),
+    /// Writing down what was left to write.
+    #[error(transparent)]
+    Close(#[from] CatalogueError),
+}
+
+impl EngineError {
+    /// What a caller can do about it.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Open(source) => source.kind(),
+            Self::Cache(source) => source.kind(),
+            Self::Close(source) => source.kind(),
+        }
+    }
+}
+
 /// An open store, ready for requests.
 #[derive(Debug)]
 pub struct Engine {
     store: Store,
+    cache: Manager,
     limits: Limits,
 }
 
@@ -78,26 +107,32 @@ impl Engine {
     /// Opens the store at `root`, making it if there is none.
     ///
     /// # Errors
-    /// [`OpenError`].
-    pub fn open(root: &Path, mut options: EngineOptions) -> Result<Self, OpenError> {
+    /// [`EngineError`].
+    pub fn open(root: &Path, mut options: EngineOptions) -> Result<Self, EngineError> {
         let store_options = OpenOptions {
             command: options.command,
             driver: options.driver,
             // Steps that outlived their `ply` use mounts and files that are about to go.
             before_recovery: Arc::new(exec::end_leftovers),
-            warn: options.warn,
+            warn: Arc::clone(&options.warn),
             ..OpenOptions::new(Arc::new(SystemTime::now))
         };
         let wait = if options.wait { WaitPolicy::Wait(&mut *options.on_wait) } else { WaitPolicy::Fail };
-        Ok(Self { store: Store::open(root, store_options, wait)?, limits: Limits::default() })
+        let store = Store::open(root, store_options, wait)?;
+        let limits = Limits::default();
+        let cache_options = ManagerOptions { limits: limits.clone(), checker: None, warn: options.warn };
+        let cache = Manager::open(store.clone(), cache_options)?;
+        Ok(Self { store, cache, limits })
     }
 
     /// Gives the store up, telling what went wrong.
     ///
     /// # Errors
-    /// [`CatalogueError`].
-    pub fn close(self) -> Result<(), CatalogueError> {
-        self.store.close()
+    /// [`EngineError`].
+    pub fn close(self) -> Result<(), EngineError> {
+        let Self { store, cache, .. } = self;
+        cache.close()?;
+        Ok(store.close()?)
     }
 
     pub(crate) fn store(&self) -> &Store {

@@ -426,20 +426,13 @@ impl Engine {
             Some(MediaClass::Manifest) => {
                 let raw = document_bytes(archive, path, "manifest", descriptor, limits::MANIFEST_BYTES_MAX)?;
                 let manifest = Manifest::parse(&raw).map_err(document)?;
-                // Two names for one document are two meanings for two readers (CVE-2021-41190).
-                match manifest.document().value().media_type() {
-                    Some(own) if *own != descriptor.media_type => Err(LoadError::TwoMediaTypes {
-                        path: path.to_owned(),
-                        digest: descriptor.digest,
-                        outside: descriptor.media_type.to_string(),
-                        inside: own.to_string(),
-                    }),
-                    _ => Ok(manifest),
-                }
+                same_media_type(path, descriptor, manifest.document().value().media_type().as_ref())?;
+                Ok(manifest)
             }
             Some(MediaClass::Index) if depth < INDEX_DEPTH_MAX => {
                 let raw = document_bytes(archive, path, "index", descriptor, limits::MANIFEST_BYTES_MAX)?;
                 let index = Index::parse(&raw).map_err(document)?;
+                same_media_type(path, descriptor, index.document().value().media_type().as_ref())?;
                 let wanted = Platform::host();
                 let serves = |one: &&Descriptor| one.platform.as_ref().is_none_or(|there| there.serves(&wanted));
                 let chosen = index.manifests().iter().find(serves).ok_or_else(|| {
@@ -598,6 +591,20 @@ fn check_size(path: &str, what: &'static str, descriptor: &Descriptor, actual: u
     }
     let (digest, expected) = (descriptor.digest, descriptor.size_bytes);
     Err(LoadError::Size { path: path.to_owned(), what, digest, expected, actual })
+}
+
+/// Refuses a document that calls itself something else than its descriptor does: two names for one document are two
+/// meanings for two readers (CVE-2021-41190).
+fn same_media_type(path: &str, descriptor: &Descriptor, own: Option<&MediaType>) -> Result<(), LoadError> {
+    match own {
+        Some(own) if *own != descriptor.media_type => Err(LoadError::TwoMediaTypes {
+            path: path.to_owned(),
+            digest: descriptor.digest,
+            outside: descriptor.media_type.to_string(),
+            inside: own.to_string(),
+        }),
+        _ => Ok(()),
+    }
 }
 
 /// Reads a document and checks that it is the one described.

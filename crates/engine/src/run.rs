@@ -9,6 +9,7 @@ use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
+use plies_cache::{CacheError, RecordOptions, State};
 use plies_image::{Found, ImageError};
 use plies_oci::ErrorKind;
 use plies_store::{
@@ -155,6 +156,9 @@ pub enum RunError {
     /// Mounting.
     #[error("mount or unmount a tree")]
     Snapshot(#[from] SnapshotError),
+    /// The build cache.
+    #[error(transparent)]
+    Cache(#[from] CacheError),
     /// The catalogue failed.
     #[error("read or change the catalogue")]
     Catalogue(#[from] CatalogueError),
@@ -182,6 +186,7 @@ impl RunError {
             Self::Exec(source) => source.kind(),
             Self::Prepare(source) => source.kind(),
             Self::Snapshot(source) => source.kind(),
+            Self::Cache(source) => source.kind(),
             Self::Catalogue(source) => source.kind(),
         }
     }
@@ -290,7 +295,10 @@ impl Engine {
     /// [`RunError`].
     pub fn mount(&self, wanted: &str, dir: &Path, rw: bool) -> Result<(), RunError> {
         let dir = dir.canonicalize().map_err(|source| RunError::Directory { dir: dir.to_owned(), source })?;
-        if dir.starts_with(self.store().root()) || self.store().root().starts_with(&dir) {
+        // The state directory may have been named by a link.
+        let root = self.store().root();
+        let root = root.canonicalize().map_err(|source| RunError::Directory { dir: root.to_owned(), source })?;
+        if dir.starts_with(&root) || root.starts_with(&dir) {
             return Err(RunError::OverStore { dir });
         }
         let key = dir.as_os_str().as_bytes().to_vec();
@@ -392,21 +400,22 @@ impl Engine {
         Ok(())
     }
 
-    /// What a name or an ID means: an image first, then a record.
+    /// What a name or an ID means for looking at: an image first, then a record.
     pub(crate) fn target(&self, wanted: &str) -> Result<Target, RunError> {
         match self.find_image(wanted) {
             Ok(found) => return Ok(Target::Tree(found.row.snapshot)),
             Err(ImageError::NotFound { .. }) => {}
             Err(other) => return Err(other.into()),
         }
-        match self.store().read(|rows| plies_cache::find(rows, wanted)) {
-            Ok((_, row)) => Ok(match row.tree {
-                plies_cache::Tree::Scratch => Target::Tree(None),
-                plies_cache::Tree::Immutable(snapshot) => Target::Tree(Some(snapshot)),
-                plies_cache::Tree::Mutable(active) => Target::Mutable(active),
-            }),
-            Err(plies_cache::RecordError::NotFound { .. }) => Err(RunError::NotFound { wanted: wanted.to_owned() }),
-            Err(other) => Err(RunError::Record(other.into())),
+        let cache = self.cache();
+        let id = match cache.find(wanted) {
+            Ok(id) => id,
+            Err(CacheError::NotFound { .. }) => return Err(RunError::NotFound { wanted: wanted.to_owned() }),
+            Err(other) => return Err(other.into()),
+        };
+        match cache.row(id)?.state {
+            State::Mutable { active, committed_as: None } => Ok(Target::Mutable(active)),
+            _ => Ok(Target::Tree(cache.get(id, &RecordOptions::by("ply mount"))?.extract(&Cancel::new())?)),
         }
     }
 }

@@ -20,7 +20,7 @@ use plies_oci::{
     BlobDigest, Compression, Descriptor, DiffId, DocumentError, ErrorKind, ImageConfig, ImageId, Index, Manifest,
     MediaClass, MediaType, Reference, classify,
 };
-use plies_store::{CatalogueError, CommitError, IngestError, LayerBlob, Lease, TransferError};
+use plies_store::{BlobError, CatalogueError, CommitError, IngestError, LayerBlob, Lease, TransferError};
 use serde_json::json;
 
 use crate::exec::Cancel;
@@ -74,7 +74,7 @@ pub enum Output {
 pub enum SaveError {
     /// Finding the image.
     #[error(transparent)]
-    Image(#[from] ImagesError),
+    Image(ImagesError),
     /// A manifest that is here does not parse.
     #[error("manifest {digest} is damaged")]
     Document {
@@ -141,6 +141,17 @@ pub enum SaveError {
     /// The caller asked to stop.
     #[error(transparent)]
     Canceled(#[from] Canceled),
+}
+
+impl From<ImagesError> for SaveError {
+    fn from(source: ImagesError) -> Self {
+        match source {
+            ImagesError::Content { source: BlobError::Changed { digest, actual }, .. } => {
+                Self::Damaged { digest, actual }
+            }
+            source => Self::Image(source),
+        }
+    }
 }
 
 impl From<ImageError> for SaveError {
@@ -417,14 +428,23 @@ impl Engine {
             let decoder = compress::Decoder::new(self.open_blob(layer.digest)?, compression, self.limits());
             decoder.map_err(sink.failed())
         };
-        let mut hashing = HashingReader::new(decoder()?);
-        sink.copy(&mut hashing, &mut io::sink())?;
-        let (_, hashed) = hashing.finish();
-        let actual = DiffId::from_bytes(hashed.sha256);
-        if actual != diff_id {
-            return Err(SaveError::Changed { blob: layer.digest, expected: diff_id, actual });
-        }
-        sink.file(tar, name, hashed.size_bytes, &mut decoder()?)
+        let count = || {
+            let mut hashing = HashingReader::new(decoder()?);
+            sink.copy(&mut hashing, &mut io::sink())?;
+            let (_, hashed) = hashing.finish();
+            match DiffId::from_bytes(hashed.sha256) {
+                actual if actual == diff_id => Ok(hashed.size_bytes),
+                actual => Err(SaveError::Changed { blob: layer.digest, expected: diff_id, actual }),
+            }
+        };
+        // What a decompressor says of changed bytes helps nobody: that they were changed does.
+        let size_bytes = count().or_else(|error| {
+            let mut blob = HashingReader::new(self.open_blob(layer.digest)?);
+            sink.copy(&mut blob, &mut io::sink())?;
+            check_blob(layer.digest, blob)?;
+            Err(error)
+        })?;
+        sink.file(tar, name, size_bytes, &mut decoder()?)
     }
 
     fn open_blob(&self, digest: BlobDigest) -> Result<plies_store::Blob, SaveError> {

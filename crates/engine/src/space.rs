@@ -1,8 +1,9 @@
 //! `ply du`, `ply tree`, `ply gc`, `ply info`: what there is and what it costs. Sums of rows; nothing here walks a tree.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ops::ControlFlow;
 
+use plies_cache::CacheError;
 use plies_oci::ErrorKind;
 use plies_store::{
     BlobError, CatalogueError, GcError, GcMode, LayerError, LayerId, Resource, SnapshotError, UsageError, UsageKind,
@@ -11,8 +12,11 @@ use serde::Serialize;
 
 use crate::Engine;
 use crate::images::{ImagesError, chain};
-use crate::records::RecordsError;
-use crate::run::{RunError, Target};
+use crate::records::{RecordSummary, RecordsError};
+use crate::run::RunError;
+
+/// Records on top of one another that `ply tree` shows; more are left out, with dots.
+const TREE_DEPTH_MAX: usize = 1000;
 
 /// Why space could not be accounted for.
 #[derive(Debug, thiserror::Error)]
@@ -42,6 +46,9 @@ pub enum SpaceError {
     /// Collecting.
     #[error("collect")]
     Gc(#[from] GcError),
+    /// The build cache.
+    #[error(transparent)]
+    Cache(#[from] CacheError),
     /// The catalogue failed.
     #[error("read the catalogue")]
     Catalogue(#[from] CatalogueError),
@@ -59,6 +66,7 @@ impl SpaceError {
             Self::Layers(source) => source.kind(),
             Self::Snapshots(source) => source.kind(),
             Self::Gc(source) => source.kind(),
+            Self::Cache(source) => source.kind(),
             Self::Catalogue(source) => source.kind(),
         }
     }
@@ -176,6 +184,38 @@ impl Info {
     }
 }
 
+/// A record on what it stands on. One that was shown before stands there without what is below it.
+fn record_node<'a>(
+    records: &'a HashMap<String, RecordSummary>,
+    id: &'a String,
+    seen: &mut HashSet<&'a String>,
+    depth: usize,
+) -> TreeNode {
+    let Some(record) = records.get(id) else {
+        let error = Some("it is gone".to_owned());
+        return TreeNode { label: format!("record {id}"), size_bytes: None, children: vec![], error };
+    };
+    let again = !seen.insert(id);
+    let children = match again || depth == TREE_DEPTH_MAX {
+        true => vec![],
+        false => record.parents.iter().map(|parent| record_node(records, parent, seen, depth + 1)).collect(),
+    };
+    let more = if children.is_empty() && !record.parents.is_empty() { " …" } else { "" };
+    let label = format!("record {} ({}) {}", &record.id[..12], record.state, record.description);
+    TreeNode {
+        label: format!("{}{more}", label.trim_end()),
+        size_bytes: Some(record.size_bytes),
+        children,
+        error: record.error.clone(),
+    }
+}
+
+fn add_layers(users: &mut HashMap<LayerId, (usize, String)>, layers: Vec<LayerId>, name: &str) {
+    for layer in layers {
+        users.entry(layer).or_insert_with(|| (0, name.to_owned())).0 += 1;
+    }
+}
+
 fn kind_name(kind: UsageKind) -> &'static str {
     match kind {
         UsageKind::Blobs => "blobs",
@@ -234,18 +274,18 @@ impl Engine {
             actives.push(info);
             ControlFlow::Continue(())
         })?;
-        let records = self.store().read(plies_cache::list)?;
+        let records = self.records()?;
         // Before the totals are read, which are of what was measured last.
         for info in actives {
-            let of = |row: &plies_cache::RecordRow| matches!(row.tree, plies_cache::Tree::Mutable(id) if id == info.id);
-            let users: Vec<_> = records.iter().filter(|(_, row)| of(row)).collect();
+            let active = info.id.to_string();
+            let users: Vec<_> = records.iter().filter(|record| record.active.as_ref() == Some(&active)).collect();
             rows.push(SpaceRow {
                 kind: "active",
                 id: info.id.to_string(),
                 size_bytes: self.active_bytes(&info),
                 users_count: Some(users.len()),
-                description: users.first().map_or_else(String::new, |(id, row)| {
-                    format!("record {} {}", &id.to_string()[..12], row.description).trim_end().to_owned()
+                description: users.first().map_or_else(String::new, |record| {
+                    format!("record {} {}", &record.id[..12], record.description).trim_end().to_owned()
                 }),
                 error: None,
             });
@@ -260,30 +300,38 @@ impl Engine {
     /// For each layer, how many images and records stand on it, and the name of one. What is damaged gets a row.
     fn layer_users(&self, rows: &mut Vec<SpaceRow>) -> Result<HashMap<LayerId, (usize, String)>, SpaceError> {
         let mut users: HashMap<LayerId, (usize, String)> = HashMap::new();
-        let mut add = |kind, id: String, snapshot, name: String| match self.store().snapshots().info(snapshot) {
-            Ok(info) => {
-                for layer in info.layers {
-                    users.entry(layer).or_insert_with(|| (0, name.clone())).0 += 1;
-                }
-            }
-            Err(error) => rows.push(SpaceRow {
-                kind,
-                id,
-                size_bytes: 0,
-                users_count: None,
-                description: name,
-                error: Some(chain(&error)),
-            }),
-        };
         for image in self.store().read(plies_image::list)? {
             let name = image.names.first().map_or_else(|| image.id.to_string(), |name| crate::familiar(name));
-            if let Some(snapshot) = image.row.snapshot {
-                add("image", image.id.to_string(), snapshot, name);
+            let Some(snapshot) = image.row.snapshot else { continue };
+            match self.store().snapshots().info(snapshot) {
+                Ok(info) => add_layers(&mut users, info.layers, &name),
+                Err(error) => rows.push(SpaceRow {
+                    kind: "image",
+                    id: image.id.to_string(),
+                    size_bytes: 0,
+                    users_count: None,
+                    description: name,
+                    error: Some(chain(&error)),
+                }),
             }
         }
-        for (id, row) in self.store().read(plies_cache::list)? {
-            if let plies_cache::Tree::Immutable(snapshot) = row.tree {
-                add("record", id.to_string(), snapshot, row.description);
+        let mut records = Vec::new();
+        self.cache().scan(|id, row, _| {
+            records.push((id, row));
+            ControlFlow::Continue(())
+        })?;
+        for (id, row) in records {
+            let known = row.and_then(|row| Ok((self.cache().known_layers(id)?, row.description)));
+            match known {
+                Ok((layers, name)) => add_layers(&mut users, layers, &name),
+                Err(error) => rows.push(SpaceRow {
+                    kind: "record",
+                    id: id.to_string(),
+                    size_bytes: 0,
+                    users_count: None,
+                    description: String::new(),
+                    error: Some(chain(&error)),
+                }),
             }
         }
         Ok(users)
@@ -295,15 +343,16 @@ impl Engine {
     /// [`SpaceError`].
     pub fn tree(&self, wanted: Option<&str>) -> Result<Vec<TreeNode>, SpaceError> {
         if let Some(wanted) = wanted {
-            let children = match self.target(wanted)? {
-                Target::Tree(Some(snapshot)) => self.layer_nodes(snapshot)?,
-                Target::Tree(None) => vec![],
-                Target::Mutable(active) => match self.store().snapshots().active(active)?.base {
-                    Some(base) => self.layer_nodes(base)?,
-                    None => vec![],
-                },
+            if let Ok(found) = self.find_image(wanted) {
+                let children = found.row.snapshot.map_or(Ok(vec![]), |snapshot| self.layer_nodes(snapshot));
+                return Ok(vec![TreeNode::new(wanted.to_owned(), children)]);
+            }
+            let id = match self.cache().find(wanted) {
+                Ok(id) => id.to_string(),
+                Err(CacheError::NotFound { .. }) => return Err(RunError::NotFound { wanted: wanted.to_owned() }.into()),
+                Err(other) => return Err(other.into()),
             };
-            return Ok(vec![TreeNode::new(wanted.to_owned(), Ok(children))]);
+            return Ok(vec![record_node(&self.records_by_id()?, &id, &mut HashSet::new(), 0)]);
         }
         let mut nodes = Vec::new();
         for image in self.store().read(plies_image::list)? {
@@ -312,21 +361,17 @@ impl Engine {
             let children = image.row.snapshot.map_or(Ok(vec![]), |snapshot| self.layer_nodes(snapshot));
             nodes.push(TreeNode::new(format!("image {name} {}", &image.id.hex()[..12]), children));
         }
-        for record in self.records()? {
-            let children = record.layers.last().map(|layer| TreeNode {
-                label: format!("layer {layer} on {} more", record.layers.len() - 1),
-                size_bytes: Some(record.size_bytes),
-                children: vec![],
-                error: None,
-            });
-            nodes.push(TreeNode {
-                label: format!("record {} ({}) {}", &record.id[..12], record.state, record.description),
-                size_bytes: None,
-                children: children.into_iter().collect(),
-                error: record.error,
-            });
-        }
+        let records = self.records_by_id()?;
+        let below: HashSet<&String> = records.values().flat_map(|record| &record.parents).collect();
+        let mut tops: Vec<&RecordSummary> = records.values().filter(|record| !below.contains(&record.id)).collect();
+        tops.sort_by(|a, b| (&a.created, &a.id).cmp(&(&b.created, &b.id)));
+        let mut seen = HashSet::new();
+        nodes.extend(tops.into_iter().map(|record| record_node(&records, &record.id, &mut seen, 0)));
         Ok(nodes)
+    }
+
+    fn records_by_id(&self) -> Result<HashMap<String, RecordSummary>, SpaceError> {
+        Ok(self.records()?.into_iter().map(|record| (record.id.clone(), record)).collect())
     }
 
     /// The layers of a snapshot, the topmost first.
@@ -390,7 +435,7 @@ impl Engine {
             root: self.store().root().display().to_string(),
             driver: self.store().driver(),
             images_count: self.store().read(plies_image::list)?.len(),
-            records_count: self.store().read(plies_cache::list)?.len(),
+            records_count: self.cache().count()?,
             layers_count: usize::try_from(layers).unwrap_or(usize::MAX),
             total_bytes: usage.iter().map(|row| row.size_bytes).sum(),
         })

@@ -274,7 +274,8 @@ impl<'de> Visitor<'de> for UniqueKeys {
         while let Some(key) = map.next_key::<String>()? {
             let free = FREE_OBJECTS.iter().any(|object| object.eq_ignore_ascii_case(&key));
             map.next_value_seed(UniqueKeys { free })?;
-            let folded = if self.free { key.clone() } else { key.to_lowercase() };
+            // Upper case first: Go takes ſ for s and the Kelvin sign for k.
+            let folded = if self.free { key.clone() } else { key.to_uppercase().to_lowercase() };
             if !seen.insert(folded) {
                 return Err(de::Error::custom(format_args!("key {key:?} appears twice")));
             }
@@ -549,10 +550,31 @@ mod tests {
     fn j03_keys_that_differ_in_case_are_one_key_except_where_they_are_free() {
         let folded = manifest("").replace(r#""layers":[]"#, r#""layers":[],"Layers":[]"#);
         assert!(matches!(Manifest::parse(folded.as_bytes()), Err(DocumentError::Json { .. })));
+        // Go takes ſ for s.
+        let folded = manifest("").replace(r#""layers":[]"#, r#""layers":[],"layerſ":[]"#);
+        assert!(matches!(Manifest::parse(folded.as_bytes()), Err(DocumentError::Json { .. })));
         let free = manifest(r#""annotations":{"a":"1","A":"2"},"#);
         Manifest::parse(free.as_bytes()).unwrap();
         let twice = manifest(r#""annotations":{"a":"1","a":"2"},"#);
         assert!(matches!(Manifest::parse(twice.as_bytes()), Err(DocumentError::Json { .. })));
+        let config = |config: &str| {
+            let text = format!(
+                r#"{{"architecture":"amd64","os":"linux","config":{config},"rootfs":{{"type":"layers","diff_ids":[]}}}}"#
+            );
+            ImageConfig::parse(text.as_bytes())
+        };
+        for (free, value) in [("Labels", r#""v""#), ("ExposedPorts", "{}"), ("Volumes", "{}")] {
+            config(&format!(r#"{{"{free}":{{"/a":{value},"/A":{value}}}}}"#))
+                .unwrap_or_else(|e| panic!("{free}: {e:?}"));
+            let twice = config(&format!(r#"{{"{free}":{{"/a":{value},"/a":{value}}}}}"#));
+            assert!(matches!(twice, Err(DocumentError::Json { .. })), "{free}");
+            // Free are the keys in it, not its own name and not what lies deeper.
+            let named = config(&format!(r#"{{"{free}":{{}},"{}":{{}}}}"#, free.to_lowercase()));
+            assert!(matches!(named, Err(DocumentError::Json { .. })), "{free}");
+        }
+        let deeper = config(r#"{"Volumes":{"/a":{"k":1,"K":2}}}"#);
+        assert!(matches!(deeper, Err(DocumentError::Json { .. })));
+        assert!(matches!(config(r#"{"User":"","user":"root"}"#), Err(DocumentError::Json { .. })));
     }
 
     #[test]

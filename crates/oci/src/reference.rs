@@ -208,6 +208,16 @@ mod tests {
         assert!(format!("x@sha512:{}", "0a".repeat(64)).parse::<Reference>().is_err());
     }
 
+    #[test]
+    fn what_could_be_taken_for_an_id_is_no_name() {
+        for id in ["sha256", "sha256:latest", &format!("sha256:{}", "0a".repeat(32)), &"0a".repeat(32)] {
+            assert!(matches!(id.parse::<Reference>(), Err(ReferenceError::Format { .. })), "{id}");
+        }
+        for name in ["sha256/app", "localhost/sha256:1", "sha256sum"] {
+            assert!(name.parse::<Reference>().is_ok(), "{name}");
+        }
+    }
+
     proptest::proptest! {
         /// The oracle compiles the grammar's own regular expression. (It takes a host with upper-case letters for a part of
         /// the name, unlike docker, so there are none.)

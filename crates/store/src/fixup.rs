@@ -15,8 +15,8 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 
-use plies_archive::DirIndex;
 use plies_archive::tar::EntryPath;
+use plies_archive::{DirIndex, Implied};
 use rustix::fs::{FileType, Mode};
 
 use crate::LayerId;
@@ -47,8 +47,9 @@ pub(crate) type FixUp = BTreeMap<EntryPath, Metadata>;
 /// Judges a stack, bottom first.
 ///
 /// # Errors
-/// [`SnapshotError::NeedsBase`] for the lowest layer that implies a directory where the stack below
-/// it has something else.
+/// [`SnapshotError::NeedsBase`] for the lowest layer that has a directory on the way only where the
+/// stack below it has something else. (A directory that was copied up has an entry in the layer's
+/// archive, and replaces what is there as that would.)
 pub(crate) fn judge(stack: &[StackLayer]) -> Result<FixUp, SnapshotError> {
     let candidates: BTreeSet<&EntryPath> = stack.iter().flat_map(|layer| layer.index.implied()).collect();
     let mut tries = Trie::default();
@@ -139,7 +140,7 @@ fn seen_below(
             let whiteout = tree::is_whiteout(&stat);
             if let Some(lowest) = found.describing.last().map(|at: &usize| &stack[*at])
                 && !whiteout
-                && lowest.index.is_implied(path)
+                && lowest.index.why_implied(path) == Some(Implied::OnTheWay)
             {
                 return Err(SnapshotError::NeedsBase { layer: lowest.id, path: path.clone() });
             }

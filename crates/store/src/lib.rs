@@ -46,6 +46,7 @@ mod cancel;
 mod catalogue;
 mod check;
 mod content;
+mod difference;
 mod driver;
 mod error;
 mod fixup;
@@ -73,6 +74,7 @@ pub use check::{CheckError, CheckOptions, CheckReport, Problem};
 pub use content::{
     Blob, BlobError, BlobInfo, CommitError, Content, Expected, Ingest, IngestError, IngestRef, IngestStatus,
 };
+pub use difference::DifferenceError;
 pub use driver::{DriverKind, OverlayMethod};
 pub use error::FileError;
 pub use gc::{Collected, GcError, GcMode, GcReport};

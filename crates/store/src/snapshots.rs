@@ -204,7 +204,7 @@ pub struct Snapshots<'a> {
 }
 
 /// Repeated layers keep their uppermost place: below it they show nothing that it does not.
-fn without_repetitions(layers: &[LayerId]) -> Vec<LayerId> {
+pub(crate) fn without_repetitions(layers: &[LayerId]) -> Vec<LayerId> {
     let mut seen = std::collections::HashSet::new();
     let mut kept: Vec<LayerId> = layers.iter().rev().copied().filter(|layer| seen.insert(*layer)).collect();
     kept.reverse();
@@ -347,6 +347,29 @@ impl<'a> Snapshots<'a> {
         Ok(ActiveInfo::new(id, row.ok_or(SnapshotError::NotFound { what: id.into() })?))
     }
 
+    /// Whether an active can still be mounted or sealed, as far as the catalogue knows.
+    ///
+    /// # Errors
+    /// [`SnapshotError::NotFound`], [`SnapshotError::Stale`], [`SnapshotError::Sealed`].
+    pub fn check_usable(&self, id: ActiveId) -> Result<(), SnapshotError> {
+        self.usable(id).map(drop)
+    }
+
+    /// Volatile actives of earlier sessions: nobody can use them any more.
+    ///
+    /// # Errors
+    /// [`SnapshotError::Catalogue`].
+    pub fn stale_actives(&self) -> Result<Vec<ActiveId>, SnapshotError> {
+        let mut stale = Vec::new();
+        self.scan_actives(|info| {
+            if info.volatile && info.sealed.is_none() && !self.store.inner.is_of_this_session(*info.id.as_bytes()) {
+                stale.push(info.id);
+            }
+            ControlFlow::Continue(())
+        })?;
+        Ok(stale)
+    }
+
     /// Calls `visit` for every active, in the order of their ids, until it breaks.
     ///
     /// # Errors
@@ -445,7 +468,37 @@ impl<'a> Snapshots<'a> {
         self.seal_as(id, LayerContents { index, ..LayerContents::default() }, lease)
     }
 
+    /// As [`Snapshots::seal_on_the_way`], unless nothing was written: then there is no layer, and the active can be
+    /// used on. `also` runs in the transaction in which the layer appears (or, without one, in one of its own), so that
+    /// whoever names it appears with it; it may run more than once.
+    ///
+    /// # Errors
+    /// As [`Snapshots::seal`], and what `also` returns; then nothing has happened.
+    pub fn seal_with(
+        &self,
+        id: ActiveId,
+        on_the_way: &[EntryPath],
+        lease: &Lease,
+        mut also: impl FnMut(&mut Tx<'_>, Option<LayerId>) -> Result<(), CatalogueError>,
+    ) -> Result<Option<LayerId>, SnapshotError> {
+        let index = on_the_way.iter().map(|path| (path.clone(), Implied::OnTheWay)).collect();
+        let known = LayerContents { index, ..LayerContents::default() };
+        self.seal_into(id, known, lease, Empty::IsNothing, &mut also)
+    }
+
     fn seal_as(&self, id: ActiveId, known: LayerContents, lease: &Lease) -> Result<LayerId, SnapshotError> {
+        let sealed = self.seal_into(id, known, lease, Empty::IsALayer, &mut |_, _| Ok(()))?;
+        Ok(sealed.expect("because an empty layer was asked for too"))
+    }
+
+    fn seal_into(
+        &self,
+        id: ActiveId,
+        known: LayerContents,
+        lease: &Lease,
+        empty: Empty,
+        also: &mut Also<'_>,
+    ) -> Result<Option<LayerId>, SnapshotError> {
         let _claim = Claim::take(self.store, id)?;
         let _hold = Hold::take(self.store, id.into())?;
         let row = self.usable(id)?;
@@ -460,12 +513,26 @@ impl<'a> Snapshots<'a> {
         noted?;
         // From here the upper may be in the stage, which must not take it along if it fails.
         stage.keep();
-        match self.seal_into(stage, id, &row, &lowers, &upper, known, lease) {
-            Ok(layer) => {
+        let sealed = self.seal_upper(&stage, &lowers, &upper, known).and_then(|contents| {
+            let nothing = contents.usage.inodes <= 1 && contents.index.is_implied(&EntryPath::root());
+            if nothing && empty == Empty::IsNothing {
+                fs::rename(stage.tree(), upper.tree()).at("rename", upper.tree())?;
+                tree::remove(&self.store.inner.paths.stage.join(layer.to_string()))?;
+                self.store.write(|tx| {
+                    tx.remove(&SEALING, &id)?;
+                    also(tx, None)
+                })?;
+                return Ok(None);
+            }
+            self.publish_sealed(stage.finish(contents), id, &row, lease, also).map(Some)
+        });
+        match sealed {
+            Ok(Some(layer)) => {
                 // Only overlay's scratch directory is left of it.
                 self.store.inner.discard_dir(&upper.dir);
-                Ok(layer)
+                Ok(Some(layer))
             }
+            Ok(None) => Ok(None),
             // It may have been committed after all: the next open knows.
             Err(error @ SnapshotError::Catalogue(CatalogueError::Database { .. })) => Err(error),
             Err(error) => {
@@ -475,23 +542,29 @@ impl<'a> Snapshots<'a> {
         }
     }
 
-    #[allow(clippy::too_many_arguments, reason = "the parts of one active, which its caller has looked up")]
-    fn seal_into(
+    /// Moves the upper into the stage and makes it canonical.
+    fn seal_upper(
         &self,
-        stage: Stage,
-        id: ActiveId,
-        row: &ActiveRow,
+        stage: &Stage,
         lowers: &[Lower],
         upper: &Upper,
         known: LayerContents,
-        lease: &Lease,
-    ) -> Result<LayerId, SnapshotError> {
+    ) -> Result<LayerContents, SnapshotError> {
         let sealed = self.store.inner.driver.seal(lowers, upper, &stage.tree(), &self.scratch()?)?;
         let mut index = sealed.index;
         known.index.implied().for_each(|path| index.insert(path.clone(), Implied::OnTheWay));
-        let contents = LayerContents { usage: sealed.usage, index, ..known };
-        let finished = vec![stage.finish(contents)];
-        let made = layers::publish::<SnapshotError>(self.store, finished, LayerKind::Full, |tx, made| {
+        Ok(LayerContents { usage: sealed.usage, index, ..known })
+    }
+
+    fn publish_sealed(
+        &self,
+        stage: layers::FinishedStage,
+        id: ActiveId,
+        row: &ActiveRow,
+        lease: &Lease,
+        also: &mut Also<'_>,
+    ) -> Result<LayerId, SnapshotError> {
+        let made = layers::publish::<SnapshotError>(self.store, vec![stage], LayerKind::Full, |tx, made| {
             let sealed = ActiveRow { sealed: made.first().copied(), usage: None, ..row.clone() };
             tx.put_active(id, &sealed)?;
             tx.remove(&SEALING, &id)?;
@@ -500,7 +573,7 @@ impl<'a> Snapshots<'a> {
                 tx.add_edge(id, *layer)?;
                 tx.lease_hold(lease.id(), *layer)?;
             }
-            Ok(())
+            also(tx, made.first().copied())
         })?;
         Ok(*made.first().expect("because one stage makes one layer"))
     }
@@ -634,6 +707,16 @@ fn put_snapshot(
     let row = SnapshotRow { layers: list.to_vec(), fixup, created: tx.now() };
     tx.put(&SNAPSHOTS, &id, &row)?;
     list.iter().chain(&fixup).try_for_each(|layer| tx.add_edge(id, *layer))
+}
+
+/// What else happens in the transaction in which a sealed upper becomes a layer.
+type Also<'a> = dyn FnMut(&mut Tx<'_>, Option<LayerId>) -> Result<(), CatalogueError> + 'a;
+
+/// What to make of an upper in which nothing was written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Empty {
+    IsALayer,
+    IsNothing,
 }
 
 /// The right to mount or seal one active.

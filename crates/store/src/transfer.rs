@@ -338,6 +338,20 @@ impl Transfer<'_> {
     /// # Errors
     /// [`TransferError`]; then nothing of them is visible.
     pub fn take_layers(&self, offered: &[LayerSource<'_>], below: &[LayerId]) -> Result<Taken, TransferError> {
+        let (blobs, layers) = self.take_apart(offered)?;
+        let (layers, snapshot) = self.stack(layers, offered, &blobs, below)?;
+        Ok(Taken { blobs, layers, snapshot })
+    }
+
+    /// Takes in layers, each by itself: their blobs, and the layers, except those (`None`) that need what lies below
+    /// them.
+    ///
+    /// # Errors
+    /// [`TransferError`]; then nothing of them is visible.
+    pub fn take_apart(
+        &self,
+        offered: &[LayerSource<'_>],
+    ) -> Result<(Vec<LayerBlob>, Vec<Option<LayerId>>), TransferError> {
         // An image may list a layer more than once.
         let mut unique: Vec<&LayerSource<'_>> = Vec::new();
         let place: Vec<usize> = offered
@@ -362,10 +376,7 @@ impl Transfer<'_> {
         let layers = self.publish_layers(layers, &unique)?;
         self.connect(&unique, &blobs, &layers)?;
 
-        let blobs: Vec<LayerBlob> = place.iter().map(|at| blobs[*at]).collect();
-        let layers: Vec<Option<LayerId>> = place.iter().map(|at| layers[*at]).collect();
-        let (layers, snapshot) = self.stack(layers, offered, &blobs, below)?;
-        Ok(Taken { blobs, layers, snapshot })
+        Ok((place.iter().map(|at| blobs[*at]).collect(), place.iter().map(|at| layers[*at]).collect()))
     }
 
     /// Does for one layer what is missing of it.

@@ -26,8 +26,12 @@ const REMOVE_DEPTH: usize = 64;
 
 /// The xattr by which an opaque directory is marked, and its value (kernel, `overlayfs.rst`).
 const OPAQUE: (&CStr, &[u8]) = (c"trusted.overlay.opaque", b"y");
+/// The xattr of a directory that was copied up; empty: from somewhere (docs/format/layer.md).
+const ORIGIN: &CStr = c"trusted.overlay.origin";
 /// Attributes of overlayfs itself; they never belong to the content.
 const OVERLAY_PREFIX: &[u8] = b"trusted.overlay.";
+/// Of a long path, opened in one call; the kernel takes 4,095 (PATH_MAX, limits.h).
+const PATH_STEP_BYTES: usize = 4_000;
 /// Size of st_blocks' unit, whatever the file system's block size (stat(3type)).
 const STAT_BLOCK_BYTES: u64 = 512;
 /// Asked of the kernel in one call; it stops at 2 GiB (copy_file_range(2)).
@@ -35,16 +39,28 @@ const COPY_CHUNK_BYTES: usize = 1 << 30;
 /// Buffer where the kernel does not copy by itself.
 const COPY_BUFFER_BYTES: usize = 128 << 10;
 
-/// Opens a directory below `root` that was reached through directories only.
+/// Opens a directory below `root` that was reached through directories only, however long its path is.
 pub(crate) fn open_dir(root: impl AsFd, path: &EntryPath) -> io::Result<OwnedFd> {
-    let name = if path.is_root() { b"." } else { path.as_bytes() };
-    Ok(rustix::fs::openat2(
-        root,
-        name,
-        OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::NOFOLLOW,
-        Mode::empty(),
-        ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS,
-    )?)
+    let mut rest = if path.is_root() { b"." } else { path.as_bytes() };
+    let mut reached: Option<OwnedFd> = None;
+    loop {
+        let (step, after) = match rest.get(..PATH_STEP_BYTES).map(|head| head.iter().rposition(|byte| *byte == b'/')) {
+            Some(slash) => rest.split_at(slash.expect("because a name has at most 255 bytes")),
+            None => (rest, &b""[..]),
+        };
+        let from = reached.as_ref().map_or_else(|| root.as_fd(), OwnedFd::as_fd);
+        let opened = rustix::fs::openat2(
+            from,
+            step,
+            OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::NOFOLLOW,
+            Mode::empty(),
+            ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS,
+        )?;
+        match after {
+            [] => return Ok(opened),
+            [_, below @ ..] => (reached, rest) = (Some(opened), below),
+        }
+    }
 }
 
 /// Opens one of the store's own directories.
@@ -53,7 +69,7 @@ pub(crate) fn open_own(path: &Path) -> Result<OwnedFd, FileError> {
     rustix::fs::open(path, flags, Mode::empty()).at("open", path)
 }
 
-fn open_child(dir: impl AsFd, name: &CStr) -> rustix::io::Result<OwnedFd> {
+pub(crate) fn open_child(dir: impl AsFd, name: &CStr) -> rustix::io::Result<OwnedFd> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
     rustix::fs::openat(dir, name, flags, Mode::empty())
 }
@@ -98,6 +114,11 @@ pub(crate) fn is_opaque(dir: impl AsFd) -> io::Result<bool> {
         Err(Errno::NODATA | Errno::OPNOTSUPP | Errno::RANGE) => Ok(false),
         Err(error) => Err(error.into()),
     }
+}
+
+/// Tells overlayfs that there are whiteouts in a directory: it would show their names where no other layer has it.
+pub(crate) fn mark_whiteouts(dir: impl AsFd) -> io::Result<()> {
+    Ok(rustix::fs::fsetxattr(dir, ORIGIN, b"", XattrFlags::empty())?)
 }
 
 // ---- removing ---------------------------------------------------------------------------------
@@ -225,6 +246,11 @@ pub(crate) struct Metadata {
 }
 
 impl Metadata {
+    /// Of a directory that nobody described.
+    pub(crate) fn implied() -> Self {
+        Self { mode: 0o755, uid: 0, gid: 0, mtime: (0, 0), xattrs: BTreeMap::new() }
+    }
+
     pub(crate) fn of(file: impl AsFd) -> io::Result<Self> {
         let stat = rustix::fs::fstat(&file)?;
         let xattrs = xattrs_of(
@@ -431,7 +457,7 @@ fn forget_below(dirs: &mut BTreeMap<EntryPath, Metadata>, dir: &EntryPath) {
 
 /// False if the file has as many names as its file system takes (ext4: 65,000) or may not get
 /// another: the caller copies.
-fn link(from: impl AsFd, old: &CStr, to: impl AsFd, new: &CStr) -> io::Result<bool> {
+pub(crate) fn link(from: impl AsFd, old: &CStr, to: impl AsFd, new: &CStr) -> io::Result<bool> {
     match rustix::fs::linkat(from, old, to, new, AtFlags::empty()) {
         Ok(()) => Ok(true),
         Err(Errno::MLINK | Errno::PERM | Errno::XDEV) => Ok(false),
@@ -440,7 +466,7 @@ fn link(from: impl AsFd, old: &CStr, to: impl AsFd, new: &CStr) -> io::Result<bo
 }
 
 /// Copies anything but a directory, with its metadata, under the same name.
-fn copy(from: &OwnedFd, name: &CStr, stat: &Stat, to: &OwnedFd) -> io::Result<()> {
+pub(crate) fn copy(from: &OwnedFd, name: &CStr, stat: &Stat, to: &OwnedFd) -> io::Result<()> {
     if file_type(stat) == FileType::RegularFile {
         let flags = OFlags::CLOEXEC | OFlags::NOFOLLOW;
         let source = rustix::fs::openat(from, name, OFlags::RDONLY | flags, Mode::empty())?;

@@ -196,6 +196,29 @@ fn privileged_a_fix_up_does_not_look_through_what_hides_the_lower_directory() {
 }
 
 #[test]
+fn privileged_a_directory_that_is_only_emptied_keeps_its_metadata_and_nothing_below_it() {
+    if !privileged("a_directory_that_is_only_emptied_keeps_its_metadata_and_nothing_below_it") {
+        return;
+    }
+    each_driver(|rig| {
+        let store = rig.open();
+        let lease = process_lease(&store);
+        let base = publish(&store, &lease, &[Dir("", 0o755), Dir("a", 0o700), Dir("a/b", 0o711), File("a/old", "")]);
+        let empties = publish(&store, &lease, &[File("a/new", "new"), Opaque("a")]);
+        let top = publish(&store, &lease, &[File("a/b/f", "f")]);
+        let shown = view_of(&store, &[base, empties, top], &lease);
+        let names: Vec<&str> = shown.keys().map(String::as_str).collect();
+        assert_eq!(names, ["", "a", "a/b", "a/b/f", "a/new"]);
+        // The lower `a/b` went with what `a` held; the new one is another.
+        assert_eq!((&*shown["a"], &*shown["a/b"]), ("dir 700 0:0", "dir 755 0:0"));
+        // Below a layer that says how `a` looks nothing counts.
+        let says = publish(&store, &lease, &[Dir("a", 0o750), Opaque("a")]);
+        let shown = view_of(&store, &[base, says, empties], &lease);
+        assert_eq!(shown["a"], "dir 750 0:0");
+    });
+}
+
+#[test]
 fn p05_an_implied_directory_over_a_symlink_needs_its_base() {
     let rig = Rig::new();
     let store = rig.open();

@@ -70,6 +70,8 @@ pub(super) struct Dir {
     pub(super) touched: bool,
     /// Some entry of the archive stands in it, if only a mark: the archive says that it is there.
     named: bool,
+    /// As `named`, and not by a mark: whatever lower layers have there, it is a directory.
+    entered: bool,
     live: bool,
     depth: u64,
     subdirs: HashMap<Box<[u8]>, Node>,
@@ -135,6 +137,7 @@ impl Dirs {
             acl_default,
             touched: false,
             named: false,
+            entered: false,
             live: true,
             depth: 0,
             subdirs: HashMap::new(),
@@ -182,6 +185,10 @@ impl Dirs {
         self.dirs[node].subdirs.get(name).copied()
     }
 
+    pub(super) fn children(&self, node: Node) -> impl Iterator<Item = Node> {
+        self.dirs[node].subdirs.values().copied()
+    }
+
     /// Notes that the archive put a name here that is no directory.
     pub(super) fn note_added(&mut self, node: Node, name: &[u8]) {
         self.dirs[node].touched = true;
@@ -205,6 +212,27 @@ impl Dirs {
             pending.extend(dir.subdirs.values());
         }
         false
+    }
+
+    /// A directory at or below `top` that is here for the sake of marks alone. Over a file of a lower layer they do
+    /// nothing, so whether it is there is for that layer to say.
+    pub(super) fn doubtful(&self, top: Node) -> Option<Node> {
+        let mut subtree = vec![top];
+        let mut at = 0;
+        while let Some(node) = subtree.get(at) {
+            subtree.extend(self.dirs[*node].subdirs.values());
+            at += 1;
+        }
+        let mut sure = HashSet::new();
+        // Those below come first: what holds a sure one is sure.
+        subtree.into_iter().rev().find(|node| {
+            let dir = &self.dirs[*node];
+            let is_sure = dir.entered || dir.origin != Origin::Implied || sure.contains(node);
+            if is_sure {
+                sure.insert(dir.parent);
+            }
+            !is_sure
+        })
     }
 
     /// Deletes a name and all below it, to make room or because a whiteout says so. Nothing there
@@ -332,6 +360,7 @@ impl Dirs {
             acl_default: acl_default.is_some(),
             touched: false,
             named: false,
+            entered: false,
             live: true,
             depth,
             subdirs: HashMap::new(),
@@ -444,6 +473,7 @@ impl Dirs {
             }
         };
         self.dirs[node].named |= missing != Missing::Tell;
+        self.dirs[node].entered |= missing == Missing::Create;
         Ok(Some(node))
     }
 
@@ -498,7 +528,7 @@ impl Dirs {
                 }
                 Step::Nothing if missing == Missing::Tell => return Ok(None),
                 Step::Other if missing == Missing::Tell => return Ok(None),
-                Step::Other if missing == Missing::CreateBesideFiles && !self.is_hidden(at, &name, entry)? => {
+                Step::Other if missing == Missing::CreateBesideFiles && !self.is_taken_away(at, &name)? => {
                     return Ok(None);
                 }
                 Step::Nothing => {
@@ -509,14 +539,12 @@ impl Dirs {
         }
     }
 
-    /// Whether this layer hides a name: what stands there is its own mark, and no file.
-    fn is_hidden(&mut self, node: Node, name: &[u8], entry: &EntryPath) -> Result<bool, ApplyError> {
-        if self.style != ApplyStyle::Layer {
-            return Ok(false);
-        }
+    /// Whether a layer has a whiteout at a name: nothing of the layers below is there any more, and a directory may be.
+    fn is_taken_away(&mut self, node: Node, name: &[u8]) -> Result<bool, ApplyError> {
         let outer = self.fd(node)?;
-        let stat = sys::stat_if_exists((*outer).as_fd(), name).map_err(io_error("read", entry))?;
-        Ok(stat.is_some_and(|stat| sys::is_whiteout(&stat)))
+        let stat = sys::stat_at((*outer).as_fd(), name);
+        let stat = stat.map_err(|error| io_error("read", &self.path(node).join(name))(error))?;
+        Ok(self.style == ApplyStyle::Layer && sys::is_whiteout(&stat))
     }
 
     fn look(&mut self, node: Node, name: &[u8]) -> Result<Step, ApplyError> {

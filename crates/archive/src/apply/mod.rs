@@ -178,6 +178,13 @@ pub enum BaseNeed {
         /// The other name.
         target: EntryPath,
     },
+    /// It takes away or describes what stands where it had only marks below before: they mean something below a
+    /// directory of a lower layer and nothing below a file.
+    #[error("marks below {dir}, which the layers below decide on")]
+    Marks {
+        /// The place.
+        dir: EntryPath,
+    },
 }
 
 impl ApplyError {
@@ -291,8 +298,6 @@ struct Applier {
     usage: Usage,
     /// The current entry has content that no tree gets, such as AUFS's own files.
     not_extracted: bool,
-    /// Marks below what was a file when they came.
-    passed_over: Vec<EntryPath>,
     entries: u64,
     xattrs_left_out: u64,
     devices_left_out: u64,
@@ -313,7 +318,6 @@ impl Applier {
             style,
             usage: Usage::default(),
             not_extracted: false,
-            passed_over: Vec::new(),
             entries: 0,
             xattrs_left_out: 0,
             devices_left_out: 0,
@@ -352,10 +356,7 @@ impl Applier {
             // Below a file there is nothing to hide, and a mark is no reason to take the file away.
             return match self.dirs.resolve(outer, Missing::CreateBesideFiles, path)? {
                 Some(dir) => self.mark(dir, mark, path),
-                None => {
-                    self.passed_over.push(path.clone());
-                    Ok(())
-                }
+                None => Ok(()),
             };
         }
         let dir = self.dirs.resolve(outer, Missing::Create, path)?.expect("because missing parents are made");
@@ -363,6 +364,9 @@ impl Applier {
             EntryKind::File { size_bytes, sparse } => self.file(dir, name, entry, *size_bytes, sparse.as_deref(), data),
             EntryKind::Directory => {
                 let (node, new) = self.dirs.ensure(dir, name)?;
+                if !new && self.dirs.get(node).origin == Origin::Implied {
+                    self.check_marks_in(node, path)?;
+                }
                 self.describe(node, Description::of(entry), new)
             }
             EntryKind::Symlink { target } => {
@@ -584,7 +588,12 @@ impl Applier {
 
     fn mark(&mut self, dir: Node, mark: Mark<'_>, path: &EntryPath) -> Result<(), ApplyError> {
         match (self.style, mark) {
-            (ApplyStyle::Layer, Mark::Opaque) => self.dirs.set_opaque(dir),
+            (ApplyStyle::Layer, Mark::Opaque) => {
+                if !self.dirs.get(dir).opaque {
+                    self.check_marks_in(dir, path)?;
+                }
+                self.dirs.set_opaque(dir)
+            }
             (ApplyStyle::Layer, Mark::Whiteout(name)) => self.hide(dir, name, path),
             (ApplyStyle::Merged | ApplyStyle::Added, Mark::Opaque) => self.sweep(dir, vec![dir]),
             (ApplyStyle::Merged | ApplyStyle::Added, Mark::Whiteout(name)) => {
@@ -598,6 +607,10 @@ impl Applier {
     /// Hides what lower layers have at a name, and nothing that this layer has.
     fn hide(&mut self, dir: Node, name: &[u8], path: &EntryPath) -> Result<(), ApplyError> {
         if let Some(child) = self.dirs.child(dir, name) {
+            let known = self.dirs.get(child);
+            if !known.opaque || known.origin == Origin::Implied {
+                self.check_marks(child, path)?;
+            }
             let child_dir = self.dirs.get_mut(child);
             if child_dir.origin == Origin::Implied {
                 // There is nothing left below that it could take its metadata from.
@@ -620,6 +633,21 @@ impl Applier {
                 self.dirs.set_whiteouts(dir)
             }
         }
+    }
+
+    /// Asks for the base where lower layers say what stands here, and this layer is about to hide or to replace it.
+    fn check_marks(&self, top: Node, path: &EntryPath) -> Result<(), ApplyError> {
+        match self.dirs.doubtful(top) {
+            Some(dir) => {
+                let why = BaseNeed::Marks { dir: self.dirs.path(dir) };
+                Err(ApplyError::NeedsBase { path: path.clone(), why })
+            }
+            None => Ok(()),
+        }
+    }
+
+    fn check_marks_in(&self, dir: Node, path: &EntryPath) -> Result<(), ApplyError> {
+        self.dirs.children(dir).try_for_each(|child| self.check_marks(child, path))
     }
 
     /// Deletes what was at a name before this archive. A directory that holds something of the
@@ -656,11 +684,6 @@ impl Applier {
     /// Sets what had to wait, and sums up.
     fn finish(mut self) -> Result<Applied, ApplyError> {
         let root = EntryPath::root();
-        // Had the file gone before they came, there would be a directory. Which comes first makes no difference.
-        for mark in std::mem::take(&mut self.passed_over) {
-            let (outer, _) = mark.split().expect("because a mark has a name");
-            self.dirs.resolve(outer.as_bytes(), Missing::CreateBesideFiles, &mark)?;
-        }
         if self.style == ApplyStyle::Layer && self.dirs.get(ROOT).origin == Origin::Implied {
             let fresh = Description { mode: IMPLIED_MODE, uid: 0, gid: 0, mtime: EPOCH, xattrs: &[] };
             self.describe(ROOT, fresh, false)?;

@@ -383,21 +383,6 @@ fn privileged_w08_a_whiteout_and_a_new_directory_of_the_name() {
 }
 
 #[test]
-fn privileged_w08_a_mark_below_a_whiteout_says_that_there_is_a_directory() {
-    if skip_unprivileged() {
-        return;
-    }
-    over_base(
-        &[dir("d").mode(0o700), file("d/old", "1")],
-        &[file(".wh.d", ""), file("d/.wh.old", "")],
-        &["d/ opaque", "d/old!"],
-        &["d/"],
-    );
-    // Where the base has a file.
-    over_base(&[file("d", "1")], &[file(".wh.d", ""), file("d/.wh.x", "")], &["d/ opaque", "d/x!"], &["d/"]);
-}
-
-#[test]
 fn privileged_w08_a_directory_that_a_whiteout_made_new_is_explicit() {
     if skip_unprivileged() {
         return;
@@ -474,6 +459,76 @@ fn privileged_w11_marks_are_empty_files_and_nothing_links_to_them() {
         let items = [file(".wh.x", ""), hard_link("h", "x")];
         assert_eq!(refusal(Place::new().apply(style, &items)), Refusal::LinkToNothing);
     }
+}
+
+#[test]
+fn privileged_marks_below_a_file_leave_the_file() {
+    if skip_unprivileged() {
+        return;
+    }
+    for mark in ["f/.wh.x", "f/.wh..wh..opq", "f/g/.wh.x"] {
+        // In the same archive, ...
+        both(|_| vec![file("f", "1"), file(mark, "")], &["f=1"]);
+        // ... and below it. (By itself a layer does not know that there is a file.)
+        let place = Place::new();
+        place.apply(Merged, &[file("f", "1").owner(7, 7)]).unwrap();
+        place.apply(Merged, &[file(mark, "")]).unwrap();
+        assert_eq!(shape(&place.root()), ["f=1"], "{mark}");
+        assert!(line(&place.root(), "f").contains(" 7:7 "), "{mark}");
+    }
+}
+
+#[test]
+fn privileged_marks_below_what_is_taken_away_ask_for_the_base() {
+    if skip_unprivileged() {
+        return;
+    }
+    for (items, at) in [
+        (vec![file("a/.wh.x", ""), file(".wh.a", "")], "a"),
+        (vec![file("a/.wh..wh..opq", ""), file(".wh.a", "")], "a"),
+        (vec![file("a/f", "1"), file("a/b/.wh.x", ""), file(".wh.a", "")], "a/b"),
+        (vec![file("d/a/.wh.x", ""), file("d/.wh..wh..opq", "")], "d/a"),
+        (vec![file("d/a/.wh.x", ""), dir("d")], "d/a"),
+    ] {
+        match Place::new().apply(Layer, &items).unwrap_err() {
+            ApplyError::NeedsBase { why: BaseNeed::Marks { dir }, .. } => assert_eq!(dir, path(at)),
+            other => panic!("{items:?}: {other:?}"),
+        }
+    }
+    // With anything else in it, or when it was taken away before, it is a directory whatever lies below.
+    for (items, shown) in [
+        (vec![file("a/f", "1"), file("a/.wh.x", ""), file(".wh.a", "")], &["a/", "a/f=1"][..]),
+        (vec![file(".wh.a", ""), file("a/.wh.x", "")], &["a/"]),
+        (vec![file(".wh.a", ""), file("a/.wh.x", ""), file(".wh.a", "")], &["a/"]),
+        (vec![dir("a"), file("a/.wh.x", ""), file(".wh.a", "")], &["a/"]),
+    ] {
+        let place = Place::new();
+        let (layer, merged) = (place.root(), place.tree("merged"));
+        place.apply(Layer, &items).unwrap();
+        apply_archive(&merged, Merged, &archive(&[file("a", "old")])).unwrap();
+        let lower = place.tree("lower");
+        copy(&merged, &lower);
+        apply_archive(&merged, Merged, &archive(&items)).unwrap();
+        assert_eq!(shape(&merged), shown, "{items:?}");
+        let mounted = overlay(&[&layer, &lower]);
+        assert_eq!(snapshot(&mounted).keys().skip(1).count(), shown.len(), "{items:?}");
+    }
+}
+
+#[test]
+fn privileged_what_is_added_to_a_tree_holds_no_marks() {
+    if skip_unprivileged() {
+        return;
+    }
+    for mark in [".wh.x", "d/.wh.x", ".wh..wh..opq", "d/.wh..wh..opq", ".wh..wh.aufs", ".wh..wh.plnk/x"] {
+        let place = Place::new();
+        place.apply(Merged, &[dir("d"), file("d/x", "1"), file("x", "1")]).unwrap();
+        assert_eq!(refusal(place.apply(ApplyStyle::Added, &[file(mark, "")])), Refusal::Reserved, "{mark}");
+        assert_eq!(shape(&place.root()), ["d/", "d/x=1", "x=1"], "{mark}");
+    }
+    let place = Place::new();
+    place.apply(ApplyStyle::Added, &[dir("d"), file("d/wh.x", "1"), file("d/x.wh.", "2")]).unwrap();
+    assert_eq!(shape(&place.root()), ["d/", "d/wh.x=1", "d/x.wh.=2"]);
 }
 
 #[test]

@@ -1,6 +1,10 @@
 //! What cannot be taken is refused in one clear message, and the store stays as it was.
 
-use std::fs;
+use std::{
+    fs,
+    io::Write as _,
+    process::{Command, Stdio},
+};
 
 use plies_testkit::{
     args,
@@ -8,6 +12,7 @@ use plies_testkit::{
     ply::{Ply, Ran},
     sha256_hex,
     tar::{self, Member},
+    tools,
 };
 use serde_json::{Value, json};
 
@@ -164,6 +169,42 @@ fn an_unknown_media_type_is_refused_by_name() {
         String::from_utf8(index).unwrap().replace("image.manifest.v1+json", "image.unheard.v9+json").into_bytes()
     });
     refusal.load("manifest", &files, &["unheard.v9"]);
+}
+
+#[test]
+fn j01_a_document_that_calls_itself_otherwise_than_its_descriptor_is_refused() {
+    let Some(refusal) = Refusal::new() else { return };
+    let image = good("localhost/bad:1");
+    let (oci, docker) =
+        ("application/vnd.oci.image.manifest.v1+json", "application/vnd.docker.distribution.manifest.v2+json");
+    let files = with(&image, "index.json", |index| String::from_utf8(index).unwrap().replace(oci, docker).into_bytes());
+    refusal.load("manifest", &files, &[&image.manifest_digest()[..12], oci, docker]);
+    // An index in the index.
+    let (oci, docker) =
+        ("application/vnd.oci.image.index.v1+json", "application/vnd.docker.distribution.manifest.list.v2+json");
+    let mut files = image.oci_files();
+    let inner = files.iter().find(|(name, _)| name == "index.json").unwrap().1.clone();
+    let hex = sha256_hex(&inner);
+    let outer = json!({ "schemaVersion": 2, "mediaType": oci, "manifests": [
+        { "mediaType": docker, "digest": format!("sha256:{hex}"), "size": inner.len() } ] });
+    files.retain(|(name, _)| name != "index.json");
+    files.push((format!("blobs/sha256/{hex}"), inner));
+    files.push(("index.json".to_owned(), serde_json::to_vec(&outer).unwrap()));
+    refusal.load("index", &files, &[&hex[..12], oci, docker]);
+}
+
+#[test]
+fn j03_a_key_that_comes_again_in_another_case_is_refused() {
+    let Some(refusal) = Refusal::new() else { return };
+    let image = good("localhost/bad:1");
+    let files = with_manifest(&image, |manifest| manifest["Layers"] = manifest["layers"].clone());
+    refusal.load("manifest", &files, &["ayers", "twice"]);
+    let files = with(&image, "index.json", |index| {
+        let mut index: Value = serde_json::from_slice(&index).unwrap();
+        index["Manifests"] = json!([]);
+        serde_json::to_vec(&index).unwrap()
+    });
+    refusal.load("index", &files, &["index.json", "anifests", "twice"]);
 }
 
 #[test]
@@ -451,4 +492,116 @@ fn missing_contexts_dockerfiles_stages_and_bases_are_named() {
     assert_clear("file", &context.build_fails(args!["-f", context.dir.join("Nofile")]), &["Nofile"]);
     context.file("Dockerfile", "FROM no-such-base:1\nCOPY f /f\n");
     assert_clear("base", &context.build_fails(&[]), &["no-such-base:1"]);
+}
+
+/// Loads from a pipe that gives these bytes over and over, up to `most`. Tells how many were taken.
+fn load_from_pipe(ply: &Ply, chunk: &[u8], most: usize) -> (Ran, usize) {
+    let mut command = ply.command(args!["load"]);
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    let mut taken = 0;
+    while taken < most && stdin.write_all(chunk).is_ok() {
+        taken += chunk.len();
+    }
+    drop(stdin);
+    let output = child.wait_with_output().unwrap();
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    (Ran { status: output.status, stdout: text(&output.stdout), stderr: text(&output.stderr) }, taken)
+}
+
+#[test]
+fn a_stream_that_does_not_begin_as_an_archive_is_not_read_to_its_end() {
+    let Some(refusal) = Refusal::new() else { return };
+    let most = 64 << 20;
+    for (what, byte) in [("zeros", 0), ("text", b'A'), ("bytes", 0xff)] {
+        let (ran, taken) = load_from_pipe(&refusal.ply, &[byte; 4096], most);
+        assert_eq!(ran.status.code(), Some(1), "{what}: {ran}");
+        assert_clear(what, &ran, &["<standard input>", "no archive"]);
+        // What a pipe holds and a buffer or two, whatever comes after them.
+        assert!(taken < 2 << 20, "{what}: {taken} of {most} bytes were read");
+        refusal.before.assert_same(&State::of(&refusal.ply), what);
+    }
+    // Too short to be one.
+    for (what, bytes) in [("nothing", &b""[..]), ("a word", b"word"), ("packed", &Packing::Gzip.pack(b"a word"))] {
+        let (ran, _) = load_from_pipe(&refusal.ply, bytes, bytes.len());
+        assert_eq!(ran.status.code(), Some(1), "{what}: {ran}");
+        assert_clear(what, &ran, &["<standard input>", "no archive"]);
+        let path = refusal.ply.scratch().file("short.tar", bytes);
+        refusal.load_path(what, &path, &["short.tar"]);
+    }
+}
+
+#[test]
+fn what_is_packed_as_xz_or_bzip2_is_named() {
+    let Some(refusal) = Refusal::new() else { return };
+    for (format, magic) in [("xz", &b"\xfd7zXZ\0"[..]), ("bzip2", b"BZh9")] {
+        let chunk = [magic, &[7; 4000]].concat();
+        let path = refusal.ply.scratch().file("packed.tar", &chunk);
+        refusal.load_path(format, &path, &["packed.tar", format, "decompress"]);
+        let (ran, taken) = load_from_pipe(&refusal.ply, &chunk, 64 << 20);
+        assert_eq!(ran.status.code(), Some(1), "{format}: {ran}");
+        assert_clear(format, &ran, &["<standard input>", format, "decompress"]);
+        assert!(taken < 2 << 20, "{format}: {taken} bytes were read");
+    }
+}
+
+#[test]
+fn an_interrupt_ends_the_wait_for_a_writer() {
+    let Some(refusal) = Refusal::new() else { return };
+    let fifo = refusal.ply.scratch().join("fifo");
+    tools::run(Command::new("mkfifo").arg(&fifo));
+    // The interrupt comes while nobody writes; without an end to the wait the kill would come, and give 137.
+    let command = refusal.ply.command(args!["load", "-i", fifo]);
+    let mut bounded = Command::new("timeout");
+    bounded.args(["--signal=INT", "--kill-after=30", "2"]).arg(command.get_program()).args(command.get_args());
+    bounded.envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    let ended = bounded.output().unwrap();
+    assert_eq!(ended.status.code(), Some(124), "{}", String::from_utf8_lossy(&ended.stderr));
+    assert!(String::from_utf8_lossy(&ended.stderr).contains("cancel"));
+    refusal.before.assert_same(&State::of(&refusal.ply), "an interrupted load");
+    // And a FIFO with a writer is read.
+    let image = good("localhost/fifo:1");
+    let archive = image.write_oci_tar(&refusal.ply.scratch().join("in.tar"));
+    let mut writer = Command::new("timeout");
+    let copy = format!("cat '{}' > '{}'", archive.display(), fifo.display());
+    let mut writer = writer.args(["60", "sh", "-c", &copy]).spawn().unwrap();
+    refusal.ply.ok(args!["load", "-i", fifo]);
+    assert!(writer.wait().unwrap().success());
+    refusal.ply.ok(args!["inspect", image.tag()]);
+}
+
+#[test]
+fn names_that_layers_keep_for_themselves_are_refused_before_the_copy() {
+    let Some(ply) = store() else { return };
+    let context = Context::new(&ply, "");
+    context.file(".wh.x", "");
+    context.file("dir/.wh.y", "");
+    context.file("plain", "");
+    context.file("a.tar", tar::archive(&[Member::file("f", ""), Member::whiteout("d/x")]));
+    ply.ok(args!["images"]);
+    let before = State::of(&ply);
+    for (line, path) in [
+        ("COPY .wh.x /d/", ".wh.x"),
+        ("COPY . /d/", ".wh."),
+        ("COPY dir /d", "dir/.wh.y"),
+        ("COPY --link dir /d", "dir/.wh.y"),
+        ("COPY plain /d/.wh.z", "/d/.wh.z"),
+        ("COPY plain /.wh.z/d", "/.wh.z/d"),
+        ("COPY <<.wh.z /d/\n.wh.z", "d/.wh.z"),
+        ("ADD a.tar /d/", "d/.wh.x"),
+        ("ADD .wh.x /d/", ".wh.x"),
+        ("ADD a.tar /.wh.z/", "/.wh.z"),
+        ("WORKDIR /d/.wh.z", "/d/.wh.z"),
+    ] {
+        context.file("Dockerfile", format!("FROM scratch\n{line}\n"));
+        let ran = context.build_fails(&[]);
+        let told = ran.stderr.lines().find(|line| line.starts_with("ply: ")).unwrap();
+        for text in ["Dockerfile:2", path, "kept for what layers take away"] {
+            assert!(told.contains(text), "{line}: does not say {text}: {ran}");
+        }
+        assert_eq!(ply.json(args!["ref", "ls"]), json!([]), "{line}: a record stays");
+        ply.ok(args!["gc"]);
+        before.assert_same(&State::of(&ply), line);
+    }
 }

@@ -404,3 +404,145 @@ fn b15_a_step_that_floods_its_log_is_clipped_and_runs_to_its_end() {
     assert!(built.ran.stderr.len() < 40 << 20, "{} bytes shown", built.ran.stderr.len());
     assert!(tree_of(&ply, "built").find("done").is_some());
 }
+
+#[test]
+fn a_layer_too_many_is_told_at_its_line() {
+    let Some(ply) = store() else { return };
+    // One layer a thousand times: LAYERS_MAX are allowed, whatever is in them.
+    let mut image = Image::new("localhost/deep:1");
+    for _ in 0..1000 {
+        image = image.layer(&[Member::file("f", "")], Packing::Plain);
+    }
+    load(&ply, &image);
+    let context = Context::new(&ply, "FROM localhost/deep:1\nLABEL a=b\nCOPY Dockerfile /one\nLABEL c=d\n");
+    let ran = context.build_fails(&[]);
+    for text in ["Dockerfile:3", "1001 layers", "LAYERS_MAX", "1000"] {
+        assert!(ran.stderr.contains(text), "does not say {text}: {ran}");
+    }
+    assert_eq!(ply.json(args!["images"]).as_array().unwrap().len(), 1);
+    context.file("Dockerfile", "FROM localhost/deep:1\nLABEL a=b\n");
+    context.build(&[]);
+    assert_eq!(ply.json(args!["inspect", "built"])["layers_count"], 1000);
+}
+
+/// A base with accounts and a tree to write to, and nothing that runs.
+fn accounts(ply: &Ply) {
+    let members = [
+        Member::dir("etc"),
+        Member::file("etc/passwd", "root:x:0:0::/root:/bin/sh\nsvc:x:7:70::/:/bin/sh\nother:x:8:80::/:/bin/sh\n"),
+        Member::file("etc/group", "root:x:0:\nsvc:x:70:\nstaff:x:50:svc\n"),
+        Member::dir("srv"),
+        Member::dir("run"),
+        Member::dir("var"),
+        Member::symlink("var/run", "/run"),
+    ];
+    load(ply, &Image::new("localhost/accounts:1").layer(&members, Packing::Plain));
+}
+
+#[test]
+fn directories_that_workdir_makes_belong_to_the_user() {
+    let Some(ply) = store() else { return };
+    accounts(&ply);
+    let build = |users: &str| {
+        let built = Context::new(&ply, &format!("FROM localhost/accounts:1\n{users}WORKDIR /srv/a/b\n")).build(&[]);
+        let tree = tree_of(&ply, "built:latest");
+        let owners = ["srv", "srv/a", "srv/a/b"].map(|name| (tree.get(name).uid, tree.get(name).gid));
+        assert!(["srv", "srv/a", "srv/a/b"].iter().all(|name| tree.get(name).mode == 0o755), "{users}");
+        (built.step("WORKDIR"), owners)
+    };
+    // What is there already keeps its owner.
+    let made_by = |owner| [(0, 0), owner, owner];
+    assert_eq!(build("USER svc\n"), (Step::Ran, made_by((7, 70))));
+    assert_eq!(build("USER svc\n"), (Step::Cached, made_by((7, 70))));
+    assert_eq!(build("USER svc:staff\n"), (Step::Ran, made_by((7, 50))));
+    assert_eq!(build("USER 12:34\n"), (Step::Ran, made_by((12, 34))));
+    assert_eq!(build("USER svc\nUSER root\n"), (Step::Ran, made_by((0, 0))));
+    assert_eq!(build(""), (Step::Ran, made_by((0, 0))));
+    assert_eq!(build("USER svc\n"), (Step::Cached, made_by((7, 70))));
+}
+
+#[test]
+fn chown_by_name_brings_the_primary_group_and_by_number_the_group_of_that_number() {
+    let Some(ply) = store() else { return };
+    accounts(&ply);
+    let context = Context::new(
+        &ply,
+        "FROM localhost/accounts:1\nCOPY --chown=svc Dockerfile /name/f\nCOPY --chown=5 Dockerfile /number/f\n\
+         COPY --chown=7 Dockerfile /known/f\nCOPY --chown=svc:staff Dockerfile /both/f\n\
+         COPY --chown=svc:5 Dockerfile /mixed/f\nADD --chown=svc a.tar Dockerfile /added/x/\n",
+    );
+    context.file("a.tar", tar::archive(&[Member::file("g", "")]));
+    context.build(&[]);
+    let tree = tree_of(&ply, "built:latest");
+    for (dir, owner) in [("name", (7, 70)), ("number", (5, 5)), ("known", (7, 7)), ("both", (7, 50)), ("mixed", (7, 5))]
+    {
+        for name in [dir.to_owned(), format!("{dir}/f")] {
+            assert_eq!((tree.get(&name).uid, tree.get(&name).gid), owner, "{name}");
+        }
+    }
+    for name in ["added", "added/x", "added/x/Dockerfile"] {
+        assert_eq!((tree.get(name).uid, tree.get(name).gid), (7, 70), "{name}");
+    }
+}
+
+#[test]
+fn copy_link_below_a_link_of_the_base_says_so() {
+    let Some(ply) = store() else { return };
+    accounts(&ply);
+    let context = Context::new(&ply, "FROM localhost/accounts:1\nCOPY --link Dockerfile /var/run/f\n");
+    let ran = context.build_fails(&[]);
+    let told = ran.stderr.lines().find(|line| line.starts_with("ply: ")).unwrap();
+    for text in ["Dockerfile:2", "/var/run ", "use it without --link"] {
+        assert!(told.contains(text), "does not say {text}: {ran}");
+    }
+    // What it says to do helps.
+    context.file("Dockerfile", "FROM localhost/accounts:1\nCOPY Dockerfile /var/run/f\n");
+    context.build(&[]);
+    let tree = tree_of(&ply, "built:latest");
+    assert_eq!((tree.get("run/f").kind, tree.get("var/run").kind), ("file", "symlink"));
+}
+
+#[test]
+fn a_long_command_that_fails_is_quoted_in_part() {
+    let Some(ply) = store_with_base() else { return };
+    // Two bytes a character: what is cut is characters.
+    let long = format!("exit 3 # {}", "é".repeat(5000));
+    let ran = Context::new(&ply, &format!("FROM busybox\nRUN {long}\n")).build_fails(&[]);
+    let told = ran.stderr.lines().find(|line| line.starts_with("ply: ")).unwrap();
+    let quoted = told.split('"').nth(1).unwrap();
+    let command = format!("/bin/sh -c {long}");
+    let shown = quoted.strip_suffix('…').unwrap();
+    assert!(command.starts_with(shown) && shown.chars().count() == 200, "{} in {told}", shown.chars().count());
+    assert!(told.contains("Dockerfile:2") && told.contains("exit code 3"), "{told}");
+    let longest =
+        ran.stderr.lines().skip_while(|line| !line.starts_with("ply: ")).map(|line| line.chars().count()).max();
+    assert!(longest.unwrap() < 400, "{longest:?}");
+    // A short one is quoted whole.
+    let ran = Context::new(&ply, "FROM busybox\nRUN exit 4\n").build_fails(&[]);
+    assert!(ran.stderr.contains("process \"/bin/sh -c exit 4\" did"), "{ran}");
+}
+
+#[test]
+fn the_syntax_of_another_frontend_is_warned_of() {
+    let Some(ply) = store() else { return };
+    let build = |syntax: &str| {
+        let context = Context::new(&ply, &format!("# syntax={syntax}\nFROM scratch\nCOPY Dockerfile /\n"));
+        context.build(&[]).ran.stderr
+    };
+    for other in ["example.com/frontend:1", "someone/docker/dockerfile:1", "not/docker/dockerfile2", "Nonsense!"] {
+        let stderr = build(other);
+        let warned =
+            stderr.lines().find(|line| line.contains("warning: ")).unwrap_or_else(|| panic!("{other}: {stderr}"));
+        assert!(warned.contains(other), "{stderr}");
+    }
+    for dockers in [
+        "docker/dockerfile:1",
+        "docker/dockerfile",
+        "docker.io/docker/dockerfile:1.7-labs",
+        "docker/dockerfile-upstream:master",
+        "mirror.example.com:5000/docker/dockerfile:1",
+    ] {
+        let stderr = build(dockers);
+        assert!(!stderr.contains("warning"), "{dockers}: {stderr}");
+    }
+}

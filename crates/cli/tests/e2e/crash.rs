@@ -375,18 +375,51 @@ fn a_build_killed_while_a_step_runs_leaves_no_process_mount_or_upper() {
 
 #[test]
 fn an_interrupted_build_cleans_up_by_itself() {
-    for executor in crate::build::executors() {
+    use rustix::process::Signal;
+    for (executor, signal) in crate::build::executors()
+        .iter()
+        .flat_map(|one| [Signal::INT, Signal::TERM, Signal::HUP].map(|signal| (one, signal)))
+    {
         let Some(ply) = store() else { return };
         if !busybox(&ply) {
             return;
         }
-        let unique = format!("pipe-{}-{}", std::process::id(), executor.len());
-        let mut child = stuck(&ply, &executor, &unique);
+        let unique = format!("pipe-{}-{}-{}", std::process::id(), executor.len(), signal.as_raw());
+        let mut child = stuck(&ply, executor, &unique);
         let pid = rustix::process::Pid::from_child(&child);
-        rustix::process::kill_process(pid, rustix::process::Signal::INT).unwrap();
+        rustix::process::kill_process(pid, signal).unwrap();
         let status = child.wait().unwrap();
-        assert!(!status.success(), "{executor}: {status}");
-        assert!(eventually(|| processes(&unique).is_empty()), "{executor}: still runs: {:?}", processes(&unique));
-        assert_eq!(Shape::of(&ply).unfinished, Vec::<PathBuf>::new(), "{executor}: without gc");
+        let what = format!("{executor}, {signal:?}");
+        // By itself, with an exit code: not by the signal.
+        assert_eq!(status.code(), Some(1), "{what}: {status}");
+        assert!(eventually(|| processes(&unique).is_empty()), "{what}: still runs: {:?}", processes(&unique));
+        assert_eq!(Shape::of(&ply).unfinished, Vec::<PathBuf>::new(), "{what}: without gc");
+    }
+}
+
+#[test]
+fn under_nohup_the_end_of_the_terminal_is_no_interrupt() {
+    use rustix::process::Signal;
+    let Some(ply) = store() else { return };
+    load(&ply, &Image::new("localhost/small:1").layer(&[Member::file("f", "x")], Packing::Gzip));
+    let fifo = ply.scratch().join("fifo");
+    tools::run(Command::new("mkfifo").arg(&fifo));
+    for ignored in [false, true] {
+        // It waits for somebody to read, for as long as it is let.
+        let save = ply.command(args!["save", "-o", fifo, "localhost/small:1"]);
+        let mut command = Command::new("sh");
+        command.args(["-c", if ignored { "trap '' HUP; exec \"$@\"" } else { "exec \"$@\"" }, "sh"]);
+        command.arg(save.get_program()).args(save.get_args()).stdin(Stdio::null());
+        let mut child = command.stderr(Stdio::null()).spawn().unwrap();
+        let pid = rustix::process::Pid::from_child(&child);
+        let has = |mask: &str, signal: Signal| {
+            let status = fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap();
+            let mask = status.lines().find_map(|line| line.strip_prefix(mask)).unwrap();
+            u64::from_str_radix(mask.trim(), 16).unwrap() & 1 << (signal.as_raw() - 1) != 0
+        };
+        assert!(eventually(|| has("SigCgt:", Signal::TERM)));
+        assert_eq!((has("SigIgn:", Signal::HUP), has("SigCgt:", Signal::HUP)), (ignored, !ignored));
+        rustix::process::kill_process(pid, Signal::TERM).unwrap();
+        assert_eq!(child.wait().unwrap().code(), Some(1));
     }
 }

@@ -231,3 +231,20 @@ fn shared_layers_stay_when_one_of_two_images_goes() {
     let tree = tree_of(&ply, "child:1");
     assert!(tree.find("base").is_some() && tree.find("child").is_some());
 }
+
+#[test]
+fn no_image_stands_on_a_layer_whose_directory_is_gone() {
+    let Some(ply) = store() else { return };
+    let base = Image::new("localhost/base:1").layer(&[Member::file("base", "b")], Packing::Gzip);
+    load(&ply, &base);
+    let layers: Vec<_> = fs::read_dir(ply.root().join("layers")).unwrap().map(|entry| entry.unwrap().path()).collect();
+    for layer in layers.iter().filter(|path| !path.ends_with("stage")) {
+        fs::remove_dir_all(layer).unwrap();
+    }
+    for image in [base.clone().named("localhost/again:1"), base.layer(&[Member::file("top", "t")], Packing::Gzip)] {
+        let ran = ply.fails(1, args!["load", "-i", image.write_oci_tar(&ply.scratch().join("in.tar"))]);
+        assert!(ran.stderr.contains("layer") && ran.stderr.contains("missing"), "{ran}");
+        assert_eq!(ply.json(args!["images"]).as_array().unwrap().len(), 1, "no other image");
+        assert_eq!(ply.json(args!["images"])[0]["names"], json!(["localhost/base:1"]), "and no other name");
+    }
+}

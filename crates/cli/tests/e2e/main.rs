@@ -13,6 +13,7 @@ mod crash;
 mod load;
 mod lock;
 mod oracle;
+mod refs;
 mod save;
 mod traps;
 mod trust;

@@ -223,3 +223,41 @@ fn a_docker_archive_of_one_image_under_two_manifests_has_each_file_once() {
     assert_eq!(list.as_array().unwrap().len(), 1);
     assert_eq!(list[0]["RepoTags"], serde_json::json!(["localhost/gz:1", "localhost/zst:1"]));
 }
+
+#[test]
+fn a_blob_that_was_changed_on_disk_is_not_saved_and_told_with_what_to_do() {
+    for packing in [Packing::Gzip, Packing::Plain] {
+        let image = Image::new("localhost/small:1").layer(&[Member::file("f", vec![b'f'; 5000])], packing);
+        let Some(ply) = loaded(&image) else { return };
+        let id = image.id();
+        let config = id.strip_prefix("sha256:").unwrap();
+        let (layer, manifest) = (image.layer_digest(0), image.manifest_digest());
+        for hex in [&*layer, config, &*manifest] {
+            let blob = ply.root().join("content/blobs/sha256").join(hex);
+            let sound = fs::read(&blob).unwrap();
+            let mut changed = sound.clone();
+            changed[sound.len() / 2] ^= 0x20;
+            fs::write(&blob, changed).unwrap();
+            for format in ["oci", "oci-dir", "docker"] {
+                let out = ply.scratch().join("out");
+                let ran = ply.fails(1, args!["save", "--format", format, "-o", out, image.tag()]);
+                for text in [hex, "ply rmi", "load"] {
+                    assert!(ran.stderr.contains(text), "{packing:?} {format}: does not say {text}: {ran}");
+                }
+                if format == "oci-dir" && out.exists() {
+                    assert!(!out.join("index.json").exists(), "{packing:?}: an index without its blobs");
+                    assert!(!out.join("blobs/sha256").join(hex).exists(), "{packing:?}: the blob went out");
+                    assert_eq!(partials(&out), Vec::<PathBuf>::new());
+                    fs::remove_dir_all(&out).unwrap();
+                }
+                assert!(!out.exists(), "{packing:?} {format}");
+                assert_eq!(partials(ply.scratch().path()), Vec::<PathBuf>::new(), "{packing:?} {format}");
+            }
+            // What it says to do helps.
+            ply.ok(args!["rmi", image.tag()]);
+            load(&ply, &image);
+            ply.ok(args!["save", "-o", ply.scratch().join("whole.tar"), image.tag()]);
+            assert!(fs::read(&blob).unwrap() == sound);
+        }
+    }
+}

@@ -147,6 +147,42 @@ fn an_opaque_directory_keeps_what_its_own_layer_lists() {
 }
 
 #[test]
+fn a_directory_that_is_only_emptied_stays_as_private_as_it_was() {
+    let Some(ply) = store() else { return };
+    load(
+        &ply,
+        &Image::new("localhost/trap:1")
+            .layer(&[Member::dir("secret").mode(0o700).owner(7, 8), Member::file("secret/k", "key")], Packing::Plain)
+            .layer(&[Member::opaque("secret")], Packing::Plain),
+    );
+    let tree = tree_of(&ply, "localhost/trap:1");
+    assert_eq!(tree.names().collect::<Vec<_>>(), ["", "secret"]);
+    let secret = tree.get("secret");
+    assert_eq!((secret.mode, secret.uid, secret.gid), (0o700, 7, 8));
+}
+
+#[test]
+fn marks_below_a_file_leave_the_file() {
+    let Some(ply) = store() else { return };
+    let base = [Member::file("f", "content"), Member::file("g", "content")];
+    for (n, marks) in [[Member::whiteout("f/x"), Member::whiteout("g/x/y")], [Member::opaque("f"), Member::opaque("g")]]
+        .iter()
+        .enumerate()
+    {
+        let name = format!("localhost/trap:{n}");
+        let image = Image::new(&name).layer(&base, Packing::Plain).layer(marks, Packing::Plain);
+        // In the archive of the file itself as well.
+        load(&ply, &image.layer(&[&[Member::file("h", "")], &[Member::whiteout("h/x")][..]].concat(), Packing::Plain));
+        let tree = tree_of(&ply, &name);
+        assert_eq!(tree.names().collect::<Vec<_>>(), ["", "f", "g", "h"], "{n}");
+        for name in ["f", "g", "h"] {
+            assert_eq!(tree.get(name).kind, "file", "{n}: {name}");
+        }
+        assert_eq!(tree.get("f").size_bytes, 7, "{n}");
+    }
+}
+
+#[test]
 fn overlay_marks_in_an_archive_have_no_power() {
     let Some(ply) = store() else { return };
     load(

@@ -4,8 +4,7 @@
 //! each standing on earlier ones; instructions that only change the config change the config. What comes out no longer
 //! knows about Dockerfiles: the solver sees operations and inputs, nothing else.
 
-use plies_oci::{DiffId, ImageConfig, Platform};
-use plies_store::SnapshotId;
+use plies_oci::{DiffId, ImageConfig, Platform, Reference};
 use serde_json::json;
 
 use super::config::{Config, HistoryEntry};
@@ -64,7 +63,7 @@ pub(crate) enum Op {
     /// The empty tree.
     Scratch,
     /// The tree of an image that is here.
-    Image { diff_ids: Vec<DiffId>, snapshot: Option<SnapshotId> },
+    Image { diff_ids: Vec<DiffId>, name: String },
     /// The result of a process.
     Run { base: VertexId, run: RunOp },
     /// The base with files added.
@@ -125,7 +124,8 @@ pub(crate) struct Plan {
 #[derive(Debug, Clone)]
 pub(crate) struct BaseImage {
     pub(crate) config: ImageConfig,
-    pub(crate) snapshot: Option<SnapshotId>,
+    /// For descriptions.
+    pub(crate) name: String,
 }
 
 /// Finds images by name; the error is a sentence for the line that names the image.
@@ -185,7 +185,11 @@ pub(crate) fn lower(
     let unused = args.unused(dockerfile);
     let unused = unused.iter().map(|name| format!("build argument {name} is not used by any ARG"));
     // The built-in frontend is docker's own language; another frontend's file may mean something else.
-    let other = dockerfile.syntax.iter().filter(|syntax| !syntax.contains("docker/dockerfile"));
+    let is_dockers = |syntax: &str| {
+        let image = syntax.split_whitespace().next().unwrap_or_default().parse::<Reference>();
+        image.is_ok_and(|image| ["docker/dockerfile", "docker/dockerfile-upstream"].contains(&image.repository()))
+    };
+    let other = dockerfile.syntax.iter().filter(|syntax| !is_dockers(syntax));
     let other = other.map(|syntax| format!("syntax {syntax:?} is not fetched, the file is read as a plain Dockerfile"));
     let warnings = unused.chain(other).collect();
     Ok(Plan {
@@ -308,7 +312,7 @@ impl<'a> Lowering<'a> {
     }
 
     fn image_vertex(&mut self, image: &BaseImage, name: String, at: Location) -> VertexId {
-        let op = Op::Image { diff_ids: image.config.diff_ids().to_vec(), snapshot: image.snapshot };
+        let op = Op::Image { diff_ids: image.config.diff_ids().to_vec(), name: image.name.clone() };
         self.graph.add(op, name, at)
     }
 
@@ -350,6 +354,7 @@ impl<'a> Lowering<'a> {
             InstructionKind::Workdir(path) => {
                 let path = self.expand(current, at, path)?;
                 let path = absolute(current.lowered.config.working_dir(), &path);
+                self.admit(at, &path)?;
                 current.lowered.config.set_working_dir(&path);
                 created_by = format!("WORKDIR {path}");
                 let name = format!("{}{created_by}", current.label);
@@ -517,11 +522,23 @@ impl<'a> Lowering<'a> {
     fn destination(&self, current: &Current, at: Location, dest: &str) -> Result<String, DockerfileError> {
         let dest = self.expand(current, at, dest)?;
         let mut path = absolute(current.lowered.config.working_dir(), &dest);
+        self.admit(at, &path)?;
         let directory = dest.ends_with('/') || dest == "." || dest.ends_with("/.");
         if directory && !path.ends_with('/') {
             path.push('/');
         }
         Ok(path)
+    }
+
+    /// Refuses a path that no layer can hold.
+    fn admit(&self, at: Location, path: &str) -> Result<(), DockerfileError> {
+        match path.split('/').find(|name| name.starts_with(".wh.")) {
+            Some(name) => {
+                let why = format!("{path:?}: names that begin with .wh. are kept for what layers take away");
+                Err(self.dockerfile.error(at, name, why))
+            }
+            None => Ok(()),
+        }
     }
 
     #[allow(clippy::type_complexity, reason = "two lists that are taken apart at once")]

@@ -28,7 +28,7 @@ use crate::{Canceled, Engine};
 
 pub(crate) use config::{Config, DEFAULT_PATH};
 pub use solve::SolveError;
-pub(crate) use solve::{make_directory, random_id, user};
+pub(crate) use solve::{make_directory, user};
 
 /// Bytes of a Dockerfile. Generated ones reach some hundred KiB.
 const DOCKERFILE_BYTES_MAX: u64 = 16 << 20;
@@ -195,7 +195,7 @@ impl Engine {
         let executor = exec::pick(&request.executor, self.store().run_dir(), &request.search_path)?;
         let solver = solve::Solver {
             engine: self,
-            lease,
+            cache: self.cache(),
             context: &context,
             executor: &*executor,
             progress,
@@ -216,6 +216,8 @@ impl Engine {
         for layer in &target.layers {
             diff_ids.push(self.transfer(lease, progress, cancel).diff_id_of(*layer)?);
         }
+        let snapshot =
+            target.tree.as_ref().map(|tree| tree.extract(cancel)).transpose().map_err(SolveError::from)?.flatten();
         let made = |vertex| solved.of(vertex).made.map(crate::rfc3339);
         let (history, created) = graph::history(&plan.history, plan.base_created.as_deref(), made);
         let config = plan.config.finish(created.as_deref(), &diff_ids, &history);
@@ -229,12 +231,7 @@ impl Engine {
             return Err(Canceled.into());
         }
         self.store().write(|tx| {
-            let row = ImageRow {
-                config_bytes: config.len() as u64,
-                manifests: vec![],
-                snapshot: target.snapshot,
-                added_at: tx.now(),
-            };
+            let row = ImageRow { config_bytes: config.len() as u64, manifests: vec![], snapshot, added_at: tx.now() };
             plies_image::put(tx, id, &row)?;
             for name in names {
                 plies_image::set_name(tx, name, id, None)?;
@@ -269,7 +266,8 @@ impl Engine {
             return Err(format!("image {name:?} was removed meanwhile"));
         }
         let config = self.config_of(found.id).map_err(|error| with_causes(&error))?;
-        Ok(graph::BaseImage { config, snapshot: found.row.snapshot })
+        let name = found.name.as_ref().map_or_else(|| name.to_owned(), Reference::familiar);
+        Ok(graph::BaseImage { config, name })
     }
 }
 

@@ -9,17 +9,14 @@ use std::ffi::OsString;
 use std::io::{self, Write};
 use std::os::fd::{AsFd as _, BorrowedFd};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use plies_archive::tar::EntryPath;
 use plies_archive::{ApplyStyle, UnpackError, compress, unpack};
 
-use plies_cache::{CacheKey, KeyBuilder, RecordId, RecordRow};
+use plies_cache::{Accessor, CacheError, CacheKey, ImmutableRef, KeyBuilder, Parents, RecordOptions, RecordRow, State};
 use plies_oci::{Compression, DiffId, ErrorKind, limits};
-use plies_store::{
-    ActiveOptions, Attach, CatalogueError, LayerError, LayerId, Lease, Mounted, SnapshotError, SnapshotId, Stamp,
-    canceled_inside,
-};
+use plies_store::{Attach, CatalogueError, LayerError, LayerId, Mounted, SnapshotError, Stamp, canceled_inside};
 
 use super::config::DEFAULT_PATH;
 use super::graph::{CopyOp, FilesFrom, Graph, Op, RunOp, VertexId};
@@ -32,6 +29,7 @@ use crate::exec::{
     resolve_user,
 };
 use crate::progress::{Outcome, Progress, Task, Watched};
+use crate::records::RecordsError;
 use crate::{Canceled, Engine};
 
 /// Goes up when a step comes to mean something else, so that results of an older Plies are not taken for it.
@@ -43,7 +41,7 @@ const OUTPUT_BYTES_MAX: usize = 2 << 20;
 /// Characters of a command that an error quotes.
 const COMMAND_CHARS_MAX: usize = 200;
 
-/// Longest description of a record: a Dockerfile's line can hold a whole script.
+/// Longest description of a record.
 const DESCRIPTION_CHARS_MAX: usize = 300;
 
 /// Why a step could not be done.
@@ -132,6 +130,12 @@ pub enum SolveError {
         #[source]
         source: io::Error,
     },
+    /// Its record.
+    #[error(transparent)]
+    Cache(#[from] CacheError),
+    /// The record of the image that it starts from.
+    #[error(transparent)]
+    Image(#[from] Box<RecordsError>),
     /// Its tree.
     #[error("prepare, mount or seal a tree")]
     Snapshot(#[from] SnapshotError),
@@ -161,6 +165,8 @@ impl SolveError {
             Self::TooManyLayers { .. } => ErrorKind::Limit,
             Self::Unpack { source, .. } => source.kind(),
             Self::Directory { .. } | Self::Io { .. } => ErrorKind::Unavailable,
+            Self::Cache(source) => source.kind(),
+            Self::Image(source) => source.kind(),
             Self::Snapshot(source) => source.kind(),
             Self::Layer(source) => source.kind(),
             Self::Catalogue(source) => source.kind(),
@@ -199,8 +205,8 @@ pub(crate) struct Failed {
 #[derive(Debug, Clone)]
 pub(crate) struct Solved {
     key: CacheKey,
-    /// The tree; `None` is the empty one.
-    pub(crate) snapshot: Option<SnapshotId>,
+    /// The record of its tree; `None` is the empty one.
+    pub(crate) tree: Option<ImmutableRef>,
     /// Diff IDs of the image that it stands on.
     pub(crate) base_diff_ids: Vec<DiffId>,
     /// Layers added to that image, bottom first.
@@ -227,8 +233,7 @@ impl Results {
 /// Solves graphs.
 pub(crate) struct Solver<'a> {
     pub(crate) engine: &'a Engine,
-    /// Holds every result until the caller has put it into an image.
-    pub(crate) lease: &'a Lease,
+    pub(crate) cache: Accessor,
     pub(crate) context: &'a Tree,
     pub(crate) executor: &'a dyn Executor,
     pub(crate) progress: &'a dyn Progress,
@@ -244,13 +249,6 @@ struct Made {
     /// Its sources changed while they were taken in: what was hashed is not what was copied, and the result must not be
     /// found by that hash again.
     changing: bool,
-}
-
-/// What became of a step.
-struct Worked {
-    snapshot: Option<SnapshotId>,
-    layer: Option<LayerId>,
-    repeatable: bool,
 }
 
 impl Made {
@@ -340,28 +338,31 @@ impl Solver<'_> {
         match op {
             Op::Scratch => {
                 let key = KeyBuilder::new("scratch", KEY_VERSION).finish();
-                let solved = Solved { key, snapshot: None, base_diff_ids: vec![], layers: vec![], made: None };
+                let solved = Solved { key, tree: None, base_diff_ids: vec![], layers: vec![], made: None };
                 Ok((solved, Outcome::Done))
             }
-            Op::Image { diff_ids, snapshot } => {
+            Op::Image { diff_ids, name } => {
                 let key = KeyBuilder::new("image", KEY_VERSION).list(diff_ids.iter().map(DiffId::as_bytes)).finish();
                 let base_diff_ids = diff_ids.clone();
-                let solved = Solved { key, snapshot: *snapshot, base_diff_ids, layers: vec![], made: None };
+                let tree = self.engine.image_record(diff_ids, name).map_err(Box::new)?;
+                let solved = Solved { key, tree, base_diff_ids, layers: vec![], made: None };
                 Ok((solved, Outcome::Cached))
             }
             Op::Merge { base, over } => {
                 let (base, over) = (results.of(*base), results.of(*over));
-                let mut layers = self.layers_of(base.snapshot)?;
-                layers.extend(self.layers_of(over.snapshot)?);
-                let snapshot = match self.engine.store().snapshots().ensure(&layers, self.lease) {
-                    _ if layers.is_empty() => None,
-                    Ok(snapshot) => Some(snapshot),
-                    Err(SnapshotError::NeedsBase { path, .. }) => return Err(SolveError::Link { path }),
-                    Err(other) => return Err(other.into()),
-                };
+                let options = RecordOptions { description: Some(short(name)), ..RecordOptions::by("build") };
+                let tree = self.cache.merge(&[base.tree.as_ref(), over.tree.as_ref()], &options)?;
+                if let Some(merged) = &tree {
+                    match merged.extract(self.cancel) {
+                        Err(CacheError::Snapshot(SnapshotError::NeedsBase { path, .. })) => {
+                            return Err(SolveError::Link { path });
+                        }
+                        extracted => drop(extracted?),
+                    }
+                }
                 let solved = Solved {
                     key: KeyBuilder::new("merge", KEY_VERSION).input(&base.key).input(&over.key).finish(),
-                    snapshot,
+                    tree,
                     base_diff_ids: base.base_diff_ids.clone(),
                     layers: base.layers.iter().chain(&over.layers).copied().collect(),
                     made: over.made,
@@ -430,109 +431,66 @@ impl Solver<'_> {
         work: impl FnOnce(BorrowedFd<'_>, &Path) -> Result<Made, SolveError>,
     ) -> Result<(Solved, Outcome), SolveError> {
         if !self.no_cache
-            && let Some(record) = self.lookup(&key)?
+            && let Some(tree) = self.lookup(base, &key)?
         {
-            let snapshot = match record.tree {
-                plies_cache::Tree::Immutable(snapshot) => Some(snapshot),
-                plies_cache::Tree::Scratch | plies_cache::Tree::Mutable(_) => None,
-            };
-            // A record made on another stack of the same key (the step below ran again since) is no result for this one.
-            if let Some(layer) = self.layer_on(base, snapshot)? {
-                return Ok((self.solved(base, key, snapshot, layer, record.created_at), Outcome::Cached));
-            }
+            return Ok((self.solved(base, key, tree)?, Outcome::Cached));
         }
-        let Worked { snapshot, layer, repeatable } = self.work(base.snapshot, work)?;
-        let tree = snapshot.map_or(plies_cache::Tree::Scratch, plies_cache::Tree::Immutable);
-        let id = random_id()?;
-        let created_at = self.engine.store().now();
-        let row = RecordRow {
-            tree,
-            description: name.chars().take(DESCRIPTION_CHARS_MAX).collect(),
-            key: Some(key),
-            created_at,
-            last_used_at: created_at,
-            usage_count: 0,
-        };
-        if repeatable {
-            self.engine.store().write(|tx| plies_cache::put(tx, id, &row))?;
-        }
-        Ok((self.solved(base, key, snapshot, layer, created_at), Outcome::Done))
-    }
-
-    fn solved(
-        &self,
-        base: &Solved,
-        key: CacheKey,
-        snapshot: Option<SnapshotId>,
-        layer: Option<LayerId>,
-        created_at: Stamp,
-    ) -> Solved {
-        Solved {
-            key,
-            snapshot,
-            base_diff_ids: base.base_diff_ids.clone(),
-            layers: base.layers.iter().copied().chain(layer).collect(),
-            made: layer.map(|_| created_at),
-        }
-    }
-
-    /// Finds a record and holds its tree. The hold and the note of its use need no sync: both end with this process or
-    /// may be lost.
-    fn lookup(&self, key: &CacheKey) -> Result<Option<RecordRow>, SolveError> {
-        let found = self.engine.store().write_lazily(|tx| {
-            let Some((id, row)) = plies_cache::lookup(tx, key)? else { return Ok(None) };
-            if let plies_cache::Tree::Immutable(snapshot) = row.tree {
-                tx.lease_hold(self.lease.id(), snapshot)?;
-            }
-            plies_cache::touch(tx, id)?;
-            Ok::<_, CatalogueError>(Some(row))
-        })?;
-        Ok(found)
-    }
-
-    /// The layer that `snapshot` has more than `base`, if it has one; `None` if it does not stand on `base` at all.
-    fn layer_on(&self, base: &Solved, snapshot: Option<SnapshotId>) -> Result<Option<Option<LayerId>>, SolveError> {
-        let (below, all) = (self.layers_of(base.snapshot)?, self.layers_of(snapshot)?);
-        Ok(match all.strip_prefix(below.as_slice()) {
-            Some([]) => Some(None),
-            Some([layer]) => Some(Some(*layer)),
-            _ => None,
-        })
-    }
-
-    fn layers_of(&self, snapshot: Option<SnapshotId>) -> Result<Vec<LayerId>, SolveError> {
-        let info = snapshot.map(|id| self.engine.store().snapshots().info(id)).transpose()?;
-        Ok(info.map(|info| info.layers).unwrap_or_default())
-    }
-
-    fn ensure(&self, layers: &[LayerId]) -> Result<SnapshotId, SolveError> {
-        Ok(self.engine.store().snapshots().ensure(layers, self.lease)?)
-    }
-
-    /// Does `work` in a writable tree on top of `base` and seals what it changed. A step that changes nothing adds no
-    /// layer.
-    fn work(
-        &self,
-        base: Option<SnapshotId>,
-        work: impl FnOnce(BorrowedFd<'_>, &Path) -> Result<Made, SolveError>,
-    ) -> Result<Worked, SolveError> {
-        let snapshots = self.engine.store().snapshots();
-        let active = snapshots.prepare(base, self.lease, ActiveOptions { volatile: true })?;
-        let mounted = snapshots.mount_active(active, Attach::InStore)?;
+        let options = RecordOptions { description: Some(short(name)), ..RecordOptions::by("build") };
+        let record = self.cache.create(base.tree.as_ref(), &options)?;
+        let mounted = record.mount(Attach::InStore)?;
         let path = mounted.path().expect("because it was attached").to_owned();
         let worked = work(mounted.root(), &path);
         let unmounted = mounted.unmount();
         // Why the step failed says more than that its tree was still in use then.
         let Made { on_the_way, changing } = worked?;
         unmounted?;
-        let layer = snapshots.seal_on_the_way(active, &on_the_way, self.lease)?;
-        let repeatable = !changing;
-        if self.engine.store().layers().is_empty(layer)? {
-            return Ok(Worked { snapshot: base, layer: None, repeatable });
+        let tree = record.seal(&on_the_way, (!changing).then_some(&key))?;
+        Ok((self.solved(base, key, tree)?, Outcome::Done))
+    }
+
+    fn solved(&self, base: &Solved, key: CacheKey, tree: ImmutableRef) -> Result<Solved, SolveError> {
+        let row = tree.row()?;
+        let layer = match row.state {
+            State::Sealed { layer } => layer,
+            _ => None,
+        };
+        Ok(Solved {
+            key,
+            // A step that changes nothing adds no layer.
+            tree: Some(tree),
+            base_diff_ids: base.base_diff_ids.clone(),
+            layers: base.layers.iter().copied().chain(layer).collect(),
+            made: layer.map(|_| row.created_at),
+        })
+    }
+
+    /// Finds the record that a step's key gave on this very base: the step below may have run again since, with another
+    /// result.
+    fn lookup(&self, base: &Solved, key: &CacheKey) -> Result<Option<ImmutableRef>, SolveError> {
+        let below = base.tree.as_ref().map_or(Parents::None, |tree| Parents::Layer(tree.id()));
+        for id in self.cache.results(key)? {
+            let found = match self.cache.get(id, &RecordOptions::by("build")) {
+                Ok(found) => found,
+                // Gone, or of no use: the step runs again.
+                Err(CacheError::NotFound { .. } | CacheError::Damaged { .. } | CacheError::NeedsProviders(_)) => {
+                    continue;
+                }
+                Err(other) => return Err(other.into()),
+            };
+            let row = found.row()?;
+            if row.parents == below && self.is_whole(&row) {
+                return Ok(Some(found));
+            }
         }
-        let mut layers = self.layers_of(base)?;
-        layers.push(layer);
-        Ok(Worked { snapshot: Some(self.ensure(&layers)?), layer: Some(layer), repeatable })
+        Ok(None)
+    }
+
+    /// Whether a record's own files are there. A layer whose directory is gone is no result.
+    fn is_whole(&self, row: &RecordRow) -> bool {
+        match row.state {
+            State::Sealed { layer } => layer.is_none_or(|layer| self.engine.store().layers().root(layer).is_ok()),
+            _ => false,
+        }
     }
 
     fn run(&self, run: &RunOp, root: BorrowedFd<'_>, path: &Path, task: Option<&Task<'_>>) -> Result<Made, SolveError> {
@@ -573,7 +531,11 @@ impl Solver<'_> {
 
     fn source(&self, from: FilesFrom, results: &Results) -> Result<Source<'_>, SolveError> {
         let FilesFrom::Vertex(vertex) = from else { return Ok(Source::Context(self.context)) };
-        let Some(snapshot) = results.of(vertex).snapshot else {
+        let mounted = match &results.of(vertex).tree {
+            Some(tree) => tree.mount(Attach::Detached, self.cancel)?,
+            None => None,
+        };
+        let Some(mounted) = mounted else {
             let empty = self.engine.store().run_dir().join("empty");
             let io = |op| {
                 let path = empty.clone();
@@ -583,7 +545,6 @@ impl Solver<'_> {
             let tree = Tree::stage(Tree::open_dir(&empty).map_err(io("open"))?);
             return Ok(Source::Stage(Box::new(Stage { tree, _mounted: None })));
         };
-        let mounted = self.engine.store().snapshots().view(snapshot, Attach::Detached)?;
         let dir = rustix::io::fcntl_dupfd_cloexec(mounted.root(), 0);
         let dir = dir.map_err(|errno| SolveError::Io { op: "open", path: "/".into(), source: errno.into() })?;
         let tree = Tree::stage(dir).cancelable(self.cancel);
@@ -656,17 +617,13 @@ fn run_key(run: &RunOp, base: &CacheKey) -> CacheKey {
         .finish()
 }
 
-/// A fresh name for a record.
-pub(crate) fn random_id() -> Result<RecordId, SolveError> {
-    let mut bytes = [0; 16];
-    // 16 bytes are never cut short (random(4)): up to 256 come whole or not at all.
-    rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty()).map_err(|errno| SolveError::Io {
-        op: "read",
-        path: "/dev/urandom".into(),
-        source: errno.into(),
-    })?;
-    Ok(RecordId::from_bytes(bytes))
+/// A record's description: a Dockerfile's line can hold a whole script.
+fn short(name: &str) -> String {
+    name.chars().take(DESCRIPTION_CHARS_MAX).collect()
 }
+
+/// Distinguishes the scripts of one process.
+static NEXT_SCRIPT: AtomicU64 = AtomicU64::new(0);
 
 /// Makes a directory with its parents (0755, the owner's or root's) inside a root; what is there is left alone.
 pub(crate) fn make_directory(root: BorrowedFd<'_>, path: &str, owner: Option<Owner>) -> Result<(), SolveError> {
@@ -743,7 +700,7 @@ struct Script {
 impl Script {
     fn write(run_dir: &Path, name: &str, text: &str) -> Result<Self, SolveError> {
         use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
-        let dir = run_dir.join(format!("script-{}", random_id()?));
+        let dir = run_dir.join(format!("script-{}", NEXT_SCRIPT.fetch_add(1, Ordering::Relaxed)));
         let io = |op, path: PathBuf| move |source| SolveError::Io { op, path, source };
         std::fs::create_dir(&dir).map_err(io("create directory", dir.clone()))?;
         let script = Self { dir };

@@ -11,7 +11,7 @@ use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Timespec, Timestamps, Uid
 use rustix::io::Errno;
 
 use super::inroot::{self, MadeDir, Missing};
-use super::select::{Selected, SelectedKind, Selection, owner};
+use super::select::{Selected, SelectedKind, Selection, owner, source_path};
 use super::walk::{self, Found, Visitor, WalkError};
 use super::{Owners, Tree};
 use crate::exec::Cancel;
@@ -150,6 +150,7 @@ pub fn copy(
             base: target.dir,
             base_path: target.path,
             name: target.name,
+            source: item.path().unwrap_or_default(),
             owners: tree.owners,
             options,
             copied: &mut copied,
@@ -223,6 +224,8 @@ struct Copier<'a> {
     base: OwnedFd,
     base_path: Vec<u8>,
     name: Option<Vec<u8>>,
+    /// What is copied, in the source.
+    source: &'a [u8],
     owners: Owners,
     options: &'a CopyOptions,
     copied: &'a mut Copied,
@@ -241,6 +244,19 @@ impl Copier<'_> {
         match &self.name {
             Some(name) => name,
             None => found.path.rsplit(|byte| *byte == b'/').next().unwrap_or_default(),
+        }
+    }
+
+    /// Its path in the source, for messages.
+    fn source(&self, found: &Found) -> Escaped {
+        Escaped::of(&source_path(self.source, &found.path))
+    }
+
+    /// Refuses a name that a layer could not hold, before the step is done rather than when the image is.
+    fn admit(&self, found: &Found) -> Result<(), CopyError> {
+        match is_reserved(self.name(found)) {
+            true => Err(CopyError::Reserved { path: self.source(found) }),
+            false => Ok(()),
         }
     }
 
@@ -287,6 +303,9 @@ impl Copier<'_> {
     fn inline(&mut self, bytes: &[u8], mode: u32) -> Result<(), CopyError> {
         let name = self.name.clone().expect("a file has a name");
         let shown = || Escaped::of(&self.base_path);
+        if is_reserved(&name) {
+            return Err(CopyError::Reserved { path: shown() });
+        }
         let failed = |op| move |source: io::Error| CopyError::Io { op, path: shown(), source };
         self.clear(&name, &shown)?;
         let file = self.create(&name).map_err(|e| failed("create")(e.into()))?;
@@ -388,12 +407,9 @@ fn times(found: &Found) -> Timestamps {
     Timestamps { last_access: modified, last_modification: modified }
 }
 
-/// Refuses a name that a layer could not hold, before the step is done rather than when the image is.
-fn admit(name: &[u8], found: &Found) -> Result<(), CopyError> {
-    if name.starts_with(b".wh.") {
-        return Err(CopyError::Reserved { path: Escaped::of(&found.path) });
-    }
-    Ok(())
+/// Whether layers keep a name for what they take away.
+fn is_reserved(name: &[u8]) -> bool {
+    name.starts_with(b".wh.")
 }
 
 impl Visitor for Copier<'_> {
@@ -403,8 +419,8 @@ impl Visitor for Copier<'_> {
         if found.path.is_empty() {
             return Ok(());
         }
+        self.admit(found)?;
         let name = self.name(found).to_vec();
-        admit(&name, found)?;
         match rustix::fs::mkdirat(self.here(), OsStr::from_bytes(&name), Mode::from_raw_mode(0o700)) {
             Ok(()) | Err(Errno::EXIST) => {}
             Err(error) => return Err(self.failed("make the directory", found)(error)),
@@ -430,11 +446,11 @@ impl Visitor for Copier<'_> {
     }
 
     fn leaf(&mut self, found: &Found) -> Result<(), CopyError> {
-        admit(self.name(found), found)?;
+        self.admit(found)?;
         let kind = found.kind();
         let special = matches!(kind, FileType::Fifo | FileType::CharacterDevice | FileType::BlockDevice);
         if special && self.owners == Owners::Root {
-            return Err(CopyError::Special { path: Escaped::of(&found.path) });
+            return Err(CopyError::Special { path: self.source(found) });
         }
         let name = self.name(found).to_vec();
         self.clear(&name, &|| self.shown(found))?;

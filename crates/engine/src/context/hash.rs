@@ -8,7 +8,7 @@ use plies_oci::ErrorKind;
 use rustix::fs::FileType;
 use sha2::{Digest as _, Sha256};
 
-use super::select::{SelectedKind, Selection, owner};
+use super::select::{SelectedKind, Selection, owner, source_path};
 use super::walk::{self, Found, Visitor, WalkError};
 use super::{Owners, Tree};
 use crate::exec::Cancel;
@@ -93,6 +93,7 @@ impl Tree {
     pub fn hash(&self, selection: &Selection) -> Result<ContentHash, HashError> {
         let mut hasher = Hasher {
             sum: Sha256::new(),
+            source: Vec::new(),
             owners: self.owners,
             buffer: vec![0; READ_BYTES],
             cancel: self.cancel.clone(),
@@ -107,7 +108,8 @@ impl Tree {
                     hasher.number(u64::from(*mode));
                     hasher.bytes(bytes);
                 }
-                SelectedKind::Tree { is_dir, .. } => {
+                SelectedKind::Tree { is_dir, path } => {
+                    hasher.source.clone_from(path);
                     hasher.sum.update([if *is_dir { b'D' } else { b'F' }]);
                     walk::walk(self, selection, item, &mut hasher)?;
                 }
@@ -121,6 +123,8 @@ impl Tree {
 
 struct Hasher {
     sum: Sha256,
+    /// The source that is being walked, for messages.
+    source: Vec<u8>,
     owners: Owners,
     buffer: Vec<u8>,
     cancel: Cancel,
@@ -205,7 +209,7 @@ impl Visitor for Hasher {
             }
             kind @ (FileType::Fifo | FileType::CharacterDevice | FileType::BlockDevice) => {
                 if self.owners == Owners::Root {
-                    return Err(HashError::Special { path: Escaped::of(&found.path) });
+                    return Err(HashError::Special { path: Escaped::of(&source_path(&self.source, &found.path)) });
                 }
                 let (letter, device) = match kind {
                     FileType::Fifo => (b'p', 0),

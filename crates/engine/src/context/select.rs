@@ -250,6 +250,11 @@ pub(super) fn join(dir: &[u8], name: &[u8]) -> Vec<u8> {
     if dir.is_empty() { name.to_vec() } else { [dir, b"/", name].concat() }
 }
 
+/// The path in its tree of what was found below a source.
+pub(super) fn source_path(source: &[u8], found: &[u8]) -> Vec<u8> {
+    if found.is_empty() { source.to_vec() } else { join(source, found) }
+}
+
 fn io_error<'a>(op: &'static str, path: &'a [u8]) -> impl Fn(io::Error) -> SelectError + 'a {
     move |source| SelectError::Io { op, path: Escaped::of(path), source }
 }

@@ -276,7 +276,9 @@ fn f07_pipes_are_refused_in_contexts_without_opening_them() {
     rustix::fs::mknodat(CWD, root.path().join("a/pipe"), FileType::Fifo, Mode::from_raw_mode(0o644), 0).unwrap();
     let tree = context(root.path(), "");
     let error = tree.hash(&select(&tree, &["a"])).unwrap_err();
-    assert_eq!(error.to_string(), "\"pipe\" is a pipe or a device");
+    assert_eq!(error.to_string(), "\"a/pipe\" is a pipe or a device");
+    let error = tree.hash(&select(&tree, &["a/pipe"])).unwrap_err();
+    assert_eq!(error.to_string(), "\"a/pipe\" is a pipe or a device");
     let to = tempfile::tempdir().unwrap();
     assert!(matches!(copy_to(&tree, &["a"], to.path(), "/"), Err(CopyError::Special { .. })));
     // A stage may have them.

@@ -179,6 +179,34 @@ pub trait Rows: sealed::RawRows {
         scan_within(self, table, (Bound::Included(from.to_bytes()), Bound::Unbounded), &mut visit)
     }
 
+    /// As [`Rows::scan_from`], without decoding the rows: one that is damaged hides no other.
+    ///
+    /// # Errors
+    /// [`CatalogueError`].
+    fn scan_keys_from<K: Key, V: Row>(
+        &self,
+        table: &Table<K, V>,
+        from: &K,
+        mut visit: impl FnMut(K) -> ControlFlow<()>,
+    ) -> Result<(), CatalogueError>
+    where
+        Self: Sized,
+    {
+        let bounds = (Bound::Included(from.to_bytes()), Bound::Unbounded);
+        self.raw_scan(table.name, bounds, &mut |key, _| Ok(visit(decode_key(table.name, key)?)))
+    }
+
+    /// Whether a blob, layer, snapshot or active is in the store.
+    ///
+    /// # Errors
+    /// [`CatalogueError`].
+    fn has(&self, resource: impl Into<crate::Resource>) -> Result<bool, CatalogueError>
+    where
+        Self: Sized,
+    {
+        super::schema::exists(self, resource.into())
+    }
+
     /// As [`Rows::scan`], over the rows whose key begins with `prefix`.
     ///
     /// # Errors

@@ -1,0 +1,867 @@
+//! Getting and making records.
+
+use std::ops::ControlFlow;
+use std::panic::Location;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use plies_archive::Limits;
+use plies_oci::{BlobDigest, ChainId, Descriptor, DiffId, MediaClass, classify};
+use plies_store::{ActiveOptions, CatalogueError, LayerId, LeaseOptions, Rows, SnapshotError, Stamp, Store, Warn};
+
+use crate::lazy::{Flights, KeyedLocks, Providers};
+use crate::live::{Live, Refused, Ticket};
+use crate::prune::SharedChecker;
+use crate::record::{self, BlobRow, Parents, RecordRow, RecordType, State, UseRow};
+use crate::solver;
+use crate::uses::Uses;
+use crate::{CacheError, Holder, ImmutableRef, MutableRef, RecordId};
+
+/// Annotation of a layer's descriptor with the digest of its tar (containerd's name for it).
+pub const UNCOMPRESSED: &str = "containerd.io/uncompressed";
+
+/// How to open a manager.
+pub struct ManagerOptions {
+    /// What archives may ask for.
+    pub limits: Limits,
+    /// Says which records an image store keeps as well; nobody, if `None`.
+    pub checker: Option<Arc<dyn SharedChecker>>,
+    /// Told of errors that no caller is there to get.
+    pub warn: Warn,
+}
+
+impl std::fmt::Debug for ManagerOptions {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ManagerOptions").field("limits", &self.limits).finish_non_exhaustive()
+    }
+}
+
+/// What a get or a new record is to be like. Fields that are `None` change nothing.
+#[derive(Debug, Clone, Default)]
+pub struct RecordOptions {
+    /// What it is, for people.
+    pub description: Option<String>,
+    /// What kind of thing it is.
+    pub record_type: Option<RecordType>,
+    /// When it was made; now, by default.
+    pub created_at: Option<Stamp>,
+    /// Whether it is kept when its last ref goes although it was never finalized (cache policy "retain"). What is
+    /// written to a mutable record of this kind survives this process.
+    pub retain: Option<bool>,
+    /// Images that it is a part of; added to those that are known, also to an old record.
+    pub image_refs: Vec<String>,
+    /// Who can fetch its blobs and those below it.
+    pub providers: Providers,
+    /// Whether releasing the ref leaves the time of the last use as it is.
+    pub keep_last_used: bool,
+    /// Who asks, for messages; by default the place in the code.
+    pub holder: Option<Arc<str>>,
+}
+
+impl RecordOptions {
+    /// Options that only say who asks.
+    pub fn by(holder: &str) -> Self {
+        Self { holder: Some(holder.into()), ..Self::default() }
+    }
+
+    pub(crate) fn apply(&self, row: &mut RecordRow) {
+        if let Some(description) = &self.description {
+            row.description.clone_from(description);
+        }
+        row.record_type = self.record_type.unwrap_or(row.record_type);
+        row.created_at = self.created_at.unwrap_or(row.created_at);
+        row.retain = self.retain.unwrap_or(row.retain);
+        row.add_image_refs(&self.image_refs);
+    }
+}
+
+/// The build cache of one store.
+///
+/// # Locks
+/// In this order: `pruning`; `composing`, one record's; the store's own; `live` and `uses`, which are leaves. No lock is
+/// held while files are read or written, but `composing`, whose waiters all want that very work done.
+pub(crate) struct Inner {
+    pub(crate) store: Store,
+    pub(crate) limits: Limits,
+    pub(crate) checker: Option<Arc<dyn SharedChecker>>,
+    pub(crate) warn: Warn,
+    pub(crate) live: Live,
+    pub(crate) uses: Uses,
+    pub(crate) flights: Arc<Flights>,
+    /// One at a time finalizes a record or makes its tree.
+    pub(crate) composing: KeyedLocks,
+    pub(crate) pruning: Mutex<()>,
+}
+
+impl std::fmt::Debug for Inner {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Inner").field("store", &self.store).finish_non_exhaustive()
+    }
+}
+
+/// Owns the build cache of a store: hands out the two roles in which it is used, and closes it.
+#[derive(Debug)]
+pub struct Manager {
+    inner: Arc<Inner>,
+}
+
+/// The role of whoever builds: gets and makes records.
+#[derive(Debug, Clone)]
+pub struct Accessor {
+    pub(crate) inner: Arc<Inner>,
+}
+
+/// The role of whoever looks after space: disk usage and prune.
+#[derive(Debug, Clone)]
+pub struct Controller {
+    pub(crate) inner: Arc<Inner>,
+}
+
+impl Manager {
+    /// Opens the build cache of a store. Loads nothing: the cost does not grow with the number of records. Records of
+    /// mutable trees that a dead process left unfinished are removed.
+    ///
+    /// # Errors
+    /// [`CacheError::Catalogue`].
+    pub fn open(store: Store, options: ManagerOptions) -> Result<Self, CacheError> {
+        let ManagerOptions { limits, checker, warn } = options;
+        let inner = Inner {
+            store,
+            limits,
+            checker,
+            warn,
+            live: Live::default(),
+            uses: Uses::default(),
+            flights: Arc::default(),
+            composing: KeyedLocks::default(),
+            pruning: Mutex::new(()),
+        };
+        if inner.read(solver::is_old)? {
+            inner.store.write(solver::migrate)?;
+        }
+        inner.remove_stale()?;
+        Ok(Self { inner: Arc::new(inner) })
+    }
+
+    /// For whoever builds.
+    pub fn accessor(&self) -> Accessor {
+        Accessor { inner: Arc::clone(&self.inner) }
+    }
+
+    /// For whoever looks after space.
+    pub fn controller(&self) -> Controller {
+        Controller { inner: Arc::clone(&self.inner) }
+    }
+
+    /// Every record that is held now, with its holders: after a request there should be none left of it.
+    pub fn held(&self) -> Vec<(RecordId, Vec<Holder>)> {
+        self.inner.live.all()
+    }
+
+    /// Writes down what may lag. The store closes when all that was made from it is gone.
+    ///
+    /// # Errors
+    /// [`CacheError::Catalogue`].
+    pub fn close(self) -> Result<(), CacheError> {
+        self.inner.flush_uses()
+    }
+}
+
+impl Drop for Manager {
+    fn drop(&mut self) {
+        if let Err(error) = self.inner.flush_uses() {
+            (self.inner.warn)(&error);
+        }
+    }
+}
+
+impl Accessor {
+    /// A ref to an immutable record. Of a mutable one that nobody holds: it is committed, lazily, and the new immutable
+    /// record is what you get; of one that was committed already, the record that it was committed as.
+    ///
+    /// # Errors
+    /// [`CacheError::NotFound`]; [`CacheError::Locked`] if somebody writes to it;
+    /// [`CacheError::NeedsProviders`] if blobs below it are not here and nobody in the options fetches them, with all of
+    /// them; [`CacheError::Damaged`] for a row or a parent that cannot be read: that concerns this record alone.
+    #[track_caller]
+    pub fn get(&self, id: RecordId, options: &RecordOptions) -> Result<ImmutableRef, CacheError> {
+        self.inner.get(id, options, Holder::of(options, Location::caller()))
+    }
+
+    /// A ref to a record by the beginning of its ID.
+    ///
+    /// # Errors
+    /// [`CacheError::NotFound`], [`CacheError::Ambiguous`], and those of [`Accessor::get`].
+    #[track_caller]
+    pub fn get_by_prefix(&self, wanted: &str, options: &RecordOptions) -> Result<ImmutableRef, CacheError> {
+        let holder = Holder::of(options, Location::caller());
+        self.inner.get(self.find(wanted)?, options, holder)
+    }
+
+    /// Finds a record by the beginning of its ID.
+    ///
+    /// # Errors
+    /// [`CacheError::NotFound`], [`CacheError::Ambiguous`].
+    pub fn find(&self, wanted: &str) -> Result<RecordId, CacheError> {
+        self.inner.store.read(|rows| find(rows, wanted))
+    }
+
+    /// Makes a mutable record on top of `parent`, or of nothing.
+    ///
+    /// # Errors
+    /// Those of finalizing and extracting the parent, and of preparing a directory.
+    #[track_caller]
+    pub fn create(&self, parent: Option<&ImmutableRef>, options: &RecordOptions) -> Result<MutableRef, CacheError> {
+        let holder = Holder::of(options, Location::caller());
+        self.inner.create(parent, options, holder)
+    }
+
+    /// The mutable record, for writing. If it was committed lazily and nobody holds the immutable record, that commit is
+    /// undone.
+    ///
+    /// # Errors
+    /// [`CacheError::NotFound`]; [`CacheError::WrongKind`] if it is not mutable; [`CacheError::Locked`].
+    #[track_caller]
+    pub fn get_mutable(&self, id: RecordId, options: &RecordOptions) -> Result<MutableRef, CacheError> {
+        self.inner.get_mutable(id, options, Holder::of(options, Location::caller()))
+    }
+
+    /// The record of a layer's blob on top of `parent`: one that is there, or a new one that shares the layer with any
+    /// record that has it, or else a lazy one, whose blob is fetched and unpacked when somebody needs its files.
+    ///
+    /// The descriptor says in annotation [`UNCOMPRESSED`] what the blob decompresses to.
+    ///
+    /// # Errors
+    /// [`CacheError::NoDiffId`], [`CacheError::BadDiffId`], [`CacheError::NotALayer`]; [`CacheError::NeedsProviders`] if
+    /// the blob is not here and nobody fetches it; [`CacheError::NotAddressable`] if the parent has no chain of blobs.
+    #[track_caller]
+    pub fn get_by_blob(
+        &self,
+        descriptor: &Descriptor,
+        parent: Option<&ImmutableRef>,
+        options: &RecordOptions,
+    ) -> Result<ImmutableRef, CacheError> {
+        let holder = Holder::of(options, Location::caller());
+        self.inner.get_by_blob(descriptor, parent, options, holder)
+    }
+
+    /// The record of a layer that is in the store, on top of `parent`, with or without a blob: one that is there, or a new
+    /// one. `None` if the layer is not here.
+    ///
+    /// # Errors
+    /// [`CacheError::NotAddressable`] if the parent has no chain; those of finalizing it.
+    #[track_caller]
+    pub fn get_by_diff_id(
+        &self,
+        diff_id: DiffId,
+        parent: Option<&ImmutableRef>,
+        options: &RecordOptions,
+    ) -> Result<Option<ImmutableRef>, CacheError> {
+        let holder = Holder::of(options, Location::caller());
+        self.inner.get_by_diff_id(diff_id, parent, options, holder)
+    }
+
+    /// Calls `visit` for every record, in the order of their IDs, until it breaks. A row that cannot be read comes as an
+    /// error and hides no other.
+    ///
+    /// # Errors
+    /// [`CacheError::Catalogue`].
+    pub fn scan(
+        &self,
+        mut visit: impl FnMut(RecordId, Result<RecordRow, CacheError>, UseRow) -> ControlFlow<()>,
+    ) -> Result<(), CacheError> {
+        self.inner.read(|rows| {
+            let mut failed = Ok(());
+            record::scan_ids_from(rows, RecordId::from_bytes([0; 16]), |id| {
+                let row = match record::get(rows, id) {
+                    Ok(None) => return true,
+                    Ok(Some(row)) => Ok(row),
+                    Err(CatalogueError::Damaged { what, .. }) => Err(CacheError::Damaged { id, what: what.to_owned() }),
+                    Err(error) => Err(error.into()),
+                };
+                match rows.get(&record::USES, &id) {
+                    Ok(written) => visit(id, row, self.inner.uses.with(id, written.unwrap_or_default())).is_continue(),
+                    Err(error) => {
+                        failed = Err(error);
+                        false
+                    }
+                }
+            })?;
+            failed
+        })
+    }
+
+    /// How many records there are.
+    ///
+    /// # Errors
+    /// [`CacheError::Catalogue`].
+    pub fn count(&self) -> Result<usize, CacheError> {
+        let mut count = 0;
+        self.inner.read(|rows| {
+            record::scan_ids_from(rows, RecordId::from_bytes([0; 16]), |_| {
+                count += 1;
+                true
+            })
+        })?;
+        Ok(count)
+    }
+
+    /// The layers of a record's tree, bottom first, as far as they are there: what is lazy is left out.
+    ///
+    /// # Errors
+    /// [`CacheError::NotFound`], [`CacheError::Damaged`].
+    pub fn known_layers(&self, id: RecordId) -> Result<Vec<LayerId>, CacheError> {
+        let mut layers = Vec::new();
+        for (_, row) in self.inner.walk(id)? {
+            match row.state {
+                State::Sealed { layer } => layers.extend(layer),
+                State::Stack(snapshot) => layers.extend(self.inner.store.snapshots().info(snapshot)?.layers),
+                _ => {}
+            }
+        }
+        Ok(layers)
+    }
+
+    /// A record's row, without holding it.
+    ///
+    /// # Errors
+    /// [`CacheError::NotFound`], [`CacheError::Damaged`].
+    pub fn row(&self, id: RecordId) -> Result<RecordRow, CacheError> {
+        self.inner.must_have(id)
+    }
+
+    /// When and how often a record was used.
+    ///
+    /// # Errors
+    /// [`CacheError::Catalogue`].
+    pub fn uses(&self, id: RecordId) -> Result<UseRow, CacheError> {
+        let written = self.inner.read(|rows| rows.get(&record::USES, &id))?;
+        Ok(self.inner.uses.with(id, written.unwrap_or_default()))
+    }
+
+    /// The records that stand on this one.
+    ///
+    /// # Errors
+    /// [`CacheError::Catalogue`].
+    pub fn children(&self, id: RecordId) -> Result<Vec<RecordId>, CacheError> {
+        self.inner.read(|rows| record::children(rows, id))
+    }
+
+    /// Records with this chain of layers, whatever the blobs.
+    ///
+    /// # Errors
+    /// [`CacheError::Catalogue`].
+    pub fn search_chain(&self, chain: ChainId) -> Result<Vec<RecordId>, CacheError> {
+        let rows = self.inner.store.read(|rows| rows.prefixed(&record::BY_CHAIN, &chain))?;
+        Ok(rows.into_iter().map(|((_, id), ())| id).collect())
+    }
+
+    /// Records with this chain of blobs.
+    ///
+    /// # Errors
+    /// [`CacheError::Catalogue`].
+    pub fn search_blob_chain(&self, chain: BlobDigest) -> Result<Vec<RecordId>, CacheError> {
+        let rows = self.inner.store.read(|rows| rows.prefixed(&record::BY_BLOB_CHAIN, &chain))?;
+        Ok(rows.into_iter().map(|((_, id), ())| id).collect())
+    }
+
+    /// Keeps a record from ever being pruned, or no longer.
+    ///
+    /// # Errors
+    /// [`CacheError::NotFound`].
+    pub fn pin(&self, id: RecordId, pinned: bool) -> Result<(), CacheError> {
+        match self.inner.store.write(|tx| record::change(tx, id, |row| row.pinned = pinned))? {
+            true => Ok(()),
+            false => Err(CacheError::no_record(id)),
+        }
+    }
+
+    /// Removes records that nobody holds and nothing else stands on: all of them, or none.
+    ///
+    /// # Errors
+    /// [`CacheError::NotFound`], [`CacheError::Locked`], [`CacheError::HasChildren`].
+    pub fn remove(&self, ids: &[RecordId]) -> Result<(), CacheError> {
+        self.inner.remove(ids)
+    }
+}
+
+/// Finds a record by the beginning of its ID: one look, however many records there are.
+pub(crate) fn find(rows: &impl Rows, wanted: &str) -> Result<RecordId, CacheError> {
+    let not_found = || CacheError::NotFound { wanted: wanted.to_owned() };
+    let lowest = RecordId::lowest_with(wanted).ok_or_else(not_found)?;
+    let mut found = Vec::new();
+    // Keys alone would do; a row that does not decode must not hide the others.
+    record::scan_ids_from(rows, lowest, |id| {
+        let fits = id.to_string().starts_with(wanted);
+        if fits {
+            found.push(id);
+        }
+        fits
+    })?;
+    match found.as_slice() {
+        [] => Err(not_found()),
+        [id] => Ok(*id),
+        more => Err(CacheError::Ambiguous { wanted: wanted.to_owned(), count: more.len() }),
+    }
+}
+
+fn refused(id: RecordId, refused: Refused) -> CacheError {
+    match refused {
+        Refused::Condemned => CacheError::no_record(id),
+        Refused::Locked(holder) => CacheError::Locked { id, holder },
+    }
+}
+
+impl Inner {
+    pub(crate) fn read<T>(
+        &self,
+        read: impl FnOnce(&plies_store::ReadTx) -> Result<T, CatalogueError>,
+    ) -> Result<T, CacheError> {
+        Ok(self.store.read(read)?)
+    }
+
+    /// A record's row; a row that does not decode is this record's own trouble.
+    pub(crate) fn row(&self, id: RecordId) -> Result<Option<RecordRow>, CacheError> {
+        match self.read(|rows| record::get(rows, id)) {
+            Err(CacheError::Catalogue(CatalogueError::Damaged { what, .. })) => {
+                Err(CacheError::Damaged { id, what: what.to_owned() })
+            }
+            other => other,
+        }
+    }
+
+    pub(crate) fn must_have(&self, id: RecordId) -> Result<RecordRow, CacheError> {
+        self.row(id)?.ok_or_else(|| CacheError::no_record(id))
+    }
+
+    pub(crate) fn fresh_id() -> Result<RecordId, CacheError> {
+        RecordId::random().map_err(CacheError::Random)
+    }
+
+    pub(crate) fn get(
+        self: &Arc<Self>,
+        id: RecordId,
+        options: &RecordOptions,
+        holder: Holder,
+    ) -> Result<ImmutableRef, CacheError> {
+        let (ticket, ready) = self.live.hold(id, &holder).map_err(|why| refused(id, why))?;
+        let mut held = ImmutableRef::new(self, id, ticket, options, holder);
+        if ready && options.image_refs.is_empty() {
+            held.is_loaded();
+            return Ok(held);
+        }
+        self.load(held, options)
+    }
+
+    /// Reads the row of a record that is held by now, and sees that it can be had.
+    fn load(self: &Arc<Self>, mut held: ImmutableRef, options: &RecordOptions) -> Result<ImmutableRef, CacheError> {
+        let id = held.id();
+        let row = self.must_have(id)?;
+        match row.state {
+            State::Mutable { committed_as: Some(partner), .. } => {
+                let holder = held.holder().clone();
+                held.abandon();
+                return self.get(partner, options, holder);
+            }
+            State::Mutable { active, committed_as: None } => {
+                self.live.make_exclusive(id, held.ticket()).map_err(|why| refused(id, why))?;
+                self.check_active(id, active)?;
+                return held.into_mutable(row.retain).commit();
+            }
+            State::Shared { mutable, active } => {
+                let retained = match self.row(mutable)? {
+                    Some(partner) => partner.retain || row.retain,
+                    None => {
+                        // The files went with it: only this row is left.
+                        self.remove_dead(id)?;
+                        return Err(CacheError::no_record(id));
+                    }
+                };
+                self.check_active(id, active)?;
+                self.live.pair(id, (!retained).then_some(mutable));
+            }
+            State::Sealed { .. } | State::Lazy | State::Composed | State::Stack(_) => {}
+        }
+        match self.missing_blobs(id, &options.providers)? {
+            Missing::Nothing { ready: true } => self.live.set_ready(id),
+            Missing::Nothing { ready: false } => {}
+            Missing::Blobs(blobs) => return Err(CacheError::NeedsProviders(blobs)),
+        }
+        if options.image_refs.iter().any(|name| !row.image_refs.contains(name)) {
+            self.store.write(|tx| record::change(tx, id, |row| row.add_image_refs(&options.image_refs)))?;
+        }
+        held.is_loaded();
+        Ok(held)
+    }
+
+    /// Blobs of this record and of all that it stands on that are not here and that nobody fetches. All of them: whoever
+    /// asks again can bring them together.
+    fn missing_blobs(&self, id: RecordId, providers: &Providers) -> Result<Missing, CacheError> {
+        let found = self.read(|rows| {
+            let (mut seen, mut pending) = (std::collections::HashSet::from([id]), vec![id]);
+            let (mut missing, mut ready) = (Vec::new(), true);
+            while let Some(id) = pending.pop() {
+                let Some(row) = record::get(rows, id)? else { return Ok(Err(id)) };
+                if row.state == State::Lazy {
+                    ready = false;
+                    let blob = row.blob.as_ref().and_then(|blob| blob.digest);
+                    if let Some(digest) = blob
+                        && !rows.has(digest)?
+                        && providers.get(digest).is_none()
+                        && !missing.contains(&digest)
+                    {
+                        missing.push(digest);
+                    }
+                }
+                // What somebody holds and was found to need nothing needs no second look.
+                let mut unseen = |parent: &RecordId| seen.insert(*parent) && !self.live.is_ready(*parent);
+                pending.extend(row.parents.ids().into_iter().filter(|parent| unseen(parent)));
+            }
+            Ok(Ok(if missing.is_empty() { Missing::Nothing { ready } } else { Missing::Blobs(missing) }))
+        })?;
+        found
+            .map_err(|parent| CacheError::Damaged { id, what: format!("record {parent}, which it stands on, is gone") })
+    }
+
+    /// Whether a mutable record's directory can still be trusted. If not, the record is removed.
+    fn check_active(&self, id: RecordId, active: plies_store::ActiveId) -> Result<(), CacheError> {
+        match self.store.snapshots().check_usable(active) {
+            Ok(()) => Ok(()),
+            Err(SnapshotError::NotFound { .. } | SnapshotError::Stale { .. }) => {
+                self.remove_dead(id)?;
+                Err(CacheError::no_record(id))
+            }
+            Err(other) => Err(other.into()),
+        }
+    }
+
+    /// Removes a record whose files are gone, with the partner that shared them.
+    pub(crate) fn remove_dead(&self, id: RecordId) -> Result<(), CacheError> {
+        Ok(self.store.write_lazily(|tx| {
+            let partner = record::get(tx, id)?.and_then(|row| partner_of(&row.state));
+            record::remove(tx, id)?;
+            partner.map(|partner| record::remove(tx, partner)).transpose()?;
+            Ok::<_, CatalogueError>(())
+        })?)
+    }
+
+    /// Removes what processes that are gone left of unfinished trees.
+    fn remove_stale(&self) -> Result<(), CacheError> {
+        for active in self.store.snapshots().stale_actives()? {
+            let id = self.read(|rows| rows.get(&record::ACTIVES, &active))?;
+            if let Some(record::IdRow(id)) = id {
+                self.remove_dead(id)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn create(
+        self: &Arc<Self>,
+        parent: Option<&ImmutableRef>,
+        options: &RecordOptions,
+        holder: Holder,
+    ) -> Result<MutableRef, CacheError> {
+        let lease = self.store.lease(LeaseOptions::process("new record"))?;
+        let base = match parent {
+            Some(parent) => parent.extract(&plies_store::Cancel::new())?,
+            None => None,
+        };
+        let retain = options.retain.unwrap_or(false);
+        let active = self.store.snapshots().prepare(base, &lease, ActiveOptions { volatile: !retain })?;
+        let id = Self::fresh_id()?;
+        let parents = parent.map_or(Parents::None, |parent| Parents::Layer(parent.id()));
+        let ticket = self.live.hold_alone(id, &holder).map_err(|why| refused(id, why))?;
+        let put = |tx: &mut plies_store::Tx<'_>| {
+            let mut row = RecordRow::new(State::Mutable { active, committed_as: None }, parents.clone(), tx.now());
+            options.apply(&mut row);
+            record::replace(tx, id, None, Some(&row))
+        };
+        // What ends with this process anyway needs no sync.
+        let written = if retain { self.store.write(put) } else { self.store.write_lazily(put) };
+        if let Err(error) = written {
+            self.live.let_go(id, ticket, false);
+            return Err(error.into());
+        }
+        let mut options = options.clone();
+        if let Some(parent) = parent {
+            options.providers = parent.providers().and(&options.providers);
+        }
+        lease.release()?;
+        Ok(MutableRef::new(self, id, ticket, retain, &options, holder))
+    }
+
+    fn get_mutable(
+        self: &Arc<Self>,
+        id: RecordId,
+        options: &RecordOptions,
+        holder: Holder,
+    ) -> Result<MutableRef, CacheError> {
+        let ticket = self.live.hold_alone(id, &holder).map_err(|why| refused(id, why))?;
+        match self.open_mutable(id) {
+            Ok(retain) => Ok(MutableRef::new(self, id, ticket, retain, options, holder)),
+            Err(error) => {
+                self.live.let_go(id, ticket, false);
+                Err(error)
+            }
+        }
+    }
+
+    /// Undoes a lazy commit of a record that is held for writing, if there was one; says whether it is retained.
+    fn open_mutable(&self, id: RecordId) -> Result<bool, CacheError> {
+        let row = self.must_have(id)?;
+        let State::Mutable { active, committed_as } = row.state else {
+            return Err(CacheError::WrongKind { id, wanted: "mutable" });
+        };
+        self.check_active(id, active)?;
+        let Some(partner) = committed_as else { return Ok(row.retain) };
+        self.live.condemn(partner).map_err(|why| refused(partner, why))?;
+        let undone = self.store.write(|tx| {
+            record::remove(tx, partner)?;
+            record::change(tx, id, |row| row.state = State::Mutable { active, committed_as: None })
+        });
+        self.live.absolve(partner);
+        undone?;
+        Ok(row.retain)
+    }
+
+    fn get_by_blob(
+        self: &Arc<Self>,
+        descriptor: &Descriptor,
+        parent: Option<&ImmutableRef>,
+        options: &RecordOptions,
+        holder: Holder,
+    ) -> Result<ImmutableRef, CacheError> {
+        let diff_id = diff_id_of(descriptor)?;
+        let digest = descriptor.digest;
+        if !matches!(classify(&descriptor.media_type), Some(MediaClass::Layer(_))) {
+            let media_type = descriptor.media_type.to_string();
+            return Err(CacheError::NotALayer { digest: digest.to_string(), media_type });
+        }
+        if options.providers.get(digest).is_none() && !self.read(|rows| rows.has(digest))? {
+            return Err(CacheError::NeedsProviders(vec![digest]));
+        }
+        let below = match parent {
+            None => None,
+            Some(parent) => {
+                parent.finalize()?;
+                let row = self.must_have(parent.id())?;
+                match (row.chain_id, row.blob_chain_id) {
+                    (Some(chain), Some(blob_chain)) => Some((parent.id(), chain, blob_chain)),
+                    _ => return Err(CacheError::NotAddressable { id: parent.id() }),
+                }
+            }
+        };
+        let chain_id = ChainId::extend(below.map(|(_, chain, _)| chain), diff_id);
+        let blob_chain_id = extend_blob_chain(below.map(|(_, _, chain)| chain), digest, diff_id);
+        let fresh = Self::fresh_id()?;
+        let fresh_ticket = self.live.hold(fresh, &holder).map_err(|why| refused(fresh, why))?.0;
+        let lease = self.store.lease(LeaseOptions::process("layer"))?;
+        // The layer itself, whatever it stands on: layers are kept by diff ID.
+        let layers = self.store.layers();
+        let layer = match layers.hold_by_diff_id(diff_id, &lease)? {
+            None => layers.hold_by_chain(chain_id, &lease)?,
+            found => found,
+        };
+        // A row whose files are gone is no layer to stand on: it is unpacked anew.
+        let layer = layer.filter(|layer| layers.root(*layer).is_ok());
+        let mut won: Option<(RecordId, Ticket)> = None;
+        let found = self.store.write(|tx| {
+            // This may run again, after a mate failed.
+            if let Some((id, ticket)) = won.take() {
+                self.live.let_go(id, ticket, false);
+            }
+            for ((_, id), ()) in tx.prefixed(&record::BY_BLOB_CHAIN, &blob_chain_id)? {
+                let Some(row) = record::get(tx, id)? else { continue };
+                // Merges and diffs may have the same chain, and their files elsewhere.
+                if !matches!(row.parents, Parents::None | Parents::Layer(_)) || row.is_mutable() {
+                    continue;
+                }
+                let Ok((ticket, _)) = self.live.hold(id, &holder) else { continue };
+                won = Some((id, ticket));
+                record::change(tx, id, |row| row.add_image_refs(&options.image_refs))?;
+                return Ok::<_, CatalogueError>(());
+            }
+            let state = layer.map_or(State::Lazy, |layer| State::Sealed { layer: Some(layer) });
+            let parents = below.map_or(Parents::None, |(parent, ..)| Parents::Layer(parent));
+            let mut row = RecordRow::new(state, parents, tx.now());
+            options.apply(&mut row);
+            row.chain_id = Some(chain_id);
+            row.blob_chain_id = Some(blob_chain_id);
+            row.blob = Some(blob_row(descriptor, diff_id));
+            record::replace(tx, fresh, None, Some(&row))
+        });
+        if found.is_err() || won.is_some() {
+            self.live.let_go(fresh, fresh_ticket, false);
+        }
+        found?;
+        let mut options = options.clone();
+        if let Some(parent) = parent {
+            options.providers = parent.providers().and(&options.providers);
+        }
+        let (id, ticket) = won.unwrap_or((fresh, fresh_ticket));
+        let mut held = ImmutableRef::new(self, id, ticket, &options, holder);
+        lease.release()?;
+        if won.is_some() {
+            // One that was found may stand on what must be fetched first.
+            return self.load(held, &RecordOptions { image_refs: Vec::new(), ..options });
+        }
+        held.is_loaded();
+        Ok(held)
+    }
+
+    fn get_by_diff_id(
+        self: &Arc<Self>,
+        diff_id: DiffId,
+        parent: Option<&ImmutableRef>,
+        options: &RecordOptions,
+        holder: Holder,
+    ) -> Result<Option<ImmutableRef>, CacheError> {
+        let below = match parent {
+            None => None,
+            Some(parent) => {
+                parent.finalize()?;
+                let chain = self.must_have(parent.id())?.chain_id;
+                Some((parent.id(), chain.ok_or(CacheError::NotAddressable { id: parent.id() })?))
+            }
+        };
+        let chain_id = ChainId::extend(below.map(|(_, chain)| chain), diff_id);
+        let lease = self.store.lease(LeaseOptions::process("layer"))?;
+        let layers = self.store.layers();
+        let layer = match layers.hold_by_diff_id(diff_id, &lease)? {
+            None => layers.hold_by_chain(chain_id, &lease)?,
+            found => found,
+        };
+        let Some(layer) = layer else { return Ok(None) };
+        let fresh = Self::fresh_id()?;
+        let fresh_ticket = self.live.hold_again(fresh, &holder);
+        let mut won: Option<(RecordId, Ticket)> = None;
+        let found = self.store.write(|tx| {
+            if let Some((id, ticket)) = won.take() {
+                self.live.let_go(id, ticket, false);
+            }
+            for ((_, id), ()) in tx.prefixed(&record::BY_CHAIN, &chain_id)? {
+                let Some(row) = record::get(tx, id)? else { continue };
+                let on_parent = row.parents == below.map_or(Parents::None, |(parent, _)| Parents::Layer(parent));
+                if !on_parent || row.state == State::Lazy {
+                    continue;
+                }
+                let Ok((ticket, _)) = self.live.hold(id, &holder) else { continue };
+                won = Some((id, ticket));
+                return Ok::<_, CatalogueError>(());
+            }
+            let parents = below.map_or(Parents::None, |(parent, _)| Parents::Layer(parent));
+            let mut row = RecordRow::new(State::Sealed { layer: Some(layer) }, parents, tx.now());
+            options.apply(&mut row);
+            row.chain_id = Some(chain_id);
+            record::replace(tx, fresh, None, Some(&row))
+        });
+        if found.is_err() || won.is_some() {
+            self.live.let_go(fresh, fresh_ticket, false);
+        }
+        found?;
+        let (id, ticket) = won.unwrap_or((fresh, fresh_ticket));
+        let mut held = ImmutableRef::new(self, id, ticket, options, holder);
+        held.is_loaded();
+        lease.release()?;
+        Ok(Some(held))
+    }
+
+    fn remove(&self, ids: &[RecordId]) -> Result<(), CacheError> {
+        let mut condemned = Vec::new();
+        let removed = self.condemn_all(ids, &mut condemned).and_then(|()| {
+            self.store.write(|tx| {
+                for id in &condemned {
+                    let staying: Vec<_> =
+                        record::children(tx, *id)?.into_iter().filter(|child| !condemned.contains(child)).collect();
+                    if let Some(child) = staying.first() {
+                        return Err(CacheError::HasChildren { id: *id, child: *child, count: staying.len() });
+                    }
+                    if !record::remove(tx, *id)? {
+                        return Err(CacheError::no_record(*id));
+                    }
+                }
+                Ok(())
+            })
+        });
+        condemned.iter().for_each(|id| self.live.absolve(*id));
+        removed
+    }
+
+    /// Condemns records and those that share their files.
+    fn condemn_all(&self, ids: &[RecordId], condemned: &mut Vec<RecordId>) -> Result<(), CacheError> {
+        for id in ids {
+            // One may be named twice, or be the partner of another.
+            if condemned.contains(id) {
+                continue;
+            }
+            self.live.condemn(*id).map_err(|why| refused(*id, why))?;
+            condemned.push(*id);
+            let partner = match self.row(*id) {
+                Ok(row) => row.and_then(|row| partner_of(&row.state)),
+                Err(CacheError::Damaged { .. }) => None,
+                Err(error) => return Err(error),
+            };
+            if let Some(partner) = partner
+                && !condemned.contains(&partner)
+            {
+                self.live.condemn(partner).map_err(|why| refused(partner, why))?;
+                condemned.push(partner);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The record that shares its files, of a pair that was committed and not finalized.
+pub(crate) fn partner_of(state: &State) -> Option<RecordId> {
+    match state {
+        State::Mutable { committed_as, .. } => *committed_as,
+        State::Shared { mutable, .. } => Some(*mutable),
+        _ => None,
+    }
+}
+
+enum Missing {
+    /// All that is needed can be had; `ready`: and is unpacked.
+    Nothing {
+        ready: bool,
+    },
+    Blobs(Vec<BlobDigest>),
+}
+
+/// What a descriptor says that its blob decompresses to.
+pub(crate) fn diff_id_of(descriptor: &Descriptor) -> Result<DiffId, CacheError> {
+    let digest = descriptor.digest.to_string();
+    let text =
+        descriptor.annotations.get(UNCOMPRESSED).ok_or_else(|| CacheError::NoDiffId { digest: digest.clone() })?;
+    text.parse().map_err(|_| CacheError::BadDiffId { digest, text: text.clone() })
+}
+
+pub(crate) fn blob_row(descriptor: &Descriptor, diff_id: DiffId) -> BlobRow {
+    BlobRow {
+        digest: Some(descriptor.digest),
+        diff_id,
+        media_type: descriptor.media_type.to_string(),
+        size_bytes: descriptor.size_bytes,
+        urls: Vec::new(),
+        annotations: descriptor.annotations.iter().map(|(key, value)| (key.clone(), value.clone())).collect(),
+    }
+}
+
+fn digest_of_two(first: &dyn std::fmt::Display, second: &dyn std::fmt::Display) -> BlobDigest {
+    BlobDigest::of(format!("{first} {second}").as_bytes())
+}
+
+/// The chain of blobs with one more on top: as a chain of layers, over the digests of each blob with its diff ID.
+pub(crate) fn extend_blob_chain(below: Option<BlobDigest>, blob: BlobDigest, diff_id: DiffId) -> BlobDigest {
+    let own = digest_of_two(&blob, &diff_id);
+    below.map_or(own, |below| digest_of_two(&below, &own))
+}
+
+impl Inner {
+    /// Runs `work` with `pruning` held: one prune at a time.
+    pub(crate) fn one_prune<T>(&self, work: impl FnOnce() -> T) -> T {
+        let _one = self.pruning.lock().unwrap_or_else(PoisonError::into_inner);
+        work()
+    }
+}
