@@ -9,6 +9,7 @@
 //! Nothing here knows the build cache. There are no locks: whoever changes something does so in the transaction that he
 //! is given, or in one of his own.
 
+pub mod history_cache;
 mod images;
 mod layerstore;
 

@@ -21,7 +21,9 @@ use plies_testkit::tools;
 const REFS: Table<(ChainId, LeaseId), ()> = Table::new("image.chain_refs");
 const RW_REFS: Table<(String, LeaseId), ()> = Table::new("image.rw_refs");
 /// A lease that nobody has.
-const DEAD: LeaseId = LeaseId::from_bytes([9; 8]);
+fn dead() -> LeaseId {
+    "0909090909090909".parse().unwrap()
+}
 
 fn path_of(dir: &impl AsFd) -> PathBuf {
     PathBuf::from(format!("/proc/self/fd/{}/.", dir.as_fd().as_raw_fd()))
@@ -90,7 +92,7 @@ fn e03_after_a_restart_a_layer_is_held_by_its_children_and_holders_only() {
         let ids = (kept.chain_id(), lost.chain_id());
         // As a process that is killed leaves them: nobody released.
         for chain in [ids.0, ids.1] {
-            open.store().write(|tx| tx.put(&REFS, &(chain, DEAD), &()).map(drop)).unwrap();
+            open.store().write(|tx| tx.put(&REFS, &(chain, dead()), &()).map(drop)).unwrap();
         }
         ids
     };
@@ -438,7 +440,7 @@ fn e19_a_writable_layer_survives_its_process_with_all_that_it_stands_on() {
         let parent = open.register(&tar(1), None).unwrap();
         let made = rw(&open, "c", Some(parent.chain_id()));
         write(&open, &made, "own", "kept");
-        open.store().write(|tx| tx.put(&RW_REFS, &("c".to_owned(), DEAD), &()).map(drop)).unwrap();
+        open.store().write(|tx| tx.put(&RW_REFS, &("c".to_owned(), dead()), &()).map(drop)).unwrap();
     }
     let mut open = rig.open();
     open.collect();
