@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ops::ControlFlow;
 
 use plies_cache::CacheError;
+use plies_image::LayerStoreError;
 use plies_oci::ErrorKind;
 use plies_store::{
     BlobError, CatalogueError, GcError, GcMode, LayerError, LayerId, Resource, SnapshotError, UsageError, UsageKind,
@@ -43,6 +44,9 @@ pub enum SpaceError {
     /// Snapshots.
     #[error("read snapshots")]
     Snapshots(#[from] SnapshotError),
+    /// The layer store.
+    #[error(transparent)]
+    LayerStore(#[from] LayerStoreError),
     /// Collecting.
     #[error("collect")]
     Gc(#[from] GcError),
@@ -65,6 +69,7 @@ impl SpaceError {
             Self::Blobs(source) => source.kind(),
             Self::Layers(source) => source.kind(),
             Self::Snapshots(source) => source.kind(),
+            Self::LayerStore(source) => source.kind(),
             Self::Gc(source) => source.kind(),
             Self::Cache(source) => source.kind(),
             Self::Catalogue(source) => source.kind(),
@@ -403,6 +408,8 @@ impl Engine {
     /// [`SpaceError`].
     pub fn gc(&self, dry_run: bool) -> Result<GcSummary, SpaceError> {
         self.forget_dead_mounts()?;
+        // References of processes that were killed end here.
+        self.layer_store()?;
         let report = self.store().gc(if dry_run { GcMode::DryRun } else { GcMode::Run })?;
         let collected = report.collected.into_iter().map(|one| {
             let (kind, id) = match one.resource {

@@ -269,6 +269,14 @@ pub fn chain_layers(store: &Store, diff_ids: &[DiffId], layers: &[LayerId]) -> R
     diff_ids.iter().zip(layers).map(known).collect()
 }
 
+/// The layers of a chain that is in the layer store, bottom first, by its diff IDs; `None` if it is not there.
+///
+/// # Errors
+/// [`CatalogueError`].
+pub fn layers_of_chain(rows: &impl Rows, diff_ids: &[DiffId]) -> Result<Option<Vec<LayerId>>, CatalogueError> {
+    layers_of(rows, ChainId::of(diff_ids))
+}
+
 /// Puts the rows of a whole chain that are not there yet; its last chain ID. Whoever does so must hold that one in the
 /// same transaction.
 pub(crate) fn put_chain(tx: &mut Tx<'_>, layers: &[ChainLayer]) -> Result<Option<ChainId>, CatalogueError> {
