@@ -29,15 +29,18 @@ const HELD: usize = 32;
 /// One allocation for all of them: a directory with a million files costs their names and ten
 /// bytes each.
 #[derive(Debug, Default)]
-pub(crate) struct Names {
+pub struct Names {
     bytes: Vec<u8>,
     spans: Vec<(u32, u8, FileType)>,
     next: usize,
 }
 
 impl Names {
-    /// All names of the directory but `.` and `..`, in byte order.
-    pub(crate) fn sorted(dir: BorrowedFd<'_>) -> Result<Self> {
+    /// All names of the directory but `.` and `..`, in byte order. `dir` must be open for reading; its position moves.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn sorted(dir: BorrowedFd<'_>) -> Result<Self> {
         let mut names = Self::default();
         names.fill(dir, usize::MAX)?;
         let bytes = &names.bytes;
@@ -86,7 +89,7 @@ impl Names {
     }
 
     /// Steps over a name and gives it, with its type as far as the directory says.
-    pub(crate) fn advance(&mut self) -> Option<(&[u8], FileType)> {
+    pub fn advance(&mut self) -> Option<(&[u8], FileType)> {
         let span = self.spans.get(self.next)?;
         self.next += 1;
         Some((&self.bytes[range(span)], span.2))
@@ -98,8 +101,10 @@ fn range(&(start, length, _): &(u32, u8, FileType)) -> Range<usize> {
 }
 
 /// A position in a tree: the directories from its root to where a walk stands.
+///
+/// Only the innermost 32 directories are open, whatever the depth.
 #[derive(Debug)]
-pub(crate) struct Descent {
+pub struct Descent {
     root: OwnedFd,
     /// All below the root, outermost first. A level deeper than [`HELD`] from the end is closed.
     levels: Vec<Level>,
@@ -120,7 +125,7 @@ impl Descent {
     }
 
     /// The directory where it stands.
-    pub(crate) fn here(&self) -> BorrowedFd<'_> {
+    pub fn here(&self) -> BorrowedFd<'_> {
         match self.levels.last() {
             None => self.root.as_fd(),
             Some(level) => level.fd.as_ref().expect("because the innermost level is open").as_fd(),
@@ -134,7 +139,8 @@ impl Descent {
         Ok(())
     }
 
-    fn push(&mut self, fd: OwnedFd, name: &[u8]) {
+    /// Steps into a directory below that is open already, for itself alone.
+    pub fn push(&mut self, fd: OwnedFd, name: &[u8]) {
         if !self.levels.is_empty() {
             self.path.push(b'/');
         }
@@ -146,7 +152,13 @@ impl Descent {
     }
 
     /// Steps back up, and gives the name of the directory left.
-    pub(crate) fn leave(&mut self) -> Result<Vec<u8>> {
+    ///
+    /// # Errors
+    /// The kernel's, when a directory that was closed on the way down can't be opened again.
+    ///
+    /// # Panics
+    /// At the root.
+    pub fn leave(&mut self) -> Result<Vec<u8>> {
         let left = self.levels.pop().expect("because a walk leaves only what it entered");
         let name = self.path.split_off(left.name);
         // Before the name stands a slash, except at the first level.
@@ -162,8 +174,7 @@ impl Descent {
         let first_held = self.levels.len().saturating_sub(HELD);
         let mut outer: Option<OwnedFd> = None;
         for at in 0..self.levels.len() {
-            let end = self.levels.get(at + 1).map_or(self.path.len(), |next| next.name - 1);
-            let name = &self.path[self.levels[at].name..end];
+            let name = self.name_at(at);
             let parent = match at.checked_sub(1).and_then(|up| self.levels[up].fd.as_ref()).or(outer.as_ref()) {
                 Some(parent) => parent.as_fd(),
                 None => self.root.as_fd(),
@@ -179,8 +190,37 @@ impl Descent {
         Ok(())
     }
 
+    /// Opens a directory on the way from the root to where it stands: 0 is the root. `above` is the one before it, if
+    /// that is at hand; without it, an outer directory that was closed costs a step for each level.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn open_level(&self, level: usize, above: Option<BorrowedFd<'_>>) -> Result<OwnedFd> {
+        let held = match level.checked_sub(1) {
+            None => Some(&self.root),
+            Some(at) => self.levels[at].fd.as_ref(),
+        };
+        if let Some(fd) = held {
+            return rustix::io::fcntl_dupfd_cloexec(fd, 0);
+        }
+        if let Some(above) = above {
+            return sys::open_dir(above, self.name_at(level - 1));
+        }
+        let mut at = sys::open_dir(self.root.as_fd(), self.name_at(0))?;
+        for inner in 1..level {
+            at = sys::open_dir(at.as_fd(), self.name_at(inner))?;
+        }
+        Ok(at)
+    }
+
+    /// The name of one of the levels.
+    fn name_at(&self, at: usize) -> &[u8] {
+        let end = self.levels.get(at + 1).map_or(self.path.len(), |next| next.name - 1);
+        &self.path[self.levels[at].name..end]
+    }
+
     /// How many steps below the root.
-    pub(crate) fn depth(&self) -> usize {
+    pub fn depth(&self) -> usize {
         self.levels.len()
     }
 }

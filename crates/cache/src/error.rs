@@ -5,6 +5,7 @@ use std::sync::{Arc, OnceLock};
 use plies_oci::{BlobDigest, ErrorKind};
 use plies_store::{Canceled, CatalogueError, DifferenceError, LayerError, SnapshotError, TransferError};
 
+use crate::contenthash::ChecksumError;
 use crate::{RecordId, RecordOptions};
 
 /// Who took a ref, for whoever looks for a leak or wonders why a record is locked.
@@ -131,6 +132,12 @@ pub enum CacheError {
         /// Its name.
         name: String,
     },
+    /// What is at a path could not be digested.
+    #[error(transparent)]
+    Checksum(ChecksumError),
+    /// A directory to stand for the empty tree.
+    #[error("make an empty directory")]
+    EmptyTree(#[source] std::io::Error),
     /// A filter that cannot be read.
     #[error("failed to parse {what} filters {filter:?}: {why}")]
     Filter {
@@ -196,9 +203,12 @@ impl CacheError {
                 ErrorKind::FailedPrecondition
             }
             Self::Damaged { .. } => ErrorKind::DataLoss,
-            Self::NeedsProviders(_) | Self::Provider { .. } | Self::Checker(_) | Self::Random(_) => {
-                ErrorKind::Unavailable
-            }
+            Self::Checksum(source) => source.kind(),
+            Self::EmptyTree(_)
+            | Self::NeedsProviders(_)
+            | Self::Provider { .. }
+            | Self::Checker(_)
+            | Self::Random(_) => ErrorKind::Unavailable,
             Self::Shared(source) => source.kind(),
             Self::Transfer(source) => source.kind(),
             Self::Difference(source) => source.kind(),

@@ -9,6 +9,7 @@
 //! compose.rs    merge and diff; extract: a record's tree as a snapshot
 //! lazy.rs       who fetches blobs that are not here; once each
 //! blobs.rs      a record's layers as blobs, in the compression that is asked for
+//! contenthash/  digests of what is at a path of a tree            checksum.rs  the same, kept with a record
 //! usage.rs      disk usage       prune.rs  what goes, and why     filter.rs  BuildKit's filters
 //! solver.rs     results and links of steps' keys                  key.rs     how keys are added up
 //! metadata.rs   what others keep with a record                    uses.rs    last uses, gathered
@@ -22,7 +23,9 @@
 //! - No lock rule waits: what is locked is an error at once, which names the holder.
 
 mod blobs;
+mod checksum;
 mod compose;
+pub mod contenthash;
 mod error;
 mod filter;
 mod id;

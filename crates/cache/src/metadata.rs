@@ -101,6 +101,14 @@ impl Accessor {
         })
     }
 
+    /// As [`Accessor::set_external`], durable with whatever is written next: for what can be computed again.
+    pub(crate) fn set_external_lazily(&self, id: RecordId, key: &str, bytes: &[u8]) -> Result<(), CacheError> {
+        Ok(self.inner.store.write_lazily(|tx| match tx.contains(&RECORDS, &id)? {
+            true => tx.put(&EXTERNAL, &(id, key.to_owned()), &BytesRow(bytes.to_vec())).map(drop),
+            false => Ok(()),
+        })?)
+    }
+
     /// Those bytes.
     ///
     /// # Errors

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use plies_archive::tar::EntryPath;
 use plies_archive::{ApplyStyle, UnpackError, compress, unpack};
-
+use plies_cache::contenthash::inroot;
 use plies_cache::{Accessor, CacheError, CacheKey, ImmutableRef, KeyBuilder, Parents, RecordOptions, RecordRow, State};
 use plies_oci::{Compression, DiffId, ErrorKind, limits};
 use plies_store::{Attach, CatalogueError, LayerError, LayerId, Mounted, SnapshotError, Stamp, canceled_inside};
@@ -22,7 +22,7 @@ use super::cache_from::CacheFrom;
 use super::config::DEFAULT_PATH;
 use super::graph::{CopyOp, FilesFrom, Graph, Op, RunOp, VertexId};
 use crate::context::{
-    self, Chmod, CopyError, CopyOptions, Destination, HashError, Owner, SelectError, Selection, Tree, inroot,
+    self, Chmod, CopyError, CopyOptions, Destination, HashError, Owner, SelectError, Selection, Tree,
 };
 use crate::dockerfile::{Ignore, IgnoreError, Location, SCRIPT_DIR};
 use crate::exec::{
@@ -34,7 +34,7 @@ use crate::records::RecordsError;
 use crate::{Canceled, Engine};
 
 /// Goes up when a step comes to mean something else, so that results of an older Plies are not taken for it.
-const KEY_VERSION: u32 = 1;
+const KEY_VERSION: u32 = 2;
 
 /// Output of one step that is shown, as in BuildKit (`BUILDKIT_STEP_LOG_MAX_SIZE`).
 const OUTPUT_BYTES_MAX: usize = 2 << 20;

@@ -6,13 +6,13 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 
 use plies_archive::tar::Escaped;
+use plies_cache::contenthash::inroot::{self, MadeDir, Missing};
 use plies_oci::ErrorKind;
 use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Timespec, Timestamps, Uid, XattrFlags};
 use rustix::io::Errno;
 
-use super::inroot::{self, MadeDir, Missing};
 use super::select::{Selected, SelectedKind, Selection, owner, source_path};
-use super::walk::{self, Found, Visitor, WalkError};
+use super::walk::{self, Found, Links, Step, Visitor, WalkError};
 use super::{Owners, Tree};
 use crate::exec::Cancel;
 
@@ -121,7 +121,8 @@ impl CopyError {
 
 impl From<WalkError> for CopyError {
     fn from(error: WalkError) -> Self {
-        Self::Io { op: error.op, path: Escaped::of(&error.path), source: error.source }
+        let (op, path, source) = walk::parts(error);
+        Self::Io { op, path: Escaped::of(&path), source }
     }
 }
 
@@ -147,6 +148,7 @@ pub fn copy(
         let target = target(item, root, options, several)?;
         let mut copier = Copier {
             dirs: Vec::new(),
+            links: Links::default(),
             base: target.dir,
             base_path: target.path,
             name: target.name,
@@ -221,6 +223,7 @@ fn target(item: &Selected, root: BorrowedFd<'_>, options: &CopyOptions, several:
 struct Copier<'a> {
     /// The directories being filled, below `base`.
     dirs: Vec<OwnedFd>,
+    links: Links,
     base: OwnedFd,
     base_path: Vec<u8>,
     name: Option<Vec<u8>>,
@@ -240,20 +243,20 @@ impl Copier<'_> {
     }
 
     /// The name of something found, where it goes.
-    fn name<'f>(&'f self, found: &'f Found) -> &'f [u8] {
+    fn name<'f>(&'f self, found: &'f Found<'_>) -> &'f [u8] {
         match &self.name {
             Some(name) => name,
-            None => found.path.rsplit(|byte| *byte == b'/').next().unwrap_or_default(),
+            None => found.name(),
         }
     }
 
     /// Its path in the source, for messages.
-    fn source(&self, found: &Found) -> Escaped {
-        Escaped::of(&source_path(self.source, &found.path))
+    fn source(&self, found: &Found<'_>) -> Escaped {
+        Escaped::of(&source_path(self.source, found.path))
     }
 
     /// Refuses a name that a layer could not hold, before the step is done rather than when the image is.
-    fn admit(&self, found: &Found) -> Result<(), CopyError> {
+    fn admit(&self, found: &Found<'_>) -> Result<(), CopyError> {
         match is_reserved(self.name(found)) {
             true => Err(CopyError::Reserved { path: self.source(found) }),
             false => Ok(()),
@@ -261,14 +264,14 @@ impl Copier<'_> {
     }
 
     /// Its path in the destination, for messages.
-    fn shown(&self, found: &Found) -> Escaped {
+    fn shown(&self, found: &Found<'_>) -> Escaped {
         if found.path.is_empty() {
             return Escaped::of(&self.base_path);
         }
-        Escaped::of(&super::select::join(&self.base_path, &found.path))
+        Escaped::of(&super::select::join(&self.base_path, found.path))
     }
 
-    fn failed<E: Into<io::Error>>(&self, op: &'static str, found: &Found) -> impl FnOnce(E) -> CopyError + use<E> {
+    fn failed<E: Into<io::Error>>(&self, op: &'static str, found: &Found<'_>) -> impl FnOnce(E) -> CopyError + use<E> {
         let path = self.shown(found);
         move |source| CopyError::Io { op, path, source: source.into() }
     }
@@ -320,11 +323,11 @@ impl Copier<'_> {
     }
 
     /// Owner, attributes, mode and times of a file or a directory, in the order in which none undoes another.
-    fn metadata(&self, found: &Found, fd: BorrowedFd<'_>) -> Result<(), CopyError> {
+    fn metadata(&self, found: &Found<'_>, fd: BorrowedFd<'_>) -> Result<(), CopyError> {
         let (uid, gid) = self.owner(found.stat.st_uid, found.stat.st_gid);
         // Clears setuid bits and capabilities: first.
         rustix::fs::fchown(fd, uid, gid).map_err(self.failed("change the owner of", found))?;
-        for (name, value) in found.xattrs().map_err(self.failed("read the attributes of the source of", found))? {
+        for (name, value) in walk::xattrs(found).map_err(self.failed("read the attributes of the source of", found))? {
             match rustix::fs::fsetxattr(fd, name.as_slice(), &value, XattrFlags::empty()) {
                 // A file system without attributes, or one that has none of that kind: as docker, not worth failing.
                 Ok(()) | Err(Errno::NOTSUP) => {}
@@ -337,7 +340,7 @@ impl Copier<'_> {
         rustix::fs::futimens(fd, &times(found)).map_err(self.failed("change the times of", found))
     }
 
-    fn file(&mut self, found: &Found) -> Result<(), CopyError> {
+    fn file(&mut self, found: &Found<'_>) -> Result<(), CopyError> {
         let source = found.open().map_err(self.failed("open the source of", found))?;
         let target = self.create(self.name(found)).map_err(self.failed("create", found))?;
         let bytes = self.data(&source, &target).map_err(self.failed("write", found))?;
@@ -388,7 +391,7 @@ impl Copier<'_> {
 
     /// Another name for a file that was copied before. Nobody else works in the destination, but what is there came from
     /// an image: no link on the way is followed.
-    fn hard_link(&self, found: &Found, first: &[u8]) -> Result<(), CopyError> {
+    fn hard_link(&self, found: &Found<'_>, first: &[u8]) -> Result<(), CopyError> {
         let (dir, name) = match first.iter().rposition(|byte| *byte == b'/') {
             Some(at) => (&first[..at], &first[at + 1..]),
             None => (&b"."[..], first),
@@ -401,7 +404,7 @@ impl Copier<'_> {
     }
 }
 
-fn times(found: &Found) -> Timestamps {
+fn times(found: &Found<'_>) -> Timestamps {
     let time = |seconds, nanos| Timespec { tv_sec: seconds, tv_nsec: i64::try_from(nanos).unwrap_or(0) };
     let modified = time(found.stat.st_mtime, found.stat.st_mtime_nsec);
     Timestamps { last_access: modified, last_modification: modified }
@@ -415,9 +418,9 @@ fn is_reserved(name: &[u8]) -> bool {
 impl Visitor for Copier<'_> {
     type Error = CopyError;
 
-    fn enter(&mut self, found: &Found) -> Result<(), CopyError> {
+    fn enter(&mut self, found: &Found<'_>) -> Result<Step, CopyError> {
         if found.path.is_empty() {
-            return Ok(());
+            return Ok(Step::Into);
         }
         self.admit(found)?;
         let name = self.name(found).to_vec();
@@ -428,7 +431,7 @@ impl Visitor for Copier<'_> {
         match inroot::open_dir(self.here(), &name) {
             Ok(dir) => {
                 self.dirs.push(dir);
-                Ok(())
+                Ok(Step::Into)
             }
             Err(error) => match error.raw_os_error().map(Errno::from_raw_os_error) {
                 Some(Errno::NOTDIR | Errno::LOOP) => Err(CopyError::NotADirectory { path: self.shown(found) }),
@@ -437,7 +440,7 @@ impl Visitor for Copier<'_> {
         }
     }
 
-    fn leave(&mut self, found: &Found) -> Result<(), CopyError> {
+    fn leave(&mut self, found: &Found<'_>) -> Result<(), CopyError> {
         if found.path.is_empty() {
             return Ok(());
         }
@@ -445,7 +448,7 @@ impl Visitor for Copier<'_> {
         self.metadata(found, dir.as_fd())
     }
 
-    fn leaf(&mut self, found: &Found) -> Result<(), CopyError> {
+    fn leaf(&mut self, found: &Found<'_>) -> Result<(), CopyError> {
         self.admit(found)?;
         let kind = found.kind();
         let special = matches!(kind, FileType::Fifo | FileType::CharacterDevice | FileType::BlockDevice);
@@ -455,8 +458,8 @@ impl Visitor for Copier<'_> {
         let name = self.name(found).to_vec();
         self.clear(&name, &|| self.shown(found))?;
         self.copied.files += 1;
-        if let Some(first) = &found.link_to {
-            return self.hard_link(found, first);
+        if let Some(first) = self.links.first(found) {
+            return self.hard_link(found, &first);
         }
         if kind == FileType::RegularFile {
             return self.file(found);

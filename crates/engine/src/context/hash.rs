@@ -1,23 +1,25 @@
-//! The content hash: what a `COPY` of a selection would give, as 32 bytes.
+//! What a `COPY` of a selection would give, as 32 bytes.
+//!
+//! What of a file counts is the build cache's rule ([`plies_cache::contenthash::header`]); what differs is what `COPY`
+//! does to a file: owners of a context don't come along, and hard links inside a source do.
 
 use std::fmt;
-use std::io::{self, Read as _};
+use std::fs::File;
+use std::io;
 
-use plies_archive::tar::Escaped;
-use plies_oci::ErrorKind;
+use plies_archive::tar::{Device, Escaped};
+use plies_archive::tree::Kind;
+use plies_cache::contenthash::header::{self, Header};
+use plies_oci::{ErrorKind, Sha256Hasher};
 use rustix::fs::FileType;
-use sha2::{Digest as _, Sha256};
 
 use super::select::{SelectedKind, Selection, owner, source_path};
-use super::walk::{self, Found, Visitor, WalkError};
+use super::walk::{self, Found, Links, Step, Visitor, WalkError};
 use super::{Owners, Tree};
 use crate::exec::Cancel;
 
 /// Begins every hash, so that a change of what is hashed changes all of them.
-const DOMAIN: &[u8] = b"plies content hash v1\0";
-
-/// How much of a file is read at a time, in bytes: large enough for the hash to be what takes the time.
-const READ_BYTES: usize = 128 << 10;
+const DOMAIN: &[u8] = b"plies content hash v2\0";
 
 /// The hash of a selection's content.
 ///
@@ -81,7 +83,8 @@ impl HashError {
 
 impl From<WalkError> for HashError {
     fn from(error: WalkError) -> Self {
-        Self::Io { op: error.op, path: Escaped::of(&error.path), source: error.source }
+        let (op, path, source) = walk::parts(error);
+        Self::Io { op, path: Escaped::of(&path), source }
     }
 }
 
@@ -92,10 +95,11 @@ impl Tree {
     /// [`HashError::Special`] for a pipe or a device in a context (a stage may have them), [`HashError::Io`].
     pub fn hash(&self, selection: &Selection) -> Result<ContentHash, HashError> {
         let mut hasher = Hasher {
-            sum: Sha256::new(),
+            sum: Sha256Hasher::default(),
             source: Vec::new(),
             owners: self.owners,
-            buffer: vec![0; READ_BYTES],
+            links: Links::default(),
+            buffer: vec![0; header::READ_BYTES],
             cancel: self.cancel.clone(),
         };
         hasher.sum.update(DOMAIN);
@@ -104,35 +108,37 @@ impl Tree {
             hasher.bytes(if item.is_dir() { b"" } else { &item.name });
             match &item.kind {
                 SelectedKind::Inline { bytes, mode } => {
-                    hasher.sum.update([b'i']);
+                    hasher.sum.update(b"i");
                     hasher.number(u64::from(*mode));
                     hasher.bytes(bytes);
                 }
                 SelectedKind::Tree { is_dir, path } => {
                     hasher.source.clone_from(path);
-                    hasher.sum.update([if *is_dir { b'D' } else { b'F' }]);
+                    hasher.sum.update(if *is_dir { b"D" } else { b"F" });
+                    hasher.links = Links::default();
                     walk::walk(self, selection, item, &mut hasher)?;
                 }
             }
             // No entry begins so.
-            hasher.sum.update([0]);
+            hasher.sum.update(&[0]);
         }
-        Ok(ContentHash(hasher.sum.finalize().into()))
+        Ok(ContentHash(hasher.sum.finish()))
     }
 }
 
 struct Hasher {
-    sum: Sha256,
+    sum: Sha256Hasher,
     /// The source that is being walked, for messages.
     source: Vec<u8>,
     owners: Owners,
+    links: Links,
     buffer: Vec<u8>,
     cancel: Cancel,
 }
 
 impl Hasher {
     fn number(&mut self, number: u64) {
-        self.sum.update(number.to_le_bytes());
+        self.sum.update(&number.to_le_bytes());
     }
 
     /// With the length in front, so that no two lists of fields look alike.
@@ -141,86 +147,70 @@ impl Hasher {
         self.sum.update(bytes);
     }
 
-    fn metadata(&mut self, kind: u8, found: &Found) -> Result<(), HashError> {
+    /// The path and the header, without the length of a file: that may change while it is read.
+    fn entry(&mut self, found: &Found<'_>, kind: Kind, link: &[u8]) -> Result<(), HashError> {
         let (uid, gid) = owner(self.owners, found.stat.st_uid, found.stat.st_gid);
-        self.sum.update([kind]);
-        self.bytes(&found.path);
-        // A link has no mode of its own.
-        self.number(if kind == b'l' { 0 } else { u64::from(found.stat.st_mode & 0o7777) });
-        self.number(u64::from(uid));
-        self.number(u64::from(gid));
-        let xattrs = found.xattrs().map_err(failed("read the attributes of", found))?;
-        self.number(xattrs.len() as u64);
-        for (name, value) in xattrs {
-            self.bytes(&name);
-            self.bytes(&value);
-        }
+        let xattrs = &walk::xattrs(found).map_err(failed("read the attributes of", found))?;
+        let header = Header { kind, mode: found.stat.st_mode & 0o7777, uid, gid, size_bytes: 0, link, xattrs };
+        self.sum.update(b"e");
+        self.bytes(found.path);
+        self.sum.update(&header.begin().finish());
         Ok(())
     }
 }
 
-fn failed(op: &'static str, found: &Found) -> impl FnOnce(io::Error) -> HashError {
-    let path = Escaped::of(&found.path);
+fn failed(op: &'static str, found: &Found<'_>) -> impl FnOnce(io::Error) -> HashError + use<> {
+    let path = Escaped::of(found.path);
     move |source| HashError::Io { op, path, source }
 }
 
 impl Visitor for Hasher {
     type Error = HashError;
 
-    fn enter(&mut self, found: &Found) -> Result<(), HashError> {
-        if found.path.is_empty() {
-            return Ok(());
+    fn enter(&mut self, found: &Found<'_>) -> Result<Step, HashError> {
+        if !found.path.is_empty() {
+            self.entry(found, Kind::Directory, b"")?;
         }
-        self.metadata(b'd', found)
+        Ok(Step::Into)
     }
 
-    fn leave(&mut self, _: &Found) -> Result<(), HashError> {
+    fn leave(&mut self, _: &Found<'_>) -> Result<(), HashError> {
         Ok(())
     }
 
-    fn leaf(&mut self, found: &Found) -> Result<(), HashError> {
-        if let Some(first) = &found.link_to {
-            self.sum.update([b'h']);
-            self.bytes(&found.path);
-            self.bytes(first);
+    fn leaf(&mut self, found: &Found<'_>) -> Result<(), HashError> {
+        if let Some(first) = self.links.first(found) {
+            self.sum.update(b"h");
+            self.bytes(found.path);
+            self.bytes(&first);
             return Ok(());
         }
+        let device = || {
+            let number = found.stat.st_rdev;
+            Device { major: rustix::fs::major(number), minor: rustix::fs::minor(number) }
+        };
         match found.kind() {
             FileType::RegularFile => {
-                self.metadata(b'f', found)?;
-                // The bytes' own hash, whose length is known: the file's may change while it is read.
-                let mut file = std::fs::File::from(found.open().map_err(failed("open", found))?);
-                let mut sum = Sha256::new();
-                loop {
-                    self.cancel.check().map_err(failed("read", found))?;
-                    match file.read(&mut self.buffer) {
-                        Ok(0) => break,
-                        Ok(length) => sum.update(&self.buffer[..length]),
-                        Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                        Err(error) => return Err(failed("read", found)(error)),
-                    }
-                }
-                self.sum.update(sum.finalize());
+                self.entry(found, Kind::File, b"")?;
+                // The bytes' own hash, whose length is known.
+                let file = File::from(found.open().map_err(failed("open", found))?);
+                let mut sum = Sha256Hasher::default();
+                header::add_content(&file, &mut sum, &mut self.buffer, &|| self.cancel.check())
+                    .map_err(failed("read", found))?;
+                self.sum.update(&sum.finish());
+                Ok(())
             }
             FileType::Symlink => {
-                self.metadata(b'l', found)?;
                 let link = found.link().map_err(failed("read the link", found))?;
-                self.bytes(&link);
+                self.entry(found, Kind::Symlink, &link)
             }
-            kind @ (FileType::Fifo | FileType::CharacterDevice | FileType::BlockDevice) => {
-                if self.owners == Owners::Root {
-                    return Err(HashError::Special { path: Escaped::of(&source_path(&self.source, &found.path)) });
-                }
-                let (letter, device) = match kind {
-                    FileType::Fifo => (b'p', 0),
-                    FileType::CharacterDevice => (b'c', found.stat.st_rdev),
-                    _ => (b'b', found.stat.st_rdev),
-                };
-                self.metadata(letter, found)?;
-                self.number(device);
+            FileType::Fifo | FileType::CharacterDevice | FileType::BlockDevice if self.owners == Owners::Root => {
+                Err(HashError::Special { path: Escaped::of(&source_path(&self.source, found.path)) })
             }
-            _ => {}
+            FileType::Fifo => self.entry(found, Kind::Fifo, b""),
+            FileType::CharacterDevice => self.entry(found, Kind::CharDevice(device()), b""),
+            FileType::BlockDevice => self.entry(found, Kind::BlockDevice(device()), b""),
+            _ => Ok(()),
         }
-        Ok(())
     }
 }

@@ -2,21 +2,19 @@
 //!
 //! ```text
 //! mod.rs     Tree: a directory handle; reading one file of it
-//! inroot.rs  resolution of hostile paths inside a directory handle
-//! select.rs  COPY's sources: ignore rules, wildcards, what is chosen
-//! walk.rs    one entry after the other, with everything that copying and hashing need to know
-//! hash.rs    the content hash of what was chosen
+//! select.rs  COPY's sources: ignore rules, what is chosen
+//! walk.rs    one entry of a source after the other
+//! hash.rs    the hash of what was chosen
 //! copy.rs    putting it somewhere
 //! ```
 //!
-//! Every path is resolved beneath a directory handle, one component at a time or by `openat2`, never as a joined string.
+//! Resolution, wildcards, patterns, walking and what of a file is hashed are the build cache's
+//! ([`plies_cache::contenthash`]). Every path is resolved beneath a directory handle, one component at a time or by `openat2`, never as a joined string.
 //! Trees may change while they are read (a context is a user's directory): what is hashed and what is copied are then
 //! both some state of each file, and nothing outside the tree is ever touched.
 
 mod copy;
-pub(crate) mod glob;
 mod hash;
-pub(crate) mod inroot;
 mod select;
 #[cfg(test)]
 mod tests;
@@ -29,6 +27,8 @@ pub use select::{SelectError, Selected, Selection};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
+
+use plies_cache::contenthash::inroot;
 
 use crate::exec::Cancel;
 

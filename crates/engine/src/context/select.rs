@@ -1,19 +1,19 @@
 //! What `COPY` takes.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 
 use plies_archive::tar::Escaped;
+pub(super) use plies_cache::contenthash::walk::join;
+use plies_cache::contenthash::{
+    inroot::{self, Missing},
+    wildcard::{ExpandError, MATCHES_MAX, Wildcard},
+};
 use plies_oci::ErrorKind;
 use rustix::fs::{FileType, OFlags};
 
-use super::glob::{self, Pattern};
-use super::inroot::{self, Missing};
 use super::{Owners, Tree};
 use crate::dockerfile::Ignore;
-
-/// How many paths one wildcard may stand for: a bound on memory.
-const MATCHES_MAX: usize = 1_000_000;
 
 /// Why sources can't be chosen.
 #[derive(Debug, thiserror::Error)]
@@ -125,25 +125,23 @@ impl Selection {
     /// [`SelectError::NotFound`] for a path that is not there or ignored.
     pub fn add(&mut self, tree: &Tree, source: &[u8]) -> Result<usize, SelectError> {
         let before = self.items.len();
-        let components: Vec<&[u8]> = normalise(source);
-        let first_wild = components.iter().position(|part| glob::has_wildcards(part)).unwrap_or(components.len());
-        let (plain, wild) = components.split_at(first_wild);
-        let plain: Vec<Vec<u8>> = plain.iter().map(|part| glob::unescape(part)).collect();
-        let plain = plain.join(&b'/');
-        if wild.is_empty() {
+        let wildcard =
+            Wildcard::parse(source).map_err(|why| SelectError::Pattern { pattern: Escaped::of(source), why: why.0 })?;
+        let plain = &wildcard.plain;
+        if wildcard.patterns.is_empty() {
             let name = plain.rsplit(|byte| *byte == b'/').next().unwrap_or_default().to_vec();
-            let item = self.found(tree, &plain, name, source)?;
+            let item = self.found(tree, plain, name, source)?;
             self.items.push(item);
         } else {
-            let bad = |why: glob::BadPattern| SelectError::Pattern { pattern: Escaped::of(source), why: why.0 };
-            let patterns = wild.iter().map(|part| Pattern::new(part)).collect::<Result<Vec<_>, _>>().map_err(bad)?;
-            let base = resolve(tree, &plain, source)?;
-            let mut matches = Vec::new();
-            match inroot::open(tree.as_fd(), &base, OFlags::RDONLY | OFlags::DIRECTORY) {
-                Ok(dir) => expand(dir, &base, &patterns, &mut matches, source)?,
-                Err(error) if error.raw_os_error() == Some(rustix::io::Errno::NOTDIR.raw_os_error()) => {}
+            let base = resolve(tree, plain, source)?;
+            let matches = match inroot::open(tree.as_fd(), &base, OFlags::RDONLY | OFlags::DIRECTORY) {
+                Ok(dir) => wildcard.expand(dir, &base).map_err(|error| match error {
+                    ExpandError::Io { op, path, source } => io_error(op, &path)(source),
+                    _ => SelectError::TooMany { pattern: Escaped::of(source) },
+                })?,
+                Err(error) if error.raw_os_error() == Some(rustix::io::Errno::NOTDIR.raw_os_error()) => Vec::new(),
                 Err(error) => return Err(io_error("open", &base)(error)),
-            }
+            };
             for path in matches {
                 let name = path.rsplit(|byte| *byte == b'/').next().unwrap_or_default().to_vec();
                 match self.found(tree, &path, name, source) {
@@ -194,21 +192,6 @@ impl Selection {
     }
 }
 
-/// The components of a source: relative to the tree's root whatever it begins with, `..` stopping there.
-fn normalise(source: &[u8]) -> Vec<&[u8]> {
-    let mut parts: Vec<&[u8]> = Vec::new();
-    for part in source.split(|byte| *byte == b'/') {
-        match part {
-            b"" | b"." => {}
-            b".." => {
-                parts.pop();
-            }
-            part => parts.push(part),
-        }
-    }
-    parts
-}
-
 /// The path with all links resolved inside the tree.
 fn resolve(tree: &Tree, path: &[u8], asked: &[u8]) -> Result<Vec<u8>, SelectError> {
     match inroot::resolve(tree.as_fd(), path, Missing::Fail) {
@@ -218,36 +201,6 @@ fn resolve(tree: &Tree, path: &[u8], asked: &[u8]) -> Result<Vec<u8>, SelectErro
         }
         Err(error) => Err(io_error("resolve", path)(error)),
     }
-}
-
-/// Collects what matches `patterns`, one directory level each; links on the way are not followed.
-fn expand(
-    dir: OwnedFd,
-    at: &[u8],
-    patterns: &[Pattern],
-    matches: &mut Vec<Vec<u8>>,
-    asked: &[u8],
-) -> Result<(), SelectError> {
-    let Some((pattern, rest)) = patterns.split_first() else { return Ok(()) };
-    for name in inroot::names(dir.as_fd()).map_err(io_error("list", at))? {
-        if !pattern.matches(&name) {
-            continue;
-        }
-        let path = join(at, &name);
-        if rest.is_empty() {
-            if matches.len() >= MATCHES_MAX {
-                return Err(SelectError::TooMany { pattern: Escaped::of(asked) });
-            }
-            matches.push(path);
-        } else if let Ok(dir) = inroot::open_dir(dir.as_fd(), &name) {
-            expand(dir, &path, rest, matches, asked)?;
-        }
-    }
-    Ok(())
-}
-
-pub(super) fn join(dir: &[u8], name: &[u8]) -> Vec<u8> {
-    if dir.is_empty() { name.to_vec() } else { [dir, b"/", name].concat() }
 }
 
 /// The path in its tree of what was found below a source.

@@ -1,12 +1,10 @@
 //! `.dockerignore`: which files of a context are not there.
 //!
-//! The rules are moby's `patternmatcher`: each line is a Go `filepath.Match` pattern with `**` for any number of
-//! directories; a pattern that matches a directory hides all below it; `!` shows again; the last line that matches
-//! counts.
+//! Each line is a pattern; what matches is hidden, `!` shows again ([`plies_cache::contenthash::patterns`]).
 
 use std::io;
 
-use crate::context::glob::{BadPattern, Pattern};
+use plies_cache::contenthash::patterns::Patterns;
 
 /// How many lines an ignore file may have and how long it may be, in bytes: bounds on our work for each file.
 const PATTERNS_MAX: usize = 100_000;
@@ -58,26 +56,7 @@ impl IgnoreError {
 
 /// The patterns of an ignore file.
 #[derive(Debug, Clone, Default)]
-pub struct Ignore {
-    rules: Vec<Rule>,
-    shows_again: bool,
-}
-
-#[derive(Debug, Clone)]
-struct Rule {
-    pattern: Pattern,
-    /// `!`: what it matches is there after all.
-    shows: bool,
-}
-
-/// Whether a path is hidden, and what its children need to know about it.
-#[derive(Debug, Clone, Default)]
-pub struct Verdict {
-    /// Whether the path itself is hidden.
-    pub hidden: bool,
-    /// Which rules matched it or a directory above it.
-    matched: Vec<bool>,
-}
+pub struct Ignore(Patterns);
 
 impl Ignore {
     /// Parses an ignore file; `file` is its name for messages.
@@ -94,14 +73,14 @@ impl Ignore {
             }
             let line = line.trim_ascii();
             if !line.is_empty() {
-                ignore.add(line).map_err(|why| IgnoreError::Pattern {
+                ignore.0.add(line).map_err(|why| IgnoreError::Pattern {
                     file: file.to_owned(),
                     line: index + 1,
                     pattern: String::from_utf8_lossy(line).into_owned(),
                     why: why.0,
                 })?;
             }
-            if ignore.rules.len() > PATTERNS_MAX {
+            if ignore.0.len() > PATTERNS_MAX {
                 return Err(IgnoreError::TooMany { file: file.to_owned() });
             }
         }
@@ -115,7 +94,7 @@ impl Ignore {
     pub fn from_patterns<'a>(patterns: impl IntoIterator<Item = &'a str>) -> Result<Self, IgnoreError> {
         let mut ignore = Self::default();
         for (index, pattern) in patterns.into_iter().enumerate() {
-            ignore.add(pattern.trim().as_bytes()).map_err(|why| IgnoreError::Pattern {
+            ignore.0.add(pattern.trim().as_bytes()).map_err(|why| IgnoreError::Pattern {
                 file: "--exclude".to_owned(),
                 line: index + 1,
                 pattern: pattern.to_owned(),
@@ -142,79 +121,25 @@ impl Ignore {
         Ok(Self::default())
     }
 
-    fn add(&mut self, line: &[u8]) -> Result<(), BadPattern> {
-        let (shows, text) = match line.strip_prefix(b"!") {
-            Some(rest) => (true, rest.trim_ascii()),
-            None => (false, line),
-        };
-        if text.is_empty() {
-            return Err(BadPattern("a pattern is expected after '!'"));
-        }
-        let cleaned = clean(text);
-        // The root itself can't be hidden.
-        if cleaned == b"." || cleaned == b"/" {
-            return Ok(());
-        }
-        let pattern = Pattern::with_double_star(cleaned.strip_prefix(b"/").unwrap_or(&cleaned))?;
-        self.shows_again |= shows;
-        self.rules.push(Rule { pattern, shows });
-        Ok(())
-    }
-
     /// Whether there is any rule.
     pub fn is_empty(&self) -> bool {
-        self.rules.is_empty()
+        self.0.is_empty()
     }
 
     /// Whether a hidden directory must be walked because something below it may be shown again.
     pub fn may_show_again(&self) -> bool {
-        self.shows_again
+        self.0.has_negation()
     }
 
-    /// The verdict on `path` (relative, `/`-separated), given the one on its directory; the root's is the default one.
-    pub fn verdict(&self, path: &[u8], parent: &Verdict) -> Verdict {
-        let mut hidden = false;
-        let mut matched = Vec::with_capacity(self.rules.len());
-        for (index, rule) in self.rules.iter().enumerate() {
-            let above = parent.matched.get(index).copied().unwrap_or(false);
-            // A rule that would change nothing needn't be looked at.
-            let hit = above || (rule.shows == hidden && rule.pattern.matches(path));
-            matched.push(hit);
-            if hit {
-                hidden = !rule.shows;
-            }
-        }
-        Verdict { hidden, matched }
+    /// The patterns of what is hidden.
+    pub fn patterns(&self) -> &Patterns {
+        &self.0
     }
 
     /// Whether `path` is hidden, directories above it considered.
     pub fn hides(&self, path: &[u8]) -> bool {
-        let mut verdict = Verdict::default();
-        let ends = path.iter().enumerate().filter(|(_, byte)| **byte == b'/').map(|(at, _)| at).chain([path.len()]);
-        for end in ends {
-            verdict = self.verdict(&path[..end], &verdict);
-        }
-        verdict.hidden
+        self.0.verdict_on_path(path).matches
     }
-}
-
-/// Go's `filepath.Clean`.
-fn clean(path: &[u8]) -> Vec<u8> {
-    let rooted = path.starts_with(b"/");
-    let mut parts: Vec<&[u8]> = Vec::new();
-    for part in path.split(|byte| *byte == b'/') {
-        match part {
-            b"" | b"." => {}
-            b".." if parts.last().is_some_and(|last| *last != b"..") => {
-                parts.pop();
-            }
-            b".." if rooted => {}
-            part => parts.push(part),
-        }
-    }
-    let mut cleaned = if rooted { b"/".to_vec() } else { Vec::new() };
-    cleaned.extend(parts.join(&b'/'));
-    if cleaned.is_empty() { b".".to_vec() } else { cleaned }
 }
 
 #[cfg(test)]

@@ -23,7 +23,7 @@ mod scope;
 pub mod words;
 
 pub use error::{DockerfileError, Location};
-pub use ignore::{Ignore, IgnoreError, Verdict};
+pub use ignore::{Ignore, IgnoreError};
 pub use parse::parse;
 pub use scope::{BuildArgs, Scope};
 

@@ -25,6 +25,7 @@ use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 use std::process::{Command, ExitCode};
 
+use plies_cache::contenthash::inroot::{self, Missing};
 use rustix::fs::{FileType, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::{
@@ -41,7 +42,6 @@ use super::seccomp::{self, Instruction};
 use super::sys::{self, Signals};
 use super::user::User;
 use super::{Access, ExitStatus, MountSource, Step, Streams};
-use crate::context::inroot::{self, Missing};
 
 /// The first argument that makes this program a helper. Nobody types this.
 pub(super) const HELPER_ARG: &str = "__plies-init";

@@ -11,11 +11,11 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 
+use plies_cache::contenthash::inroot::{self, MadeDir, Missing};
 use rustix::fs::{AtFlags, Mode, OFlags, Stat, Timespec, Timestamps};
 
 use super::{ExecError, MountSource, Step};
 use crate::context::Tree;
-use crate::context::inroot::{self, MadeDir, Missing};
 
 /// What every step has mounted, by either executor.
 const ALWAYS: [&str; 3] = ["/proc", "/dev", "/sys"];

@@ -4,9 +4,10 @@ use std::io;
 use std::os::fd::{AsFd as _, BorrowedFd};
 use std::path::Path;
 
+use plies_cache::contenthash::inroot;
 use plies_oci::ErrorKind;
 
-use crate::context::{Tree, inroot};
+use crate::context::Tree;
 
 /// The largest `/etc/passwd` or `/etc/group` that is read, in bytes: `BuildKit`'s limit.
 const FILE_BYTES_MAX: u64 = 10 << 20;

@@ -9,16 +9,23 @@ use std::os::unix::ffi::OsStrExt as _;
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, Stat};
 use rustix::io::Errno;
 
-/// How many symbolic links one path may go through: the kernel's own limit (`MAXSYMLINKS`, include/linux/namei.h).
-const LINKS_MAX: usize = 40;
+/// How many symbolic links one path may go through: as many as in BuildKit and its copies (securejoin's limit). The
+/// kernel stops at 40, and a link that needs more is one that only a builder can follow.
+pub const LINKS_MAX: usize = 255;
 
 /// Opens `path` with symbolic links followed inside `root`; `..` stops at `root`; `/proc`'s magic links are refused.
-pub(crate) fn open(root: BorrowedFd<'_>, path: &[u8], flags: OFlags) -> io::Result<OwnedFd> {
+///
+/// # Errors
+/// As `openat2(2)`.
+pub fn open(root: BorrowedFd<'_>, path: &[u8], flags: OFlags) -> io::Result<OwnedFd> {
     openat2(root, if path.is_empty() { b"." } else { path }, flags, ResolveFlags::IN_ROOT)
 }
 
-/// Opens `path` beneath `root` when no component of it is a symbolic link; `ELOOP` otherwise.
-pub(crate) fn open_no_links(root: BorrowedFd<'_>, path: &[u8], flags: OFlags) -> io::Result<OwnedFd> {
+/// Opens `path` beneath `root` when no component of it is a symbolic link.
+///
+/// # Errors
+/// `ELOOP` for a symbolic link; else as `openat2(2)`.
+pub fn open_no_links(root: BorrowedFd<'_>, path: &[u8], flags: OFlags) -> io::Result<OwnedFd> {
     openat2(root, path, flags, ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS)
 }
 
@@ -34,14 +41,20 @@ fn openat2(root: BorrowedFd<'_>, path: &[u8], flags: OFlags, resolve: ResolveFla
 }
 
 /// Opens the file `name` of `dir` itself, for `fstat` and `/proc/self/fd`, never what it links to.
-pub(crate) fn open_handle(dir: BorrowedFd<'_>, name: &[u8]) -> io::Result<OwnedFd> {
+///
+/// # Errors
+/// As `openat(2)`.
+pub fn open_handle(dir: BorrowedFd<'_>, name: &[u8]) -> io::Result<OwnedFd> {
     let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     Ok(rustix::fs::openat(dir, OsStr::from_bytes(name), flags, Mode::empty())?)
 }
 
 /// Reads the regular file at `path`, links followed inside `root`. Pipes and devices are refused before they are opened
 /// for reading, so none can hang or act on us.
-pub(crate) fn read_file(root: BorrowedFd<'_>, path: &[u8], limit_bytes: u64) -> io::Result<Vec<u8>> {
+///
+/// # Errors
+/// `InvalidInput` for anything but a regular file, `FileTooLarge`, and the kernel's.
+pub fn read_file(root: BorrowedFd<'_>, path: &[u8], limit_bytes: u64) -> io::Result<Vec<u8>> {
     let handle = open(root, path, OFlags::PATH)?;
     if FileType::from_raw_mode(rustix::fs::fstat(&handle)?.st_mode) != FileType::RegularFile {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
@@ -56,23 +69,32 @@ pub(crate) fn read_file(root: BorrowedFd<'_>, path: &[u8], limit_bytes: u64) -> 
 }
 
 /// Opens for reading or writing what a path handle stands for. `/proc` is this machine's, not a tree's.
-pub(crate) fn reopen(handle: BorrowedFd<'_>, flags: OFlags) -> io::Result<OwnedFd> {
+///
+/// # Errors
+/// As `open(2)`.
+pub fn reopen(handle: BorrowedFd<'_>, flags: OFlags) -> io::Result<OwnedFd> {
     Ok(rustix::fs::open(fd_path(handle), flags | OFlags::CLOEXEC, Mode::empty())?)
 }
 
 /// The name under which the kernel knows an open file, for calls that take no descriptor.
-pub(crate) fn fd_path(fd: BorrowedFd<'_>) -> String {
+pub fn fd_path(fd: BorrowedFd<'_>) -> String {
     use std::os::fd::AsRawFd as _;
     format!("/proc/self/fd/{}", fd.as_raw_fd())
 }
 
-/// The link's text.
-pub(crate) fn read_link(dir: BorrowedFd<'_>, name: &[u8]) -> io::Result<Vec<u8>> {
+/// The link's text; with an empty name, that of the link that `dir` is a handle of.
+///
+/// # Errors
+/// As `readlinkat(2)`.
+pub fn read_link(dir: BorrowedFd<'_>, name: &[u8]) -> io::Result<Vec<u8>> {
     Ok(rustix::fs::readlinkat(dir, OsStr::from_bytes(name), Vec::new())?.into_bytes())
 }
 
 /// `lstat` of a name in a directory; `None` when it is not there.
-pub(crate) fn stat(dir: BorrowedFd<'_>, name: &[u8]) -> io::Result<Option<Stat>> {
+///
+/// # Errors
+/// As `fstatat(2)`.
+pub fn stat(dir: BorrowedFd<'_>, name: &[u8]) -> io::Result<Option<Stat>> {
     match rustix::fs::statat(dir, OsStr::from_bytes(name), AtFlags::SYMLINK_NOFOLLOW) {
         Ok(stat) => Ok(Some(stat)),
         Err(Errno::NOENT) => Ok(None),
@@ -81,7 +103,10 @@ pub(crate) fn stat(dir: BorrowedFd<'_>, name: &[u8]) -> io::Result<Option<Stat>>
 }
 
 /// The names in a directory, without `.` and `..`, in byte order.
-pub(crate) fn names(dir: BorrowedFd<'_>) -> io::Result<Vec<Vec<u8>>> {
+///
+/// # Errors
+/// As `getdents(2)`.
+pub fn names(dir: BorrowedFd<'_>) -> io::Result<Vec<Vec<u8>>> {
     let mut names = Vec::new();
     for entry in rustix::fs::Dir::read_from(dir)? {
         let entry = entry?;
@@ -96,45 +121,75 @@ pub(crate) fn names(dir: BorrowedFd<'_>) -> io::Result<Vec<Vec<u8>>> {
 
 /// Where a path leads inside a root, link by link.
 #[derive(Debug)]
-pub(crate) struct Resolved {
+pub struct Resolved {
     /// The directories from the root to the one that holds the last component.
     parents: Vec<OwnedFd>,
-    /// The last component; `None` when the path leads to a directory that is the last of `parents`.
-    pub(crate) name: Option<Vec<u8>>,
+    /// The last component, which is missing or no directory; `None` when the path leads to a directory.
+    pub name: Option<Vec<u8>>,
     /// The path from the root with all links resolved, without leading slash.
-    pub(crate) path: Vec<u8>,
+    pub path: Vec<u8>,
 }
 
 impl Resolved {
     /// The directory that holds the last component, or the directory itself when there is no last component.
-    pub(crate) fn dir(&self) -> BorrowedFd<'_> {
+    pub fn dir(&self) -> BorrowedFd<'_> {
         self.parents.last().expect("the root is always there").as_fd()
     }
 }
 
 /// A directory that [`resolve`] made on its way.
 #[derive(Debug)]
-pub(crate) struct MadeDir {
+pub struct MadeDir {
     /// The directory that holds it.
-    pub(crate) parent: OwnedFd,
+    pub parent: OwnedFd,
     /// Its name there.
-    pub(crate) name: Vec<u8>,
+    pub name: Vec<u8>,
     /// The new directory.
-    pub(crate) dir: OwnedFd,
+    pub dir: OwnedFd,
 }
 
 /// What [`resolve`] does about directories that are missing.
-pub(crate) enum Missing<'a> {
+#[expect(missing_debug_implementations, reason = "holds a closure")]
+pub enum Missing<'a> {
     /// Fails with `ENOENT`.
     Fail,
     /// Makes them (mode 0755, root's), tells about each just before and after.
     Make(&'a mut dyn FnMut(BorrowedFd<'_>, Option<MadeDir>) -> io::Result<()>),
 }
 
+/// What a path whose last component is a symbolic link leads to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LastLink {
+    /// What the link points to.
+    Follow,
+    /// The link itself.
+    Keep,
+}
+
+/// Told of a symbolic link: the components of its own resolved path, and what it says.
+pub type OnLink<'a> = dyn FnMut(&[Vec<u8>], &[u8]) + 'a;
+
 /// Resolves every component of `path` inside `root`, the last included: if that is a symbolic link, what it points to is
 /// resolved on, there or not. A last component that is missing or not a directory becomes `name`. One component at a time
 /// and each by handle, so that whoever swaps directories for links meanwhile gains nothing.
-pub(crate) fn resolve(root: BorrowedFd<'_>, path: &[u8], mut missing: Missing<'_>) -> io::Result<Resolved> {
+///
+/// # Errors
+/// `ENOENT`, `ENOTDIR`, `ELOOP` beyond [`LINKS_MAX`] links, and what else the kernel says.
+pub fn resolve(root: BorrowedFd<'_>, path: &[u8], missing: Missing<'_>) -> io::Result<Resolved> {
+    resolve_with(root, path, missing, LastLink::Follow, &mut |_, _| {})
+}
+
+/// As [`resolve`], with a choice about a link at the end; tells of each link it goes through.
+///
+/// # Errors
+/// As [`resolve`].
+pub fn resolve_with(
+    root: BorrowedFd<'_>,
+    path: &[u8],
+    mut missing: Missing<'_>,
+    last_link: LastLink,
+    on_link: &mut OnLink<'_>,
+) -> io::Result<Resolved> {
     let mut parents = vec![rustix::io::fcntl_dupfd_cloexec(root, 0)?];
     let mut components: Vec<Vec<u8>> = Vec::new();
     let mut todo: VecDeque<Vec<u8>> = split(path).map(<[u8]>::to_vec).collect();
@@ -184,12 +239,15 @@ pub(crate) fn resolve(root: BorrowedFd<'_>, path: &[u8], mut missing: Missing<'_
                 parents.push(reopen_dir(handle.as_fd())?);
                 components.push(component);
             }
-            FileType::Symlink => {
+            FileType::Symlink if !(is_last && last_link == LastLink::Keep) => {
                 links += 1;
                 if links > LINKS_MAX {
                     return Err(Errno::LOOP.into());
                 }
                 let target = read_link(handle.as_fd(), b"")?;
+                components.push(component);
+                on_link(&components, &target);
+                components.pop();
                 if target.first() == Some(&b'/') {
                     parents.truncate(1);
                     components.clear();
@@ -209,18 +267,24 @@ pub(crate) fn resolve(root: BorrowedFd<'_>, path: &[u8], mut missing: Missing<'_
 }
 
 /// The components that mean something.
-fn split(path: &[u8]) -> impl DoubleEndedIterator<Item = &[u8]> {
+pub(super) fn split(path: &[u8]) -> impl DoubleEndedIterator<Item = &[u8]> {
     path.split(|byte| *byte == b'/').filter(|part| !part.is_empty() && *part != b".")
 }
 
 /// Opens the directory `name`, which must not be a link.
-pub(crate) fn open_dir(dir: BorrowedFd<'_>, name: &[u8]) -> io::Result<OwnedFd> {
+///
+/// # Errors
+/// As `openat(2)`.
+pub fn open_dir(dir: BorrowedFd<'_>, name: &[u8]) -> io::Result<OwnedFd> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     Ok(rustix::fs::openat(dir, OsStr::from_bytes(name), flags, Mode::empty())?)
 }
 
 /// A readable handle of a directory we hold a path handle of.
-pub(crate) fn reopen_dir(handle: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+///
+/// # Errors
+/// As `openat(2)`.
+pub fn reopen_dir(handle: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     Ok(rustix::fs::openat(handle, ".", flags, Mode::empty())?)
 }

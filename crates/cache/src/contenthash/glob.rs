@@ -1,15 +1,16 @@
 //! Patterns for paths: Go's `filepath.Match`, and the same with `**` as `.dockerignore` has it.
 
 /// Why a pattern means nothing.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct BadPattern(pub(crate) &'static str);
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct BadPattern(pub &'static str);
 
 /// The longest pattern in bytes: matching costs its length for each character of a path, whose own limit is the same.
 const PATTERN_BYTES_MAX: usize = 4096;
 
 /// A parsed pattern.
 #[derive(Debug, Clone)]
-pub(crate) struct Pattern(Kind);
+pub struct Pattern(Kind);
 
 #[derive(Debug, Clone)]
 enum Kind {
@@ -45,12 +46,18 @@ const SLASH: u32 = b'/' as u32;
 
 impl Pattern {
     /// Go's `filepath.Match`.
-    pub(crate) fn new(pattern: &[u8]) -> Result<Self, BadPattern> {
+    ///
+    /// # Errors
+    /// [`BadPattern`].
+    pub fn new(pattern: &[u8]) -> Result<Self, BadPattern> {
         Self::parse(pattern, false)
     }
 
     /// The same, and `**` matches any number of directories, as in moby's `patternmatcher`.
-    pub(crate) fn with_double_star(pattern: &[u8]) -> Result<Self, BadPattern> {
+    ///
+    /// # Errors
+    /// [`BadPattern`].
+    pub fn with_double_star(pattern: &[u8]) -> Result<Self, BadPattern> {
         Self::parse(pattern, true)
     }
 
@@ -110,7 +117,7 @@ impl Pattern {
     }
 
     /// Whether the whole of `path` matches.
-    pub(crate) fn matches(&self, path: &[u8]) -> bool {
+    pub fn matches(&self, path: &[u8]) -> bool {
         match &self.0 {
             Kind::Exact(text) => path == text,
             Kind::Prefix(text) => path.starts_with(text),
@@ -118,10 +125,18 @@ impl Pattern {
             Kind::Pieces(pieces) => matches(pieces, &decode(path)),
         }
     }
+
+    /// Whether it may match something below `dir`, the empty path being the root. May say yes in vain.
+    pub(super) fn may_match_below(&self, dir: &[u8]) -> bool {
+        match &self.0 {
+            Kind::Exact(text) => dir.is_empty() || text.strip_prefix(dir).is_some_and(|rest| rest.starts_with(b"/")),
+            Kind::Prefix(_) | Kind::Suffix(_) | Kind::Pieces(_) => true,
+        }
+    }
 }
 
 /// Whether a component is more than a name: what Go's `containsWildcards` says.
-pub(crate) fn has_wildcards(text: &[u8]) -> bool {
+pub fn has_wildcards(text: &[u8]) -> bool {
     let mut escaped = false;
     text.iter().any(|byte| {
         let special = !escaped && matches!(byte, b'*' | b'?' | b'[');
@@ -131,7 +146,7 @@ pub(crate) fn has_wildcards(text: &[u8]) -> bool {
 }
 
 /// A name without its escapes.
-pub(crate) fn unescape(text: &[u8]) -> Vec<u8> {
+pub fn unescape(text: &[u8]) -> Vec<u8> {
     let mut out = Vec::with_capacity(text.len());
     let mut bytes = text.iter();
     while let Some(byte) = bytes.next() {
