@@ -14,10 +14,10 @@ use plies_store::CatalogueError;
 use rustix::fs::{Mode, OFlags};
 use serde::Serialize;
 
-use crate::context::inroot;
 use crate::exec::Cancel;
 use crate::progress::Progress;
 use crate::{Engine, Input, RunError};
+use plies_cache::contenthash::inroot;
 
 /// Who holds what a user asked for.
 const USER: &str = "user";
