@@ -461,3 +461,40 @@ fn an_export_to_a_closed_pipe_ends() {
     drop(child.stdout.take());
     assert_eq!(child.wait().unwrap().code(), Some(1));
 }
+
+#[test]
+fn the_reference_implementation_of_tar_split_reads_ours_and_we_read_its() {
+    if !tools::have(&["skopeo"]) {
+        return;
+    }
+    let Some(ply) = store() else { return };
+    let long = "n".repeat(180);
+    let tar = archive(&[
+        Member::dir("d").mode(0o700),
+        Member::file(format!("d/{long}"), vec![7; 70_000]).owner(3, 4),
+        Member::file(b"d/\xff", "not UTF-8"),
+        Member::file("e", ""),
+        Member::symlink("s", "d/<&>"),
+    ]);
+    let image = Image::new("localhost/one:1").layer_tar(&tar, Packing::Gzip);
+    let scratch = ply.scratch();
+    let state = scratch.join("state");
+    let from = format!("oci:{}:1", image.write_oci_dir(&scratch.join("oci")).display());
+    let stored = "containers-storage:localhost/one:1";
+    tools::run(tools::containers("skopeo", &state).args(["copy", &from, stored]));
+    let found = fs::read_dir(state.join("storage/overlay-layers")).unwrap().map(|entry| entry.unwrap().path());
+    let theirs: Vec<PathBuf> = found.filter(|path| path.to_string_lossy().ends_with(".tar-split.gz")).collect();
+    assert_eq!(theirs.len(), 1);
+
+    let chain = register(&ply, &tar, None);
+    let layer = ply.json(args!["layer", "inspect", chain])["layer"].as_str().unwrap().to_owned();
+    let ours = ply.root().join("layers").join(layer).join("tar-split.json.gz");
+    let (our_bytes, their_bytes) = (fs::read(&ours).unwrap(), fs::read(&theirs[0]).unwrap());
+    fs::write(&ours, &their_bytes).unwrap();
+    assert!(export(&ply, &chain) == tar, "from their recording");
+    fs::write(&theirs[0], &our_bytes).unwrap();
+    let out = scratch.join("out");
+    tools::run(tools::containers("skopeo", &state).args(["copy", stored, &format!("dir:{}", out.display())]));
+    let blob = out.join(sha256_hex(&tar));
+    assert!(fs::read(&blob).unwrap_or_else(|error| panic!("{}: {error}", blob.display())) == tar, "from our recording");
+}
