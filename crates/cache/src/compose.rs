@@ -48,11 +48,7 @@ impl Accessor {
                 _ => parents.push(input.id()),
             }
         }
-        // Below its uppermost place a layer shows nothing that it does not show there.
-        let mut seen = std::collections::HashSet::new();
-        parents.reverse();
-        parents.retain(|parent| seen.insert(*parent));
-        parents.reverse();
+        let parents = uppermost(parents);
         match parents.as_slice() {
             [] => Ok(None),
             [one] => {
@@ -84,9 +80,11 @@ impl Accessor {
             providers = providers.and(upper.providers());
             let (below, all) = (self.inner.walk(lower.id())?, self.inner.walk(upper.id())?);
             let ids = |walk: &[(RecordId, RecordRow)]| walk.iter().map(|(id, _)| *id).collect::<Vec<_>>();
-            if let Some(between) = ids(&all).strip_prefix(ids(&below).as_slice())
-                && between.len() >= 2
-            {
+            let stands_on = ids(&all).starts_with(&ids(&below)) && all.len() > below.len();
+            // One layer right on the other is a diff that needs no computing either, see `record::walk`.
+            let right_on =
+                |(id, row): &(RecordId, RecordRow)| *id == upper.id() && record::is_single_layer(row, lower.id());
+            if stands_on && !all.last().is_some_and(right_on) {
                 return self.layers_between(&all[below.len()..], upper, &holder);
             }
         }
@@ -94,7 +92,7 @@ impl Accessor {
         self.inner.compose(parents, options, &providers, holder)
     }
 
-    /// The merge of one diff for each of these layers.
+    /// The merge of one diff for each of these layers; of one alone, that.
     fn layers_between(
         &self,
         layers: &[(RecordId, RecordRow)],
@@ -120,20 +118,21 @@ impl Accessor {
             };
             singles.push(single);
         }
-        let parents = singles.iter().map(ImmutableRef::id).collect();
-        self.inner.compose(Parents::Merge(parents), &RecordOptions::default(), providers, holder.clone())
+        let parents = uppermost(singles.iter().map(ImmutableRef::id).collect());
+        match (parents.as_slice(), singles.pop()) {
+            ([_], Some(single)) => Ok(single),
+            _ => self.inner.compose(Parents::Merge(parents), &RecordOptions::default(), providers, holder.clone()),
+        }
     }
 }
 
 impl Inner {
     /// The walk of a record; see [`record::walk`].
     pub(crate) fn walk(&self, id: RecordId) -> Result<Vec<(RecordId, RecordRow)>, CacheError> {
-        match self.read(|rows| record::walk(rows, id))? {
+        match self.read_of(id, |rows| record::walk(rows, id))? {
             Ok(walk) => Ok(walk),
             Err(missing) if missing == id => Err(CacheError::no_record(id)),
-            Err(missing) => {
-                Err(CacheError::Damaged { id, what: format!("record {missing}, which it stands on, is gone") })
-            }
+            Err(missing) => Err(CacheError::gone_below(id, missing)),
         }
     }
 
@@ -202,8 +201,15 @@ impl Inner {
             match &row.state {
                 State::Sealed { layer } => layers.extend(layer),
                 State::Stack(snapshot) => layers.extend(self.store.snapshots().info(*snapshot)?.layers),
-                State::Lazy => layers.push(self.unpack_over(*at, row, &layers, &transfer)?),
-                State::Composed => layers.extend(self.compute(*at, row, providers, &transfer)?),
+                State::Lazy => layers.push(self.unpack_over(*at, row, &layers, providers, &transfer)?),
+                State::Composed => {
+                    // Several merges may show the same diff: it is computed for all of them.
+                    let _one = (*at != id).then(|| self.composing.lock(*at));
+                    match &self.must_have(*at)?.state {
+                        State::Sealed { layer } => layers.extend(layer),
+                        _ => layers.extend(self.compute(*at, row, providers, &transfer)?),
+                    }
+                }
                 State::Mutable { .. } | State::Shared { .. } => {
                     let what = format!("record {at}, which it stands on, is not finalized");
                     return Err(CacheError::Damaged { id, what });
@@ -212,8 +218,10 @@ impl Inner {
             from.resize(layers.len(), place);
         }
         let snapshot = loop {
+            if layers.is_empty() {
+                break None;
+            }
             match self.store.snapshots().ensure(&layers, &lease) {
-                _ if layers.is_empty() => break None,
                 Ok(snapshot) => break Some(snapshot),
                 // It was unpacked by itself and turns out to need what lies below: again, over that.
                 Err(SnapshotError::NeedsBase { layer, path }) => {
@@ -225,7 +233,7 @@ impl Inner {
                     let Some((at, of, row)) = again else {
                         return Err(SnapshotError::NeedsBase { layer, path }.into());
                     };
-                    let new = self.unpack_over(*of, row, &layers[..at], &transfer)?;
+                    let new = self.unpack_over(*of, row, &layers[..at], providers, &transfer)?;
                     if new == layer {
                         return Err(SnapshotError::NeedsBase { layer, path }.into());
                     }
@@ -301,8 +309,22 @@ impl Inner {
         cancel: &Cancel,
     ) -> Result<(), CacheError> {
         let lease = self.store.lease(LeaseOptions::process("unlazy"))?;
-        let transfer = Transfer { lease: &lease, limits: &self.limits, progress: &Silent, cancel };
         let source = self.source(id, row, providers)?;
+        // The same layer may have come meanwhile, by another blob or for another record: nothing to fetch then.
+        let layers = self.store.layers();
+        if let Some(layer) = layers.hold_by_diff_id(source.diff_id, &lease)?
+            && layers.root(layer).is_ok()
+        {
+            self.store.write(|tx| {
+                record::change(tx, id, |row| {
+                    if row.state == State::Lazy {
+                        row.state = State::Sealed { layer: Some(layer) };
+                    }
+                })
+            })?;
+            return Ok(lease.release()?);
+        }
+        let transfer = Transfer { lease: &lease, limits: &self.limits, progress: &Silent, cancel };
         let (_, layers) = transfer.take_apart(&[source])?;
         self.store.write(|tx| {
             record::change(tx, id, |row| {
@@ -316,16 +338,17 @@ impl Inner {
         Ok(lease.release()?)
     }
 
-    /// Unpacks a layer over those below it, from its blob, which is here by now. Also finds the layer that somebody else
-    /// unpacked from the same blob meanwhile.
+    /// Unpacks a layer over those below it, from its blob, which is here by now (unless it came for another record, and
+    /// went with that). Also finds the layer that somebody else unpacked from the same blob meanwhile.
     fn unpack_over(
         &self,
         id: RecordId,
         row: &RecordRow,
         below: &[LayerId],
+        providers: &Providers,
         transfer: &Transfer<'_>,
     ) -> Result<LayerId, CacheError> {
-        let source = self.source(id, row, &Providers::none())?;
+        let source = self.source(id, row, providers)?;
         let taken = transfer.take_layers(&[source], below)?;
         let layer = *taken.layers.first().expect("because one source makes one layer");
         self.store.write(|tx| {
@@ -336,7 +359,12 @@ impl Inner {
     }
 
     /// A record's blob, as somebody offers it.
-    fn source(&self, id: RecordId, row: &RecordRow, providers: &Providers) -> Result<LayerSource<'static>, CacheError> {
+    pub(crate) fn source(
+        &self,
+        id: RecordId,
+        row: &RecordRow,
+        providers: &Providers,
+    ) -> Result<LayerSource<'static>, CacheError> {
         let damaged = |what: &str| CacheError::Damaged { id, what: what.to_owned() };
         let blob = row.blob.clone().ok_or_else(|| damaged("it has neither a layer nor a blob"))?;
         let digest = blob.digest.ok_or_else(|| damaged("it has neither a layer nor a blob"))?;
@@ -374,10 +402,20 @@ impl Inner {
         if transfer.cancel.is_canceled() {
             return Err(Canceled.into());
         }
-        let layer = transfer.difference(&lower, &upper)?;
+        // Nothing leads from a tree to itself.
+        let layer = if lower == upper { None } else { transfer.difference(&lower, &upper)? };
         self.store.write(|tx| record::change(tx, id, |row| row.state = State::Sealed { layer }))?;
         Ok(layer)
     }
+}
+
+/// Of what is named twice, the uppermost: below that it shows nothing that it does not show there.
+fn uppermost(mut records: Vec<RecordId>) -> Vec<RecordId> {
+    let mut seen = std::collections::HashSet::new();
+    records.reverse();
+    records.retain(|record| seen.insert(*record));
+    records.reverse();
+    records
 }
 
 /// Has a record hold its blob, if that is here.

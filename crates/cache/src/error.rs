@@ -3,7 +3,7 @@ use std::panic::Location;
 use std::sync::{Arc, OnceLock};
 
 use plies_oci::{BlobDigest, ErrorKind};
-use plies_store::{Canceled, CatalogueError, DifferenceError, LayerError, SnapshotError, TransferError};
+use plies_store::{Canceled, CatalogueError, DifferenceError, GcError, LayerError, SnapshotError, TransferError};
 
 use crate::contenthash::ChecksumError;
 use crate::{RecordId, RecordOptions};
@@ -139,12 +139,14 @@ pub enum CacheError {
     #[error("make an empty directory")]
     EmptyTree(#[source] std::io::Error),
     /// A filter that cannot be read.
-    #[error("failed to parse {what} filters {filter:?}: {why}")]
+    #[error("failed to parse {what} filters {filter:?}: at character {}: {why}", filter.get(..*at).map_or(0, |before| before.chars().count()) + 1)]
     Filter {
         /// Of which request.
         what: &'static str,
         /// As given.
         filter: String,
+        /// Where in it, in bytes.
+        at: usize,
         /// What is wrong.
         why: String,
     },
@@ -160,6 +162,15 @@ pub enum CacheError {
     /// The checker for shared records failed.
     #[error("ask whether records are shared")]
     Checker(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// The file system would not say how full it is.
+    #[error("ask how much space is free at {}", path.display())]
+    FreeSpace {
+        /// Where.
+        path: std::path::PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
     /// The random source failed.
     #[error("draw a record's ID")]
     Random(#[source] std::io::Error),
@@ -178,6 +189,9 @@ pub enum CacheError {
     /// A layer.
     #[error("read a layer")]
     Layer(#[from] LayerError),
+    /// The records are gone, their bytes are not: the next collection tries again.
+    #[error("free the bytes of what was removed")]
+    Collect(#[from] GcError),
     /// The catalogue failed.
     #[error("read or change the build cache")]
     Catalogue(#[from] CatalogueError),
@@ -208,12 +222,14 @@ impl CacheError {
             | Self::NeedsProviders(_)
             | Self::Provider { .. }
             | Self::Checker(_)
+            | Self::FreeSpace { .. }
             | Self::Random(_) => ErrorKind::Unavailable,
             Self::Shared(source) => source.kind(),
             Self::Transfer(source) => source.kind(),
             Self::Difference(source) => source.kind(),
             Self::Snapshot(source) => source.kind(),
             Self::Layer(source) => source.kind(),
+            Self::Collect(source) => source.kind(),
             Self::Catalogue(source) => source.kind(),
             Self::Canceled(source) => source.kind(),
         }
@@ -227,6 +243,10 @@ impl CacheError {
     /// Whether somebody has a ref in the way.
     pub fn is_locked(&self) -> bool {
         matches!(self, Self::Locked { .. })
+    }
+
+    pub(crate) fn gone_below(id: RecordId, parent: RecordId) -> Self {
+        Self::Damaged { id, what: format!("record {parent}, which it stands on, is gone") }
     }
 
     pub(crate) fn no_record(id: RecordId) -> Self {

@@ -15,6 +15,11 @@ impl std::fmt::Display for CacheKey {
     }
 }
 
+impl CacheKey {
+    /// No other sorts before it.
+    pub(crate) const LOWEST: Self = Self(BlobDigest::from_bytes([0; 32]));
+}
+
 impl Key for CacheKey {
     fn encode(&self, out: &mut Vec<u8>) {
         self.0.encode(out);

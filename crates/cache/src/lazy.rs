@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::io::{self, Read};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -73,6 +74,13 @@ impl Providers {
     }
 }
 
+/// Later ones of the same blob count.
+impl FromIterator<(BlobDigest, Arc<dyn Provider>)> for Providers {
+    fn from_iter<I: IntoIterator<Item = (BlobDigest, Arc<dyn Provider>)>>(providers: I) -> Self {
+        Self(Arc::new(providers.into_iter().collect()))
+    }
+}
+
 impl fmt::Debug for Providers {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_set().entries(self.0.keys()).finish()
@@ -125,7 +133,13 @@ impl Flights {
                     flights.insert(key, Arc::clone(&flight));
                     let (all, ours) = (Arc::clone(self), Arc::clone(&flight));
                     let fly = move || {
-                        let result = work(&ours.cancel).map_err(Arc::new);
+                        // A provider is not ours: if it panics, whoever waits must hear of it.
+                        let result = catch_unwind(AssertUnwindSafe(|| work(&ours.cancel)));
+                        let result = result.unwrap_or_else(|_| {
+                            let source = io::Error::other("whoever did the work panicked");
+                            Err(CacheError::Provider { digest: key, source })
+                        });
+                        let result = result.map_err(Arc::new);
                         all.remove(key, &ours);
                         lock(&ours.state).landed = Some(result);
                         ours.changed.notify_all();
@@ -149,15 +163,17 @@ impl Flights {
                 return landed.clone().map_err(CacheError::Shared);
             }
             if cancel.is_canceled() {
-                state.waiters -= 1;
-                let last = state.waiters == 0;
                 drop(state);
-                if last {
+                // In the order of whoever joins: nobody can, between the last one's leaving and the flight's end.
+                let mut flights = lock(&self.flights);
+                let mut state = lock(&flight.state);
+                state.waiters -= 1;
+                if state.waiters == 0 {
                     // Whoever comes from now on begins anew.
-                    self.remove(key, &flight);
-                    if lock(&flight.state).waiters == 0 {
-                        flight.cancel.cancel();
+                    if flights.get(&key).is_some_and(|there| Arc::ptr_eq(there, &flight)) {
+                        flights.remove(&key);
                     }
+                    flight.cancel.cancel();
                 }
                 return Err(Canceled.into());
             }

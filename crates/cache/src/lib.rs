@@ -41,12 +41,16 @@ mod solver;
 mod usage;
 mod uses;
 
+pub use blobs::{CREATED_AT, LayerFormat, REMOTES_MAX, Remote, RemoteOptions, StoreProvider};
 pub use error::{CacheError, Holder};
+pub use filter::{FilterRow, Filters};
 pub use id::RecordId;
 pub use key::{CacheKey, KeyBuilder};
 pub use lazy::{Provider, Providers, RangeProvider};
 pub use manager::{Accessor, Controller, Manager, ManagerOptions, RecordOptions, UNCOMPRESSED};
-pub use prune::SharedChecker;
+pub use metadata::{Changes, LAYER_TYPE, Value};
+pub use prune::{Cap, Fate, Judged, PruneOptions, PruneReport, PrunedRecord, Reason, SharedChecker, effective_keep};
 pub use record::{BlobRow, Parents, RecordRow, RecordType, State, UseRow};
 pub use refs::{ImmutableRef, MutableRef};
 pub use solver::Link;
+pub use usage::{RecordUsage, Usage, UsageOptions, UsageTotals};

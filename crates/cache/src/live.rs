@@ -30,6 +30,8 @@ struct Entry {
     ready: bool,
     /// It shares the files of this mutable record, and both go when nobody holds it any more.
     goes_with: Option<RecordId>,
+    /// It has files of its own by now: whoever read an older row does not pair it again.
+    kept: bool,
 }
 
 /// What the end of a hold means.
@@ -93,19 +95,6 @@ impl Live {
         Ok(ticket)
     }
 
-    /// Makes a hold for reading one for writing, if it is the only one.
-    pub(crate) fn make_exclusive(&self, id: RecordId, ticket: Ticket) -> Result<(), Refused> {
-        let mut entries = self.lock();
-        let entry = entries.get_mut(&id).expect("because it is held");
-        match entry.holders.iter().find(|(other, _)| *other != ticket) {
-            Some((_, has)) => Err(Refused::Locked(has.clone())),
-            None => {
-                entry.exclusive = true;
-                Ok(())
-            }
-        }
-    }
-
     /// A further hold of what is held already.
     pub(crate) fn hold_again(&self, id: RecordId, holder: &Holder) -> Ticket {
         let ticket = self.ticket();
@@ -130,6 +119,10 @@ impl Live {
     pub(crate) fn let_go(&self, id: RecordId, ticket: Ticket, remove: bool) -> Ended {
         let mut entries = self.lock();
         let MapEntry::Occupied(mut entry) = entries.entry(id) else { return Ended::Stays };
+        // It was condemned as somebody's partner while a get looked at it: whoever removes it absolves it.
+        if entry.get().condemned {
+            return Ended::Stays;
+        }
         let holders = &mut entry.get_mut().holders;
         // Recent refs go first, mostly.
         if let Some(at) = holders.iter().rposition(|(held, _)| *held == ticket) {
@@ -145,17 +138,28 @@ impl Live {
         }
         let condemned = || Entry { condemned: true, ..Entry::default() };
         *entry.get_mut() = condemned();
-        // Nobody holds the partner: whoever wants it must condemn this record first.
+        // Nobody uses the partner: whoever wants to write to it must condemn this record first, and whoever wants to
+        // read it must hold this one. Those who are just looking find out.
         if let Some(partner) = partner {
             entries.insert(partner, condemned());
         }
         Ended::Goes(partner)
     }
 
-    /// Has a held record go with `partner` when nobody holds it any more; or not.
-    pub(crate) fn pair(&self, id: RecordId, partner: Option<RecordId>) {
+    /// Has a held record go with `partner` when nobody holds it any more, unless it was said to be kept.
+    pub(crate) fn pair(&self, id: RecordId, partner: RecordId) {
+        if let Some(entry) = self.lock().get_mut(&id)
+            && !entry.kept
+        {
+            entry.goes_with = Some(partner);
+        }
+    }
+
+    /// Has a held record stay when nobody holds it any more.
+    pub(crate) fn keep(&self, id: RecordId) {
         if let Some(entry) = self.lock().get_mut(&id) {
-            entry.goes_with = partner;
+            entry.goes_with = None;
+            entry.kept = true;
         }
     }
 

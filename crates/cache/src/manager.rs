@@ -77,8 +77,9 @@ impl RecordOptions {
 /// The build cache of one store.
 ///
 /// # Locks
-/// In this order: `pruning`; `composing`, one record's; the store's own; `live` and `uses`, which are leaves. No lock is
-/// held while files are read or written, but `composing`, whose waiters all want that very work done.
+/// In this order: `pruning`; `composing`, a record's before those that it stands on; the store's own; `live` and `uses`,
+/// which are leaves. No lock is held while files are read or written, but `composing`, whose waiters all want that very
+/// work done.
 pub(crate) struct Inner {
     pub(crate) store: Store,
     pub(crate) limits: Limits,
@@ -295,14 +296,8 @@ impl Accessor {
     /// # Errors
     /// [`CacheError::Catalogue`].
     pub fn count(&self) -> Result<usize, CacheError> {
-        let mut count = 0;
-        self.inner.read(|rows| {
-            record::scan_ids_from(rows, RecordId::from_bytes([0; 16]), |_| {
-                count += 1;
-                true
-            })
-        })?;
-        Ok(count)
+        let count = self.inner.read(|rows| rows.rows_count(&record::RECORDS))?;
+        Ok(usize::try_from(count).unwrap_or(usize::MAX))
     }
 
     /// The layers of a record's tree, bottom first, as far as they are there: what is lazy is left out.
@@ -351,8 +346,10 @@ impl Accessor {
     /// # Errors
     /// [`CacheError::Catalogue`].
     pub fn search_chain(&self, chain: ChainId) -> Result<Vec<RecordId>, CacheError> {
-        let rows = self.inner.store.read(|rows| rows.prefixed(&record::BY_CHAIN, &chain))?;
-        Ok(rows.into_iter().map(|((_, id), ())| id).collect())
+        self.inner.read(|rows| {
+            let found = rows.prefixed(&record::BY_CHAIN, &chain)?;
+            record::that_are_there(rows, found.into_iter().map(|((_, id), ())| id))
+        })
     }
 
     /// Records with this chain of blobs.
@@ -360,8 +357,10 @@ impl Accessor {
     /// # Errors
     /// [`CacheError::Catalogue`].
     pub fn search_blob_chain(&self, chain: BlobDigest) -> Result<Vec<RecordId>, CacheError> {
-        let rows = self.inner.store.read(|rows| rows.prefixed(&record::BY_BLOB_CHAIN, &chain))?;
-        Ok(rows.into_iter().map(|((_, id), ())| id).collect())
+        self.inner.read(|rows| {
+            let found = rows.prefixed(&record::BY_BLOB_CHAIN, &chain)?;
+            record::that_are_there(rows, found.into_iter().map(|((_, id), ())| id))
+        })
     }
 
     /// Keeps a record from ever being pruned, or no longer.
@@ -404,7 +403,7 @@ pub(crate) fn find(rows: &impl Rows, wanted: &str) -> Result<RecordId, CacheErro
     }
 }
 
-fn refused(id: RecordId, refused: Refused) -> CacheError {
+pub(crate) fn refused(id: RecordId, refused: Refused) -> CacheError {
     match refused {
         Refused::Condemned => CacheError::no_record(id),
         Refused::Locked(holder) => CacheError::Locked { id, holder },
@@ -419,14 +418,24 @@ impl Inner {
         Ok(self.store.read(read)?)
     }
 
-    /// A record's row; a row that does not decode is this record's own trouble.
-    pub(crate) fn row(&self, id: RecordId) -> Result<Option<RecordRow>, CacheError> {
-        match self.read(|rows| record::get(rows, id)) {
-            Err(CacheError::Catalogue(CatalogueError::Damaged { what, .. })) => {
-                Err(CacheError::Damaged { id, what: what.to_owned() })
+    /// Reads what concerns one record, and maybe those that it stands on; a row that does not decode is this record's own
+    /// trouble.
+    pub(crate) fn read_of<T>(
+        &self,
+        id: RecordId,
+        read: impl FnOnce(&plies_store::ReadTx) -> Result<T, CatalogueError>,
+    ) -> Result<T, CacheError> {
+        match self.read(read) {
+            Err(CacheError::Catalogue(error @ CatalogueError::Damaged { .. })) => {
+                Err(CacheError::Damaged { id, what: error.to_string() })
             }
             other => other,
         }
+    }
+
+    /// A record's row.
+    pub(crate) fn row(&self, id: RecordId) -> Result<Option<RecordRow>, CacheError> {
+        self.read_of(id, |rows| record::get(rows, id))
     }
 
     pub(crate) fn must_have(&self, id: RecordId) -> Result<RecordRow, CacheError> {
@@ -457,69 +466,39 @@ impl Inner {
         let id = held.id();
         let row = self.must_have(id)?;
         match row.state {
-            State::Mutable { committed_as: Some(partner), .. } => {
-                let holder = held.holder().clone();
-                held.abandon();
-                return self.get(partner, options, holder);
-            }
-            State::Mutable { active, committed_as: None } => {
-                self.live.make_exclusive(id, held.ticket()).map_err(|why| refused(id, why))?;
+            State::Mutable { active, .. } => {
                 self.check_active(id, active)?;
-                return held.into_mutable(row.retain).commit();
+                // Several may get it at once: none of them needs it for itself, and one commits it.
+                let (committed, ticket) = self.commit(id, row.retain, held.holder())?;
+                let committed = ImmutableRef::new(self, committed, ticket, options, held.holder().clone());
+                held.abandon();
+                return self.load(committed, options);
             }
             State::Shared { mutable, active } => {
-                let retained = match self.row(mutable)? {
-                    Some(partner) => partner.retain || row.retain,
-                    None => {
-                        // The files went with it: only this row is left.
-                        self.remove_dead(id)?;
-                        return Err(CacheError::no_record(id));
-                    }
-                };
                 self.check_active(id, active)?;
-                self.live.pair(id, (!retained).then_some(mutable));
+                // A mutable record whose row is lost can say nothing; what it wrote is still here.
+                let goes = match self.row(mutable) {
+                    Ok(Some(partner)) => !partner.retain && !row.retain,
+                    Ok(None) | Err(CacheError::Damaged { .. }) => false,
+                    Err(error) => return Err(error),
+                };
+                if goes {
+                    self.live.pair(id, mutable);
+                }
             }
             State::Sealed { .. } | State::Lazy | State::Composed | State::Stack(_) => {}
         }
-        match self.missing_blobs(id, &options.providers)? {
+        match self.read_of(id, |rows| missing_blobs(rows, id, &options.providers, &self.live))? {
             Missing::Nothing { ready: true } => self.live.set_ready(id),
             Missing::Nothing { ready: false } => {}
             Missing::Blobs(blobs) => return Err(CacheError::NeedsProviders(blobs)),
+            Missing::Record(parent) => return Err(CacheError::gone_below(id, parent)),
         }
         if options.image_refs.iter().any(|name| !row.image_refs.contains(name)) {
             self.store.write(|tx| record::change(tx, id, |row| row.add_image_refs(&options.image_refs)))?;
         }
         held.is_loaded();
         Ok(held)
-    }
-
-    /// Blobs of this record and of all that it stands on that are not here and that nobody fetches. All of them: whoever
-    /// asks again can bring them together.
-    fn missing_blobs(&self, id: RecordId, providers: &Providers) -> Result<Missing, CacheError> {
-        let found = self.read(|rows| {
-            let (mut seen, mut pending) = (std::collections::HashSet::from([id]), vec![id]);
-            let (mut missing, mut ready) = (Vec::new(), true);
-            while let Some(id) = pending.pop() {
-                let Some(row) = record::get(rows, id)? else { return Ok(Err(id)) };
-                if row.state == State::Lazy {
-                    ready = false;
-                    let blob = row.blob.as_ref().and_then(|blob| blob.digest);
-                    if let Some(digest) = blob
-                        && !rows.has(digest)?
-                        && providers.get(digest).is_none()
-                        && !missing.contains(&digest)
-                    {
-                        missing.push(digest);
-                    }
-                }
-                // What somebody holds and was found to need nothing needs no second look.
-                let mut unseen = |parent: &RecordId| seen.insert(*parent) && !self.live.is_ready(*parent);
-                pending.extend(row.parents.ids().into_iter().filter(|parent| unseen(parent)));
-            }
-            Ok(Ok(if missing.is_empty() { Missing::Nothing { ready } } else { Missing::Blobs(missing) }))
-        })?;
-        found
-            .map_err(|parent| CacheError::Damaged { id, what: format!("record {parent}, which it stands on, is gone") })
     }
 
     /// Whether a mutable record's directory can still be trusted. If not, the record is removed.
@@ -537,9 +516,15 @@ impl Inner {
     /// Removes a record whose files are gone, with the partner that shared them.
     pub(crate) fn remove_dead(&self, id: RecordId) -> Result<(), CacheError> {
         Ok(self.store.write_lazily(|tx| {
-            let partner = record::get(tx, id)?.and_then(|row| partner_of(&row.state));
+            let partner = match record::get(tx, id) {
+                Ok(row) => row.and_then(|row| partner_of(&row.state)),
+                Err(CatalogueError::Damaged { .. } | CatalogueError::RowTooNew { .. }) => None,
+                Err(error) => return Err(error),
+            };
             record::remove(tx, id)?;
-            partner.map(|partner| record::remove(tx, partner)).transpose()?;
+            if let Some(partner) = partner {
+                record::remove(tx, partner)?;
+            }
             Ok::<_, CatalogueError>(())
         })?)
     }
@@ -596,7 +581,14 @@ impl Inner {
         options: &RecordOptions,
         holder: Holder,
     ) -> Result<MutableRef, CacheError> {
-        let ticket = self.live.hold_alone(id, &holder).map_err(|why| refused(id, why))?;
+        let ticket = match self.live.hold_alone(id, &holder) {
+            Ok(ticket) => ticket,
+            // That it is in use is no help to whoever wants to write to what nobody can.
+            Err(Refused::Locked(_)) if !self.must_have(id)?.is_mutable() => {
+                return Err(CacheError::WrongKind { id, wanted: "mutable" });
+            }
+            Err(why) => return Err(refused(id, why)),
+        };
         match self.open_mutable(id) {
             Ok(retain) => Ok(MutableRef::new(self, id, ticket, retain, options, holder)),
             Err(error) => {
@@ -615,13 +607,15 @@ impl Inner {
         self.check_active(id, active)?;
         let Some(partner) = committed_as else { return Ok(row.retain) };
         self.live.condemn(partner).map_err(|why| refused(partner, why))?;
-        let undone = self.store.write(|tx| {
+        let undo = |tx: &mut plies_store::Tx<'_>| {
             record::remove(tx, partner)?;
-            record::change(tx, id, |row| row.state = State::Mutable { active, committed_as: None })
-        });
+            let undone = |row: &mut RecordRow| row.state = State::Mutable { active, committed_as: None };
+            // The last ref of the partner may just have taken both away.
+            if record::change(tx, id, undone)? { Ok(()) } else { Err(CacheError::no_record(id)) }
+        };
+        let undone = if row.retain { self.store.write(undo) } else { self.store.write_lazily(undo) };
         self.live.absolve(partner);
-        undone?;
-        Ok(row.retain)
+        undone.map(|()| row.retain)
     }
 
     fn get_by_blob(
@@ -664,6 +658,7 @@ impl Inner {
         };
         // A row whose files are gone is no layer to stand on: it is unpacked anew.
         let layer = layer.filter(|layer| layers.root(*layer).is_ok());
+        let known = parent.map_or_else(Providers::none, |parent| parent.providers().clone()).and(&options.providers);
         let mut won: Option<(RecordId, Ticket)> = None;
         let found = self.store.write(|tx| {
             // This may run again, after a mate failed.
@@ -671,10 +666,24 @@ impl Inner {
                 self.live.let_go(id, ticket, false);
             }
             for ((_, id), ()) in tx.prefixed(&record::BY_BLOB_CHAIN, &blob_chain_id)? {
-                let Some(row) = record::get(tx, id)? else { continue };
-                // Merges and diffs may have the same chain, and their files elsewhere.
-                if !matches!(row.parents, Parents::None | Parents::Layer(_)) || row.is_mutable() {
+                let row = match record::get(tx, id) {
+                    Ok(Some(row)) => row,
+                    // It is found by `get`, and says there what is wrong with it.
+                    Ok(None) | Err(CatalogueError::Damaged { .. } | CatalogueError::RowTooNew { .. }) => continue,
+                    Err(error) => return Err(error),
+                };
+                // Merges and diffs may have the same chain, and their files elsewhere; and so may records that add
+                // nothing to one that has it.
+                let own = row.blob.as_ref().and_then(|blob| blob.digest);
+                if !matches!(row.parents, Parents::None | Parents::Layer(_)) || own != Some(digest) || row.is_mutable()
+                {
                     continue;
+                }
+                // One that stands on what nobody can fetch or find is no help.
+                match missing_blobs(tx, id, &known, &self.live) {
+                    Ok(Missing::Nothing { .. }) => {}
+                    Ok(Missing::Blobs(_) | Missing::Record(_)) | Err(CatalogueError::Damaged { .. }) => continue,
+                    Err(error) => return Err(error),
                 }
                 let Ok((ticket, _)) = self.live.hold(id, &holder) else { continue };
                 won = Some((id, ticket));
@@ -694,17 +703,9 @@ impl Inner {
             self.live.let_go(fresh, fresh_ticket, false);
         }
         found?;
-        let mut options = options.clone();
-        if let Some(parent) = parent {
-            options.providers = parent.providers().and(&options.providers);
-        }
         let (id, ticket) = won.unwrap_or((fresh, fresh_ticket));
-        let mut held = ImmutableRef::new(self, id, ticket, &options, holder);
+        let mut held = ImmutableRef::new(self, id, ticket, options, holder).with_providers(known);
         lease.release()?;
-        if won.is_some() {
-            // One that was found may stand on what must be fetched first.
-            return self.load(held, &RecordOptions { image_refs: Vec::new(), ..options });
-        }
         held.is_loaded();
         Ok(held)
     }
@@ -827,6 +828,38 @@ enum Missing {
         ready: bool,
     },
     Blobs(Vec<BlobDigest>),
+    /// A record that it stands on is gone.
+    Record(RecordId),
+}
+
+/// Blobs of a record and of all that it stands on that are not here and that nobody fetches. All of them: whoever asks
+/// again can bring them together.
+fn missing_blobs(
+    rows: &impl Rows,
+    id: RecordId,
+    providers: &Providers,
+    live: &Live,
+) -> Result<Missing, CatalogueError> {
+    let (mut seen, mut pending) = (std::collections::HashSet::from([id]), vec![id]);
+    let (mut missing, mut ready) = (Vec::new(), true);
+    while let Some(id) = pending.pop() {
+        let Some(row) = record::get(rows, id)? else { return Ok(Missing::Record(id)) };
+        if row.state == State::Lazy {
+            ready = false;
+            let blob = row.blob.as_ref().and_then(|blob| blob.digest);
+            if let Some(digest) = blob
+                && !rows.has(digest)?
+                && providers.get(digest).is_none()
+                && !missing.contains(&digest)
+            {
+                missing.push(digest);
+            }
+        }
+        // What somebody holds and was found to need nothing needs no second look.
+        let mut unseen = |parent: &RecordId| seen.insert(*parent) && !live.is_ready(*parent);
+        pending.extend(row.parents.ids().into_iter().filter(|parent| unseen(parent)));
+    }
+    Ok(if missing.is_empty() { Missing::Nothing { ready } } else { Missing::Blobs(missing) })
 }
 
 /// What a descriptor says that its blob decompresses to.
@@ -843,7 +876,7 @@ pub(crate) fn blob_row(descriptor: &Descriptor, diff_id: DiffId) -> BlobRow {
         diff_id,
         media_type: descriptor.media_type.to_string(),
         size_bytes: descriptor.size_bytes,
-        urls: Vec::new(),
+        urls: descriptor.urls.clone(),
         annotations: descriptor.annotations.iter().map(|(key, value)| (key.clone(), value.clone())).collect(),
     }
 }

@@ -5,16 +5,42 @@
 //! cache.index     (index, RecordId)  -> number of values under it
 //! cache.external  (RecordId, key)    -> bytes
 //! ```
+//!
+//! What BuildKit keeps under keys of its own is a typed field of the record here:
+//!
+//! | BuildKit's key | here |
+//! |---|---|
+//! | `snapshot.size` | the sum of the sizes of what the record holds, kept by the store |
+//! | `cache.equalMutable` | [`State::Shared`](crate::State::Shared), and `committed_as` of the other |
+//! | `cache.cachePolicy` | `RecordRow::retain` |
+//! | `cache.description` | `RecordRow::description` |
+//! | `cache.createdAt` | `RecordRow::created_at`, in microseconds |
+//! | `cache.lastUsedAt`, `cache.usageCount` | [`UseRow`](crate::UseRow), gathered and written late |
+//! | `cache.layerType` | a value like any other: [`LAYER_TYPE`] |
+//! | `cache.recordType` | `RecordRow::record_type` |
+//! | `snapshot.committed` | [`State`](crate::State): all but `Mutable` |
+//! | `cache.parent`, `cache.mergeParents`, `cache.lowerDiffParent`, `cache.upperDiffParent` | [`Parents`](crate::Parents) |
+//! | `cache.diffID`, `cache.blob`, `cache.mediatype`, `cache.blobsize`, `cache.layer.urls` | [`BlobRow`](crate::BlobRow) |
+//! | `cache.chainID`, index `chainid:` | `RecordRow::chain_id`, [`Accessor::search_chain`] |
+//! | `cache.blobChainID`, index `blobchainid:` | `RecordRow::blob_chain_id`, [`Accessor::search_blob_chain`] |
+//! | `cache.snapshot` | the layer in [`State::Sealed`](crate::State::Sealed), and `RecordRow::snapshot` |
+//! | `cache.blobonly` | [`State::Lazy`](crate::State::Lazy) |
+//! | `cache.imageRefs` | `RecordRow::image_refs` |
+//! | `cache.deleted` | none: a record goes in one transaction |
+//! | `_external` | [`Accessor::external`] |
 
-use plies_store::{CatalogueError, Row, Rows, Table, Tx};
+use plies_store::{CatalogueError, Row, Rows, Stamp, Table, Tx};
 use serde::{Deserialize, Serialize};
 
-use crate::record::RECORDS;
-use crate::{Accessor, CacheError, RecordId};
+use crate::record::{self, RECORDS, State};
+use crate::{Accessor, CacheError, RecordId, RecordType};
 
 const VALUES: Table<(RecordId, String), ValueRow> = Table::new("cache.values");
 const INDEX: Table<(String, RecordId), u64> = Table::new("cache.index");
 const EXTERNAL: Table<(RecordId, String), BytesRow> = Table::new("cache.external");
+
+/// Key of the value that says of which operating system's kind a layer is.
+pub const LAYER_TYPE: &str = "cache.layerType";
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct ValueRow {
@@ -33,29 +59,83 @@ impl Row for BytesRow {
     const VERSION: u8 = 1;
 }
 
+/// A value to be kept with a record.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Value {
+    /// The value.
+    pub value: String,
+    /// What the record is found by as long as the value stands.
+    pub index: Option<String>,
+}
+
+/// What is to change of a record, all together. What is `None` or not named stays.
+#[derive(Debug, Clone, Default)]
+pub struct Changes {
+    /// What it is, for people.
+    pub description: Option<String>,
+    /// What kind of thing it is.
+    pub record_type: Option<RecordType>,
+    /// Whether it is kept when its last ref goes although it was never finalized.
+    pub retain: Option<bool>,
+    /// When it was made.
+    pub created_at: Option<Stamp>,
+    /// Values by their keys; `None` takes one away.
+    pub values: Vec<(String, Option<Value>)>,
+    /// Opaque bytes by their keys; `None` takes them away.
+    pub external: Vec<(String, Option<Vec<u8>>)>,
+}
+
 impl Accessor {
+    /// Changes a record, in one transaction. A mutable record that somebody holds is retained, or no longer, from the
+    /// next time on that it is held.
+    ///
+    /// # Errors
+    /// [`CacheError::NotFound`]; then nothing has changed.
+    pub fn update(&self, id: RecordId, changes: &Changes) -> Result<(), CacheError> {
+        self.inner.store.write(|tx| {
+            let found = record::change(tx, id, |row| {
+                if let Some(description) = &changes.description {
+                    row.description.clone_from(description);
+                }
+                row.record_type = changes.record_type.unwrap_or(row.record_type);
+                row.retain = changes.retain.unwrap_or(row.retain);
+                row.created_at = changes.created_at.unwrap_or(row.created_at);
+            })?;
+            if !found {
+                return Err(CacheError::no_record(id));
+            }
+            for (key, value) in &changes.values {
+                put_value(tx, id, key, value.as_ref())?;
+            }
+            for (key, bytes) in &changes.external {
+                let key = (id, key.clone());
+                match bytes {
+                    Some(bytes) => tx.put(&EXTERNAL, &key, &BytesRow(bytes.clone())).map(drop)?,
+                    None => tx.remove(&EXTERNAL, &key).map(drop)?,
+                }
+            }
+            Ok(())
+        })?;
+        if let Some(retain) = changes.retain
+            && let State::Shared { mutable, .. } = self.inner.must_have(id)?.state
+        {
+            match retain {
+                // What is to stay needs files of its own.
+                true => self.inner.finalize(id)?,
+                // Decided when the last ref goes.
+                false => self.inner.live.pair(id, mutable),
+            }
+        }
+        Ok(())
+    }
+
     /// Sets a value of a record, and has the record found by `index` as long as the value stands.
     ///
     /// # Errors
     /// [`CacheError::NotFound`].
     pub fn set_value(&self, id: RecordId, key: &str, value: &str, index: Option<&str>) -> Result<(), CacheError> {
-        self.inner.store.write(|tx| {
-            if !tx.contains(&RECORDS, &id)? {
-                return Err(CacheError::no_record(id));
-            }
-            let key = (id, key.to_owned());
-            if let Some(before) = tx.get(&VALUES, &key)? {
-                unindex(tx, id, before.index.as_deref())?;
-            }
-            let row = ValueRow { value: value.to_owned(), index: index.map(str::to_owned) };
-            tx.put(&VALUES, &key, &row)?;
-            if let Some(index) = &row.index {
-                let key = (index.clone(), id);
-                let count = tx.get(&INDEX, &key)?.unwrap_or(0);
-                tx.put(&INDEX, &key, &(count + 1))?;
-            }
-            Ok(())
-        })
+        let value = Value { value: value.to_owned(), index: index.map(str::to_owned) };
+        self.update(id, &Changes { values: vec![(key.to_owned(), Some(value))], ..Changes::default() })
     }
 
     /// A value of a record.
@@ -67,16 +147,22 @@ impl Accessor {
         Ok(row.map(|row| row.value))
     }
 
+    /// All values of a record, by their keys.
+    ///
+    /// # Errors
+    /// [`CacheError::Catalogue`].
+    pub fn values(&self, id: RecordId) -> Result<Vec<(String, Value)>, CacheError> {
+        let rows = self.inner.read(|rows| rows.prefixed(&VALUES, &id))?;
+        let value = |((_, key), ValueRow { value, index })| (key, Value { value, index });
+        Ok(rows.into_iter().map(value).collect())
+    }
+
     /// Takes a value back; true if there was one.
     ///
     /// # Errors
     /// [`CacheError::Catalogue`].
     pub fn clear_value(&self, id: RecordId, key: &str) -> Result<bool, CacheError> {
-        Ok(self.inner.store.write(|tx| {
-            let Some(before) = tx.take(&VALUES, &(id, key.to_owned()))? else { return Ok(false) };
-            unindex(tx, id, before.index.as_deref())?;
-            Ok::<_, CatalogueError>(true)
-        })?)
+        Ok(self.inner.store.write(|tx| put_value(tx, id, key, None))?)
     }
 
     /// Records with a value under exactly this index.
@@ -84,8 +170,16 @@ impl Accessor {
     /// # Errors
     /// [`CacheError::Catalogue`].
     pub fn search(&self, index: &str) -> Result<Vec<RecordId>, CacheError> {
-        let rows = self.inner.read(|rows| rows.prefixed(&INDEX, &index.to_owned()))?;
-        Ok(rows.into_iter().map(|((_, id), _)| id).collect())
+        self.inner.read(|rows| {
+            let mut found = Vec::new();
+            for (_, id) in rows.prefixed_keys(&INDEX, &index.to_owned())? {
+                // One whose value did not decode when it went has left this behind.
+                if rows.contains(&RECORDS, &id)? {
+                    found.push(id);
+                }
+            }
+            Ok(found)
+        })
     }
 
     /// Keeps bytes of some other part of the program with a record.
@@ -93,12 +187,8 @@ impl Accessor {
     /// # Errors
     /// [`CacheError::NotFound`].
     pub fn set_external(&self, id: RecordId, key: &str, bytes: &[u8]) -> Result<(), CacheError> {
-        self.inner.store.write(|tx| {
-            if !tx.contains(&RECORDS, &id)? {
-                return Err(CacheError::no_record(id));
-            }
-            Ok(tx.put(&EXTERNAL, &(id, key.to_owned()), &BytesRow(bytes.to_vec())).map(drop)?)
-        })
+        let external = vec![(key.to_owned(), Some(bytes.to_vec()))];
+        self.update(id, &Changes { external, ..Changes::default() })
     }
 
     /// As [`Accessor::set_external`], durable with whatever is written next: for what can be computed again.
@@ -118,28 +208,50 @@ impl Accessor {
     }
 }
 
-fn unindex(tx: &mut Tx<'_>, id: RecordId, index: Option<&str>) -> Result<(), CatalogueError> {
-    let Some(index) = index else { return Ok(()) };
-    let key = (index.to_owned(), id);
+/// Sets a value or takes it away, and its index with it; true if there was one.
+fn put_value(tx: &mut Tx<'_>, id: RecordId, key: &str, value: Option<&Value>) -> Result<bool, CatalogueError> {
+    let key = (id, key.to_owned());
+    let before = readable(tx.get(&VALUES, &key))?;
+    if let Some(index) = before.as_ref().and_then(|before| before.index.clone()) {
+        unindex(tx, id, index)?;
+    }
+    let Some(Value { value, index }) = value else { return tx.remove(&VALUES, &key) };
+    let row = ValueRow { value: value.clone(), index: index.clone() };
+    let added = tx.put(&VALUES, &key, &row)?;
+    if let Some(index) = &row.index {
+        let key = (index.clone(), id);
+        let count = tx.get(&INDEX, &key)?.unwrap_or(0);
+        tx.put(&INDEX, &key, &(count + 1))?;
+    }
+    Ok(!added)
+}
+
+fn unindex(tx: &mut Tx<'_>, id: RecordId, index: String) -> Result<(), CatalogueError> {
+    let key = (index, id);
     match tx.get(&INDEX, &key)? {
-        Some(2..) => {
-            let count = tx.get(&INDEX, &key)?.unwrap_or(1);
-            tx.put(&INDEX, &key, &(count - 1)).map(drop)
-        }
+        Some(count @ 2..) => tx.put(&INDEX, &key, &(count - 1)).map(drop),
         _ => tx.remove(&INDEX, &key).map(drop),
+    }
+}
+
+/// A row that does not decode as one that is not there: whoever takes it away must not fail on it.
+fn readable<T>(row: Result<Option<T>, CatalogueError>) -> Result<Option<T>, CatalogueError> {
+    match row {
+        Err(CatalogueError::Damaged { .. } | CatalogueError::RowTooNew { .. }) => Ok(None),
+        other => other,
     }
 }
 
 /// Drops all that is kept with a record.
 pub(crate) fn forget(tx: &mut Tx<'_>, id: RecordId) -> Result<(), CatalogueError> {
-    for ((_, key), row) in tx.prefixed(&VALUES, &id)? {
-        tx.remove(&VALUES, &(id, key))?;
-        if let Some(index) = row.index {
+    for key in tx.prefixed_keys(&VALUES, &id)? {
+        if let Some(index) = readable(tx.get(&VALUES, &key))?.and_then(|row| row.index) {
             tx.remove(&INDEX, &(index, id))?;
         }
+        tx.remove(&VALUES, &key)?;
     }
-    for ((_, key), _) in tx.prefixed(&EXTERNAL, &id)? {
-        tx.remove(&EXTERNAL, &(id, key))?;
+    for key in tx.prefixed_keys(&EXTERNAL, &id)? {
+        tx.remove(&EXTERNAL, &key)?;
     }
     Ok(())
 }

@@ -398,17 +398,24 @@ pub(crate) fn remove(tx: &mut Tx<'_>, id: RecordId) -> Result<bool, CatalogueErr
     }
 }
 
+/// Those of `ids` that have a row: the indexes do not follow the removal of a row that did not decode.
+pub(crate) fn that_are_there(
+    rows: &impl Rows,
+    ids: impl IntoIterator<Item = RecordId>,
+) -> Result<Vec<RecordId>, CatalogueError> {
+    let mut there = Vec::new();
+    for id in ids {
+        if rows.contains(&RECORDS, &id)? {
+            there.push(id);
+        }
+    }
+    Ok(there)
+}
+
 /// The records that stand on this one.
 pub(crate) fn children(rows: &impl Rows, id: RecordId) -> Result<Vec<RecordId>, CatalogueError> {
     let listed = rows.prefixed(&CHILDREN, &id)?;
-    let mut children = Vec::with_capacity(listed.len());
-    for ((_, child), ()) in listed {
-        // A child whose row did not decode went without saying what it stood on.
-        if rows.contains(&RECORDS, &child)? {
-            children.push(child);
-        }
-    }
-    Ok(children)
+    that_are_there(rows, listed.into_iter().map(|((_, child), ())| child))
 }
 
 /// Calls `visit` for every record's ID from `from` on, in order, until it says no. Reads no rows.

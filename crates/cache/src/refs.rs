@@ -14,7 +14,7 @@ use plies_store::{Attach, Cancel, CatalogueError, LayerId, LeaseOptions, Mounted
 
 use crate::lazy::Providers;
 use crate::live::{Ended, Ticket};
-use crate::manager::{Inner, RecordOptions};
+use crate::manager::{Inner, RecordOptions, refused};
 use crate::record::{self, RecordRow, State};
 use crate::{CacheError, CacheKey, Holder, RecordId, solver};
 
@@ -86,10 +86,6 @@ impl ImmutableRef {
         self.loaded = true;
     }
 
-    pub(crate) fn ticket(&self) -> Ticket {
-        self.ticket.expect("because a ref that can be named was not released")
-    }
-
     pub(crate) fn inner(&self) -> &Arc<Inner> {
         &self.inner
     }
@@ -103,19 +99,6 @@ impl ImmutableRef {
     pub(crate) fn abandon(mut self) {
         self.touches = false;
         drop(self);
-    }
-
-    /// The same hold, for writing.
-    pub(crate) fn into_mutable(mut self, retain: bool) -> MutableRef {
-        MutableRef {
-            inner: Arc::clone(&self.inner),
-            id: self.id,
-            ticket: self.ticket.take(),
-            holder: self.holder.clone(),
-            providers: self.providers.clone(),
-            touches: self.touches,
-            retain,
-        }
     }
 
     /// Which record.
@@ -277,24 +260,7 @@ impl MutableRef {
     /// # Errors
     /// [`CacheError::Catalogue`]; the mutable record is then released.
     pub fn commit(mut self) -> Result<ImmutableRef, CacheError> {
-        let (active, row) = self.active()?;
-        let id = Inner::fresh_id()?;
-        let ticket = self.inner.live.hold_again(id, &self.holder);
-        let committed = RecordRow {
-            description: row.description.clone(),
-            ..RecordRow::new(State::Shared { mutable: self.id, active }, row.parents.clone(), self.inner.store.now())
-        };
-        let put = |tx: &mut Tx<'_>| {
-            record::replace(tx, id, None, Some(&committed))?;
-            let after = RecordRow { state: State::Mutable { active, committed_as: Some(id) }, ..row.clone() };
-            record::replace(tx, self.id, Some(&row), Some(&after))
-        };
-        let written = if self.retain { self.inner.store.write(put) } else { self.inner.store.write_lazily(put) };
-        if let Err(error) = written {
-            self.inner.live.let_go(id, ticket, false);
-            return Err(error.into());
-        }
-        self.inner.live.pair(id, (!self.retain).then_some(self.id));
+        let (id, ticket) = self.inner.commit(self.id, self.retain, &self.holder)?;
         let old = self.ticket.take().expect("because it was not released");
         self.inner.live.let_go(self.id, old, false);
         Ok(self.successor(id, ticket))
@@ -307,12 +273,14 @@ impl MutableRef {
     /// # Errors
     /// Those of sealing; the mutable record is then released.
     pub fn seal(mut self, on_the_way: &[EntryPath], result: Option<&CacheKey>) -> Result<ImmutableRef, CacheError> {
-        let (active, row) = self.active()?;
+        let (active, _) = self.active()?;
         let id = Inner::fresh_id()?;
         let ticket = self.inner.live.hold_again(id, &self.holder);
         let lease = self.inner.store.lease(LeaseOptions::process("seal"))?;
         let (mutable, now) = (self.id, self.inner.store.now());
         let sealed = self.inner.store.snapshots().seal_with(active, on_the_way, &lease, |tx, layer| {
+            // As it is now: it may have been pinned since.
+            let Some(row) = record::get(tx, mutable)? else { return Ok(()) };
             let made = RecordRow { state: State::Sealed { layer }, created_at: now, retain: false, ..row.clone() };
             record::replace(tx, id, None, Some(&made))?;
             record::replace(tx, mutable, Some(&row), None)?;
@@ -372,7 +340,9 @@ impl Inner {
         // No crash outlives what is removed here, so nothing needs a sync.
         let removed = self.store.write_lazily(|tx| {
             record::remove(tx, id)?;
-            partner.map(|partner| record::remove(tx, partner)).transpose()?;
+            if let Some(partner) = partner {
+                record::remove(tx, partner)?;
+            }
             Ok::<_, CatalogueError>(())
         });
         self.live.absolve(id);
@@ -380,6 +350,55 @@ impl Inner {
             self.live.absolve(partner);
         }
         Ok(removed?)
+    }
+
+    /// Commits a mutable record lazily, or finds what it was committed as; and holds that. The caller holds the mutable
+    /// record meanwhile, for reading or for writing.
+    pub(crate) fn commit(
+        &self,
+        mutable: RecordId,
+        retain: bool,
+        holder: &Holder,
+    ) -> Result<(RecordId, Ticket), CacheError> {
+        let fresh = Self::fresh_id()?;
+        let fresh_ticket = self.live.hold_again(fresh, holder);
+        let mut won: Option<(RecordId, Ticket)> = None;
+        let put = |tx: &mut Tx<'_>| {
+            let row = record::get(tx, mutable)?.ok_or_else(|| CacheError::no_record(mutable))?;
+            let State::Mutable { active, committed_as } = row.state else {
+                return Err(CacheError::WrongKind { id: mutable, wanted: "mutable" });
+            };
+            if let Some(partner) = committed_as {
+                // This may run again, after a mate failed; the partner is the same then.
+                if won.is_none() {
+                    let (ticket, _) = self.live.hold(partner, holder).map_err(|why| refused(partner, why))?;
+                    won = Some((partner, ticket));
+                }
+                return Ok(());
+            }
+            let committed = RecordRow {
+                description: row.description.clone(),
+                ..RecordRow::new(State::Shared { mutable, active }, row.parents.clone(), tx.now())
+            };
+            record::replace(tx, fresh, None, Some(&committed))?;
+            let after = RecordRow { state: State::Mutable { active, committed_as: Some(fresh) }, ..row.clone() };
+            Ok(record::replace(tx, mutable, Some(&row), Some(&after))?)
+        };
+        let written = if retain { self.store.write(put) } else { self.store.write_lazily(put) };
+        if written.is_err() || won.is_some() {
+            self.live.let_go(fresh, fresh_ticket, false);
+        }
+        if let Err(error) = written {
+            if let Some((id, ticket)) = won {
+                self.let_go(id, ticket, false)?;
+            }
+            return Err(error);
+        }
+        let (id, ticket) = won.unwrap_or((fresh, fresh_ticket));
+        if !retain {
+            self.live.pair(id, mutable);
+        }
+        Ok((id, ticket))
     }
 
     pub(crate) fn finalize(&self, id: RecordId) -> Result<(), CacheError> {
@@ -390,7 +409,7 @@ impl Inner {
             record::remove(tx, mutable)?;
             record::change(tx, id, |row| row.state = State::Sealed { layer }).map(drop)
         })?;
-        self.live.pair(id, None);
+        self.live.keep(id);
         Ok(lease.release()?)
     }
 }

@@ -2,14 +2,16 @@
 //! so that a result and its record appear together and vanish together.
 //!
 //! ```text
-//! cache.results     (CacheKey, RecordId)      -> ResultRow   what a key gave, several times maybe
-//! cache.result_of   (RecordId, CacheKey)      -> ()          the same, by record
-//! cache.links       (CacheKey, LinkId, CacheKey) -> ()       from an input's key, through a step, to its key
-//! cache.back_links  (CacheKey, CacheKey, LinkId) -> ()       the same, from its end
+//! cache.results     (CacheKey, RecordId)         -> ResultRow  what a key gave, several times maybe
+//! cache.result_of   (RecordId, CacheKey)         -> ()         the same, by record
+//! cache.links       (CacheKey, LinkId, CacheKey) -> ()         from an input's key, through a step, to its key
+//! cache.back_links  (CacheKey, CacheKey, LinkId) -> LinkRow    the same, from its end
 //! ```
 //!
-//! A link that leads nowhere (its end has no result and no link that goes on) is dead, and so is the one before it then.
-//! They go with the results that made them so.
+//! A key from which no links lead to a result is dead, and the links to it with it. They go with the results that made
+//! them so.
+
+use std::collections::HashSet;
 
 use plies_oci::BlobDigest;
 use plies_store::{CatalogueError, Row, Rows, Stamp, Table, Tx};
@@ -21,7 +23,12 @@ use crate::{Accessor, CacheError, CacheKey, RecordId};
 const RESULTS: Table<(CacheKey, RecordId), ResultRow> = Table::new("cache.results");
 const RESULT_OF: Table<(RecordId, CacheKey), ()> = Table::new("cache.result_of");
 const LINKS: Table<(CacheKey, BlobDigest, CacheKey), ()> = Table::new("cache.links");
-const BACK_LINKS: Table<(CacheKey, CacheKey, BlobDigest), ()> = Table::new("cache.back_links");
+const BACK_LINKS: Table<(CacheKey, CacheKey, BlobDigest), LinkRow> = Table::new("cache.back_links");
+
+/// Keys that are looked at, at most, to see whether a key leads to a result; one that leads to more stays. The first
+/// few tell, nearly always.
+const SWEEP_KEYS_MAX: usize = 4096;
+
 /// Where version 1 kept the record of a key.
 const KEYS_V1: Table<CacheKey, KeyRowV1> = Table::new("cache.keys");
 
@@ -42,7 +49,7 @@ impl Row for KeyRowV1 {
 }
 
 /// How a step takes an input in: which step it is, which of its inputs, and which part of that input.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Link {
     /// Digest of the step's definition.
     pub digest: BlobDigest,
@@ -56,8 +63,16 @@ pub struct Link {
 
 impl Link {
     fn id(&self) -> BlobDigest {
+        // The selector comes last: it alone can have spaces in it.
         BlobDigest::of(format!("{} {} {} {}", self.digest, self.input, self.output, self.selector).as_bytes())
     }
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct LinkRow(Link);
+
+impl Row for LinkRow {
+    const VERSION: u8 = 1;
 }
 
 impl Accessor {
@@ -89,8 +104,18 @@ impl Accessor {
     /// # Errors
     /// [`CacheError::Catalogue`].
     pub fn keys_of(&self, id: RecordId) -> Result<Vec<CacheKey>, CacheError> {
-        let rows = self.inner.read(|rows| rows.prefixed(&RESULT_OF, &id))?;
-        Ok(rows.into_iter().map(|((_, key), ())| key).collect())
+        let keys = self.inner.read(|rows| rows.prefixed_keys(&RESULT_OF, &id))?;
+        Ok(keys.into_iter().map(|(_, key)| key).collect())
+    }
+
+    /// Whether anything is known of a key: a result, or a step that it leads to.
+    ///
+    /// # Errors
+    /// [`CacheError::Catalogue`].
+    pub fn knows_key(&self, key: &CacheKey) -> Result<bool, CacheError> {
+        self.inner.read(|rows| {
+            Ok(!rows.prefixed_keys(&RESULTS, key)?.is_empty() || !rows.prefixed_keys(&LINKS, key)?.is_empty())
+        })
     }
 
     /// Takes a result back, and the links that now lead nowhere.
@@ -112,8 +137,16 @@ impl Accessor {
     pub fn add_link(&self, from: &CacheKey, link: &Link, to: &CacheKey) -> Result<(), CacheError> {
         Ok(self.inner.store.write(|tx| {
             tx.put(&LINKS, &(*from, link.id(), *to), &())?;
-            tx.put(&BACK_LINKS, &(*to, *from, link.id()), &()).map(drop)
+            tx.put(&BACK_LINKS, &(*to, *from, link.id()), &LinkRow(link.clone())).map(drop)
         })?)
+    }
+
+    /// Whether that is known.
+    ///
+    /// # Errors
+    /// [`CacheError::Catalogue`].
+    pub fn has_link(&self, from: &CacheKey, link: &Link, to: &CacheKey) -> Result<bool, CacheError> {
+        self.inner.read(|rows| rows.contains(&LINKS, &(*from, link.id(), *to)))
     }
 
     /// The keys that a step leads to from an input.
@@ -121,8 +154,33 @@ impl Accessor {
     /// # Errors
     /// [`CacheError::Catalogue`].
     pub fn links(&self, from: &CacheKey, link: &Link) -> Result<Vec<CacheKey>, CacheError> {
-        let rows = self.inner.read(|rows| rows.prefixed(&LINKS, &(*from, link.id())))?;
-        Ok(rows.into_iter().map(|((_, _, to), ())| to).collect())
+        let keys = self.inner.read(|rows| rows.prefixed_keys(&LINKS, &(*from, link.id())))?;
+        Ok(keys.into_iter().map(|(_, _, to)| to).collect())
+    }
+
+    /// The keys and steps that lead to a key.
+    ///
+    /// # Errors
+    /// [`CacheError::Catalogue`].
+    pub fn back_links(&self, to: &CacheKey) -> Result<Vec<(CacheKey, Link)>, CacheError> {
+        let rows = self.inner.read(|rows| rows.prefixed(&BACK_LINKS, to))?;
+        Ok(rows.into_iter().map(|((_, from, _), LinkRow(link))| (from, link)).collect())
+    }
+
+    /// The records that a step gave of an input, with their keys, the newest first.
+    ///
+    /// # Errors
+    /// [`CacheError::Catalogue`].
+    pub fn results_by_link(&self, from: &CacheKey, link: &Link) -> Result<Vec<(CacheKey, RecordId)>, CacheError> {
+        let mut found = self.inner.read(|rows| {
+            let mut found = Vec::new();
+            for (_, _, to) in rows.prefixed_keys(&LINKS, &(*from, link.id()))? {
+                found.extend(rows.prefixed(&RESULTS, &to)?);
+            }
+            Ok(found)
+        })?;
+        found.sort_by_key(|(_, row)| std::cmp::Reverse(row.created_at));
+        Ok(found.into_iter().map(|(key, _)| key).collect())
     }
 }
 
@@ -132,61 +190,90 @@ pub(crate) fn put_result(tx: &mut Tx<'_>, key: &CacheKey, id: RecordId) -> Resul
     tx.put(&RESULT_OF, &(id, *key), &()).map(drop)
 }
 
-/// Takes the links to `key` away if nothing is known of it any more, and so on along them.
+/// Takes the links to `key` away if it leads to no result any more, and those from it, and so on backwards.
 fn sweep(tx: &mut Tx<'_>, key: CacheKey) -> Result<(), CatalogueError> {
     let mut pending = vec![key];
     while let Some(key) = pending.pop() {
-        if any(tx, &RESULTS, &key)? || any(tx, &LINKS, &key)? {
-            continue;
-        }
-        for ((_, from, link), ()) in tx.prefixed(&BACK_LINKS, &key)? {
-            tx.remove(&BACK_LINKS, &(key, from, link))?;
-            tx.remove(&LINKS, &(from, link, key))?;
-            pending.push(from);
+        let Some(dead) = dead_from(tx, key)? else { continue };
+        for key in &dead {
+            for (_, link, to) in tx.prefixed_keys(&LINKS, key)? {
+                tx.remove(&LINKS, &(*key, link, to))?;
+                tx.remove(&BACK_LINKS, &(to, *key, link))?;
+            }
+            for (_, from, link) in tx.prefixed_keys(&BACK_LINKS, key)? {
+                tx.remove(&BACK_LINKS, &(*key, from, link))?;
+                tx.remove(&LINKS, &(from, link, *key))?;
+                if !dead.contains(&from) {
+                    pending.push(from);
+                }
+            }
         }
     }
     Ok(())
 }
 
-fn any<K: plies_store::Key, V: Row, P: plies_store::PrefixOf<K>>(
-    rows: &impl Rows,
-    table: &Table<K, V>,
-    prefix: &P,
-) -> Result<bool, CatalogueError> {
-    let mut found = false;
-    rows.scan_prefix(table, prefix, |_, _| {
-        found = true;
-        std::ops::ControlFlow::Break(())
-    })?;
-    Ok(found)
+/// All that links lead to from `key`, itself included, if there is no result among it.
+fn dead_from(rows: &impl Rows, key: CacheKey) -> Result<Option<HashSet<CacheKey>>, CatalogueError> {
+    let mut seen = HashSet::from([key]);
+    let mut pending = vec![key];
+    while let Some(key) = pending.pop() {
+        if !rows.prefixed_keys(&RESULTS, &key)?.is_empty() || seen.len() > SWEEP_KEYS_MAX {
+            return Ok(None);
+        }
+        for (_, _, to) in rows.prefixed_keys(&LINKS, &key)? {
+            if seen.insert(to) {
+                pending.push(to);
+            }
+        }
+    }
+    Ok(Some(seen))
 }
 
 /// A record goes: its results go with it.
 pub(crate) fn forget(tx: &mut Tx<'_>, id: RecordId) -> Result<(), CatalogueError> {
-    for ((_, key), ()) in tx.prefixed(&RESULT_OF, &id)? {
-        tx.remove(&RESULT_OF, &(id, key))?;
-        tx.remove(&RESULTS, &(key, id))?;
-        sweep(tx, key)?;
+    let keys = tx.prefixed_keys(&RESULT_OF, &id)?;
+    for (_, key) in &keys {
+        tx.remove(&RESULT_OF, &(id, *key))?;
+        tx.remove(&RESULTS, &(*key, id))?;
     }
-    Ok(())
+    keys.into_iter().try_for_each(|(_, key)| sweep(tx, key))
 }
 
-/// Moves the keys of version 1 over; at no cost when there are none.
+/// Moves the keys of version 1 over; at no cost when there are none. Rows that do not decode go: they lead to
+/// nothing, and must not keep the store from being opened.
 pub(crate) fn migrate(tx: &mut Tx<'_>) -> Result<(), CatalogueError> {
-    for (key, KeyRowV1(id)) in tx.all(&KEYS_V1)? {
-        if let Some(row) = record::get(tx, id)? {
-            tx.put(&RESULTS, &(key, id), &ResultRow { created_at: row.created_at })?;
-            tx.put(&RESULT_OF, &(id, key), &())?;
+    for key in all_keys_v1(tx)? {
+        let found = match tx.get(&KEYS_V1, &key) {
+            Ok(Some(KeyRowV1(id))) => record::get(tx, id).map(|row| row.map(|row| (id, row.created_at))),
+            Ok(None) => Ok(None),
+            Err(error) => Err(error),
+        };
+        match found {
+            Ok(Some((id, created_at))) => {
+                tx.put(&RESULTS, &(key, id), &ResultRow { created_at })?;
+                tx.put(&RESULT_OF, &(id, key), &())?;
+            }
+            Ok(None) | Err(CatalogueError::Damaged { .. } | CatalogueError::RowTooNew { .. }) => {}
+            Err(error) => return Err(error),
         }
         tx.remove(&KEYS_V1, &key)?;
     }
     Ok(())
 }
 
+fn all_keys_v1(rows: &impl Rows) -> Result<Vec<CacheKey>, CatalogueError> {
+    let mut keys = Vec::new();
+    rows.scan_keys_from(&KEYS_V1, &CacheKey::LOWEST, |key| {
+        keys.push(key);
+        std::ops::ControlFlow::Continue(())
+    })?;
+    Ok(keys)
+}
+
 /// Whether [`migrate`] has something to do.
 pub(crate) fn is_old(rows: &impl Rows) -> Result<bool, CatalogueError> {
     let mut found = false;
-    rows.scan(&KEYS_V1, |_, _| {
+    rows.scan_keys_from(&KEYS_V1, &CacheKey::LOWEST, |_| {
         found = true;
         std::ops::ControlFlow::Break(())
     })?;

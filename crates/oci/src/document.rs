@@ -90,6 +90,8 @@ pub struct Descriptor {
     pub digest: BlobDigest,
     /// Its length.
     pub size_bytes: u64,
+    /// Where else it can be had.
+    pub urls: Vec<String>,
     /// Free-form notes, sorted by key.
     pub annotations: BTreeMap<String, String>,
     /// What the image runs on, where an index says so.
@@ -97,9 +99,9 @@ pub struct Descriptor {
 }
 
 impl Descriptor {
-    /// A descriptor without annotations or platform.
+    /// A descriptor without URLs, annotations or platform.
     pub fn new(media_type: MediaType, digest: BlobDigest, size_bytes: u64) -> Self {
-        Self { media_type, digest, size_bytes, annotations: BTreeMap::new(), platform: None }
+        Self { media_type, digest, size_bytes, urls: Vec::new(), annotations: BTreeMap::new(), platform: None }
     }
 
     fn parse(spec: &spec::Descriptor) -> Result<Self, DigestError> {
@@ -107,6 +109,7 @@ impl Descriptor {
             media_type: spec.media_type().clone(),
             digest: spec.digest().to_string().parse()?,
             size_bytes: spec.size(),
+            urls: spec.urls().clone().unwrap_or_default(),
             annotations: spec.annotations().iter().flatten().map(|(k, v)| (k.clone(), v.clone())).collect(),
             platform: spec.platform().as_ref().map(Platform::from_spec),
         })
@@ -119,6 +122,9 @@ impl Descriptor {
             "digest": self.digest.to_string(),
             "size": self.size_bytes,
         });
+        if !self.urls.is_empty() {
+            json["urls"] = serde_json::json!(self.urls);
+        }
         if !self.annotations.is_empty() {
             json["annotations"] = serde_json::json!(self.annotations);
         }

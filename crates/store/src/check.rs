@@ -17,6 +17,7 @@ use crate::catalogue::schema::{
 use crate::catalogue::{CatalogueError, Rows as _};
 use crate::error::{At as _, FileError};
 use crate::layers::{LayerError, Sidecar, layer_dir, open_root, read_index};
+use crate::refs::{self, Differences};
 use crate::{ActiveId, BlobError, LayerId, Resource, Store, tree};
 
 /// How deep to look.
@@ -54,6 +55,16 @@ pub enum Problem {
         /// What.
         what: String,
     },
+    /// A resource is counted as held more or less often than it is. If less, a collection may take
+    /// what is still held; a full one counts again.
+    WrongRefs {
+        /// Of what.
+        resource: Resource,
+        /// As kept.
+        kept: u64,
+        /// As counted.
+        counted: u64,
+    },
     /// A sum that is not the sum of its rows.
     WrongTotal {
         /// Of what.
@@ -72,6 +83,9 @@ impl fmt::Display for Problem {
             Self::Unlisted { path } => write!(f, "{path} has no row"),
             Self::Dangling { by, names } => write!(f, "{by} names {names}, which is not there"),
             Self::Inconsistent { what } => f.write_str(what),
+            Self::WrongRefs { resource, kept, counted } => {
+                write!(f, "{resource} is kept as held {kept} times, counted as {counted} times")
+            }
             Self::WrongTotal { of, kept, counted } => {
                 write!(f, "total of {of} is kept as {kept:?}, counted as {counted:?}")
             }
@@ -120,6 +134,7 @@ pub(crate) fn check(store: &Store, options: CheckOptions) -> Result<CheckReport,
     checker.layers()?;
     checker.actives()?;
     checker.names()?;
+    checker.refs()?;
     checker.totals()?;
     Ok(checker.report)
 }
@@ -329,6 +344,20 @@ impl Checker<'_> {
         })?;
         self.report.problems.extend(named.into_iter().map(|(by, names)| Problem::Dangling { by, names }));
         self.report.problems.extend(inconsistent.into_iter().map(|what| Problem::Inconsistent { what }));
+        Ok(())
+    }
+
+    /// What holds each resource is counted right.
+    fn refs(&mut self) -> Result<(), CheckError> {
+        let Differences { refs, loose } = self.store.read(refs::differences)?;
+        let wrong = refs.into_iter().map(|(resource, (kept, counted))| Problem::WrongRefs { resource, kept, counted });
+        self.report.problems.extend(wrong);
+        self.report.problems.extend(loose.into_iter().map(|(resource, held_by_none)| Problem::Inconsistent {
+            what: match held_by_none {
+                true => format!("{resource} is held by nothing, but not listed for collection"),
+                false => format!("{resource} is listed for collection, but is held or not there"),
+            },
+        }));
         Ok(())
     }
 

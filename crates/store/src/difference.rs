@@ -150,7 +150,11 @@ impl Transfer<'_> {
         };
         let diff_id = self.hash(stage.root(), &index, &task)?;
         let layer = match store.layers().hold_by_diff_id(diff_id, self.lease)? {
-            Some(layer) => layer,
+            Some(layer) => {
+                // A row whose files are gone is no layer to go on with.
+                store.layers().root(layer)?;
+                layer
+            }
             None => {
                 let usage = tree::measure(stage.root()).at("measure", stage.tree())?;
                 let contents = LayerContents { diff_id: Some(diff_id), chain_id: None, usage, index };

@@ -10,6 +10,7 @@
 //! at which a thing exists unheld. Process-bound leases are written lazily: a crash that loses such
 //! a row ends the lease anyway.
 
+use std::ops::ControlFlow;
 use std::time::Duration;
 
 use crate::catalogue::schema::{EDGES, HOLDS, LEASE_HOLDS, LEASES, LeaseRow, exists};
@@ -110,7 +111,7 @@ impl Lease {
     /// [`CatalogueError::Database`].
     pub fn let_go(&self, resource: impl Into<Resource>) -> Result<(), CatalogueError> {
         let key = (self.id, resource.into());
-        self.write(|tx| tx.remove(&LEASE_HOLDS, &key).map(drop))
+        self.write(|tx| tx.remove_ref(&LEASE_HOLDS, &key, key.1).map(drop))
     }
 
     /// What it holds itself, without what edges keep.
@@ -168,7 +169,7 @@ impl Tx<'_> {
         }
         let resource = resource.into();
         self.must_exist(resource)?;
-        self.put(&LEASE_HOLDS, &(lease, resource), &()).map(drop)
+        self.put_ref(&LEASE_HOLDS, &(lease, resource), resource)
     }
 
     /// Lets `owner` hold `resource` until it lets go; idempotent.
@@ -178,7 +179,7 @@ impl Tx<'_> {
     pub fn hold(&mut self, owner: &Owner, resource: impl Into<Resource>) -> Result<(), CatalogueError> {
         let resource = resource.into();
         self.must_exist(resource)?;
-        self.put(&HOLDS, &(owner.clone(), resource), &()).map(drop)
+        self.put_ref(&HOLDS, &(owner.clone(), resource), resource)
     }
 
     /// `owner` holds `resource` no longer; true if it did.
@@ -186,7 +187,8 @@ impl Tx<'_> {
     /// # Errors
     /// [`CatalogueError::Database`].
     pub fn unhold(&mut self, owner: &Owner, resource: impl Into<Resource>) -> Result<bool, CatalogueError> {
-        self.remove(&HOLDS, &(owner.clone(), resource.into()))
+        let resource = resource.into();
+        self.remove_ref(&HOLDS, &(owner.clone(), resource), resource)
     }
 
     /// `owner` holds nothing any longer; how many it held.
@@ -196,7 +198,7 @@ impl Tx<'_> {
     pub fn unhold_all(&mut self, owner: &Owner) -> Result<usize, CatalogueError> {
         let held = self.prefixed(&HOLDS, owner)?;
         for (key, ()) in &held {
-            self.remove(&HOLDS, key)?;
+            self.remove_ref(&HOLDS, key, key.1)?;
         }
         Ok(held.len())
     }
@@ -209,7 +211,7 @@ impl Tx<'_> {
         let (from, to) = (from.into(), to.into());
         self.must_exist(from)?;
         self.must_exist(to)?;
-        self.put(&EDGES, &(from, to), &()).map(drop)
+        self.put_ref(&EDGES, &(from, to), to)
     }
 
     /// Takes an edge back; true if there was one.
@@ -217,7 +219,8 @@ impl Tx<'_> {
     /// # Errors
     /// [`CatalogueError::Database`].
     pub fn remove_edge(&mut self, from: impl Into<Resource>, to: impl Into<Resource>) -> Result<bool, CatalogueError> {
-        self.remove(&EDGES, &(from.into(), to.into()))
+        let (from, to) = (from.into(), to.into());
+        self.remove_ref(&EDGES, &(from, to), to)
     }
 
     fn must_exist(&self, resource: Resource) -> Result<(), CatalogueError> {
@@ -226,7 +229,7 @@ impl Tx<'_> {
 
     pub(crate) fn drop_lease(&mut self, lease: LeaseId) -> Result<(), CatalogueError> {
         for (key, ()) in self.prefixed(&LEASE_HOLDS, &lease)? {
-            self.remove(&LEASE_HOLDS, &key)?;
+            self.remove_ref(&LEASE_HOLDS, &key, key.1)?;
         }
         self.remove(&LEASES, &lease).map(drop)
     }
@@ -238,4 +241,33 @@ impl Tx<'_> {
 /// [`CatalogueError`].
 pub fn held_by(rows: &impl Rows, owner: &Owner) -> Result<Vec<Resource>, CatalogueError> {
     Ok(rows.prefixed(&HOLDS, owner)?.into_iter().map(|((_, held), ())| held).collect())
+}
+
+/// Calls `visit` for every permanent hold, by owner, until it breaks. One look at the table.
+///
+/// # Errors
+/// [`CatalogueError`].
+pub fn scan_holds(
+    rows: &impl Rows,
+    mut visit: impl FnMut(&Owner, Resource) -> ControlFlow<()>,
+) -> Result<(), CatalogueError> {
+    rows.scan_each(&HOLDS, |key, _| match key {
+        Some((owner, held)) => visit(&owner, held),
+        // Nobody's hold: the check finds it.
+        None => ControlFlow::Continue(()),
+    })
+}
+
+/// Calls `visit` for every edge, by what it leads from, until it breaks. One look at the table.
+///
+/// # Errors
+/// [`CatalogueError`].
+pub fn scan_edges(
+    rows: &impl Rows,
+    mut visit: impl FnMut(Resource, Resource) -> ControlFlow<()>,
+) -> Result<(), CatalogueError> {
+    rows.scan_each(&EDGES, |key, _| match key {
+        Some((from, to)) => visit(from, to),
+        None => ControlFlow::Continue(()),
+    })
 }

@@ -27,7 +27,7 @@
 //! - What `write` acknowledged is durable, except holds of process-bound leases and volatile
 //!   actives, which end with the process.
 //! - Opening costs the same for a million rows as for none, after a clean stop. After an unclean
-//!   one it reads the directories once, to find what was on its way.
+//!   one it reads the directories once, to find what was on its way, and no table of many rows.
 //!
 //! # Lock order
 //! Each may be taken while holding those above it, never the other way round:
@@ -58,6 +58,7 @@ mod lock;
 mod open;
 pub mod progress;
 mod recover;
+mod refs;
 mod snapshots;
 pub mod transfer;
 mod tree;
@@ -80,13 +81,13 @@ pub use error::FileError;
 pub use gc::{Collected, GcError, GcMode, GcReport};
 pub use id::{ActiveId, IdError, LayerId, LeaseId, Owner, Resource, SnapshotId, Stamp};
 pub use layers::{FinishedStage, LayerContents, LayerError, LayerInfo, Layers, Stage};
-pub use lease::{Lease, LeaseInfo, LeaseOptions, held_by};
+pub use lease::{Lease, LeaseInfo, LeaseOptions, held_by, scan_edges, scan_holds};
 pub use lock::{Holder, WaitPolicy};
 use open::Inner;
 pub use open::{BeforeRecovery, Clock, OpenError, OpenOptions, Warn};
 pub use snapshots::{ActiveInfo, ActiveOptions, Attach, Mounted, SnapshotError, SnapshotInfo, Snapshots};
 pub use transfer::{LayerBlob, LayerSource, ReceivedLayer, Taken, Transfer, TransferError};
-pub use usage::{UsageError, UsageKind, UsageRow};
+pub use usage::{SizeRow, UsageError, UsageKind, UsageRow, scan_sizes};
 
 /// A store that this process owns. Cloning is cheap; the store closes when the last clone and the
 /// last lease, ingest, stage and mount made from it are gone.

@@ -417,7 +417,7 @@ fn create_catalogue(path: &Path, options: &OpenOptions) -> Result<(), OpenError>
     let database = Catalogue::builder(options.cache_bytes)
         .create(&new)
         .map_err(|error| CatalogueError::database("create")(error.into()))?;
-    let catalogue = Catalogue::new(database);
+    let catalogue = Catalogue::new(database, &new);
     catalogue.write(Urgency::Durable, &Stamp::default, |tx| {
         tx.put(&META, &META_SCHEMA.to_owned(), &SCHEMA)?;
         tx.put(&META, &META_CLEAN.to_owned(), &1)?;
@@ -435,10 +435,81 @@ fn check_schema(catalogue: &Catalogue) -> Result<(), OpenError> {
     let found = catalogue.read(|tx| tx.get(&META, &META_SCHEMA.to_owned()))?;
     match found {
         Some(SCHEMA) => Ok(()),
+        Some(1) => Ok(count_refs(catalogue)?),
         Some(found) if found > SCHEMA => Err(OpenError::TooNew { found, supported: SCHEMA }),
         Some(found) => Err(OpenError::TooOld { found }),
         None => {
             Err(CatalogueError::Damaged { table: META.name(), key: String::new(), what: "no schema version" }.into())
         }
+    }
+}
+
+/// From schema 1 to 2: what holds each resource is counted once. All in one transaction, so that a
+/// kill leaves the old store, and the next open begins again.
+fn count_refs(catalogue: &Catalogue) -> Result<(), CatalogueError> {
+    catalogue.write(Urgency::Durable, &Stamp::default, |tx| {
+        tx.recount()?;
+        tx.put(&META, &META_SCHEMA.to_owned(), &SCHEMA).map(drop)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use plies_oci::BlobDigest;
+
+    use super::*;
+    use crate::catalogue::schema::{BLOBS, BlobRow, EDGES, HOLDS, LEASE_HOLDS, LEASES, LOOSE, LeaseRow, REFS};
+    use crate::refs::{Differences, count_of, differences};
+    use crate::{GcMode, LeaseId, Owner, Resource};
+
+    fn options() -> OpenOptions {
+        OpenOptions::new(Arc::new(|| SystemTime::UNIX_EPOCH))
+    }
+
+    #[test]
+    fn a_store_of_schema_1_is_counted_when_it_is_opened() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().join("store");
+        Store::open(&root, options(), WaitPolicy::Fail).unwrap().close().unwrap();
+
+        // As the first version wrote them: no counts.
+        let digest = |n: u8| BlobDigest::of(&[n]);
+        let resource = |n: u8| Resource::from(digest(n));
+        let lease = LeaseId::from_bytes([1; 8]);
+        let old = Catalogue::open(&Paths::below(&root).database(), OpenOptions::CACHE_BYTES).unwrap();
+        let written: Result<(), CatalogueError> = old.write(Urgency::Durable, &Stamp::default, |tx| {
+            for n in 0..4 {
+                tx.put(&BLOBS, &digest(n), &BlobRow { size_bytes: 1, created: Stamp::default() })?;
+            }
+            tx.put(&HOLDS, &(Owner::new("test", 0), resource(0)), &())?;
+            tx.put(&EDGES, &(resource(0), resource(1)), &())?;
+            let expires = Some(Stamp::from_micros(1));
+            tx.put(&LEASES, &lease, &LeaseRow { created: Stamp::default(), expires, label: String::new() })?;
+            tx.put(&LEASE_HOLDS, &(lease, resource(1)), &())?;
+            tx.put(&LEASE_HOLDS, &(lease, resource(2)), &())?;
+            tx.put(&META, &META_SCHEMA.to_owned(), &1).map(drop)
+        });
+        written.unwrap();
+        let uncounted: Result<_, CatalogueError> = old.read(|tx| Ok((tx.all(&REFS)?, tx.all(&LOOSE)?)));
+        assert_eq!(uncounted.unwrap(), (Vec::new(), Vec::new()));
+        drop(old);
+
+        for _ in 0..2 {
+            let store = Store::open(&root, options(), WaitPolicy::Fail).unwrap();
+            store
+                .read(|tx| {
+                    assert_eq!(tx.get(&META, &META_SCHEMA.to_owned())?, Some(2));
+                    for (n, count) in [1, 2, 1, 0].into_iter().enumerate() {
+                        assert_eq!(count_of(tx, resource(n as u8))?, count, "{n}");
+                    }
+                    assert_eq!(tx.all(&LOOSE)?, [(resource(3), ())]);
+                    assert_eq!(differences(tx)?, Differences::default());
+                    Ok::<_, CatalogueError>(())
+                })
+                .unwrap();
+        }
+        let store = Store::open(&root, options(), WaitPolicy::Fail).unwrap();
+        let collected = store.gc(GcMode::Run).unwrap().collected;
+        assert_eq!(collected.iter().map(|one| one.resource).collect::<Vec<_>>(), [resource(3)]);
     }
 }

@@ -16,7 +16,7 @@ use plies_oci::BlobDigest;
 use crate::catalogue::schema::{ACTIVES, ActiveRow, BLOBS, LAYERS, LEASES, META, META_CLEAN, SEALING, TRASH};
 use crate::catalogue::{CatalogueError, ReadTx, Rows as _};
 use crate::error::{At as _, FileError};
-use crate::gc::{self, GcError, GcMode};
+use crate::gc::{self, GcError};
 use crate::open::{make_dir, sync_dir};
 use crate::snapshots::detach;
 use crate::{ActiveId, LayerId, LeaseId, Resource, Store, tree};
@@ -68,7 +68,7 @@ pub(crate) fn at_open(store: &Store) -> Result<(), RecoverError> {
         remove_stale_uppers(store)?;
         remove_unlisted(store)?;
         // What only leases of the dead process held goes too: nobody should have to ask for that.
-        gc::collect(store, GcMode::Run)?;
+        gc::collect_some(store)?;
         // What was found is gone: a clean session may begin.
         store.write(|tx| tx.put(&META, &META_CLEAN.to_owned(), &1).map(drop))?;
     }
@@ -185,10 +185,12 @@ fn remove_stale_uppers(store: &Store) -> Result<(), RecoverError> {
 fn remove_unlisted(store: &Store) -> Result<(), RecoverError> {
     let paths = &store.inner.paths;
     let unlisted = |dir: &Path, is_listed: &dyn Fn(&ReadTx, &str) -> Result<bool, CatalogueError>| {
-        let entries = entries(dir)?;
+        // One by one: there may be a million.
+        let entries = fs::read_dir(dir).at("read directory", dir)?;
         store.read(|tx| {
             let mut found = Vec::new();
-            for path in entries {
+            for entry in entries {
+                let path = entry.at("read directory", dir)?.path();
                 let name = path.file_name().unwrap_or_default();
                 let listed = match std::str::from_utf8(name.as_bytes()) {
                     Ok(name) => is_listed(tx, name)?,

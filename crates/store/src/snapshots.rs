@@ -514,9 +514,17 @@ impl<'a> Snapshots<'a> {
         // From here the upper may be in the stage, which must not take it along if it fails.
         stage.keep();
         let sealed = self.seal_upper(&stage, &lowers, &upper, known).and_then(|contents| {
-            let nothing = contents.usage.inodes <= 1 && contents.index.is_implied(&EntryPath::root());
-            if nothing && empty == Empty::IsNothing {
-                fs::rename(stage.tree(), upper.tree()).at("rename", upper.tree())?;
+            let is_nothing = || -> Result<bool, SnapshotError> {
+                let root_only = contents.usage.inodes <= 1;
+                // On nothing, there is no root below to be the same as.
+                let as_made = || contents.index.is_implied(&EntryPath::root()) || row.base.is_none();
+                Ok(root_only && as_made() && is_as_prepared(row.base, &stage.tree())?)
+            };
+            if empty == Empty::IsNothing && is_nothing()? {
+                // A driver that copies has left it where it was.
+                if !upper.tree().try_exists().at("stat", upper.tree())? {
+                    fs::rename(stage.tree(), upper.tree()).at("rename", upper.tree())?;
+                }
                 tree::remove(&self.store.inner.paths.stage.join(layer.to_string()))?;
                 self.store.write(|tx| {
                     tx.remove(&SEALING, &id)?;
@@ -701,11 +709,10 @@ fn put_snapshot(
     fixup: Option<LayerId>,
 ) -> Result<(), CatalogueError> {
     // Two may have made it at once: the first stands, and the other's fix-up is garbage.
-    if tx.contains(&SNAPSHOTS, &id)? {
+    let row = SnapshotRow { layers: list.to_vec(), fixup, created: tx.now() };
+    if !tx.put_snapshot(id, &row)? {
         return Ok(());
     }
-    let row = SnapshotRow { layers: list.to_vec(), fixup, created: tx.now() };
-    tx.put(&SNAPSHOTS, &id, &row)?;
     list.iter().chain(&fixup).try_for_each(|layer| tx.add_edge(id, *layer))
 }
 
@@ -757,6 +764,20 @@ impl Hold {
             Err(SnapshotError::NotFound { what: resource })
         }
     }
+}
+
+/// Whether the root of an upper on nothing says no more than that it was made. (On something, it was compared with that.)
+fn is_as_prepared(base: Option<SnapshotId>, root: &Path) -> Result<bool, FileError> {
+    if base.is_some() {
+        return Ok(true);
+    }
+    let root_dir = tree::open_own(root)?;
+    let stat = rustix::fs::fstat(&root_dir).at("stat", root)?;
+    let own = stat.st_uid == rustix::process::geteuid().as_raw() && stat.st_gid == rustix::process::getegid().as_raw();
+    let mut names = [0; 1];
+    // One byte has room for no name: it is the kernel that says whether there is any.
+    let bare = matches!(rustix::fs::flistxattr(&root_dir, &mut names[..]), Ok(0) | Err(Errno::OPNOTSUPP));
+    Ok(own && stat.st_mode & 0o7777 == 0o755 && bare)
 }
 
 /// Shows `tree` (a mount handle, or a directory to bind) at `target`.

@@ -393,20 +393,12 @@ impl Transfer<'_> {
             // A row whose files are gone is no layer to build an image on.
             layers.root(layer)?;
         }
-        let here = match offer.digest {
-            Some(digest) => lease.hold_if_present(digest)?.then_some(digest),
-            None => None,
-        };
-        // That it decompresses to this diff ID must be our own finding, not the claim of whoever offers it.
-        let known = here.map(|digest| self.store().read(|rows| diff_id_of_blob(rows, digest))).transpose()?.flatten();
-        if let (Some(layer), true) = (layer, known == Some(offer.diff_id)) {
+        let (here, known) = self.look_for(offer)?;
+        if let (Some(layer), true) = (layer, known) {
             task.end(Outcome::Cached);
             return Ok(Worked { ingest: None, layer: WorkedLayer::Here(layer) });
         }
-        let blob: Box<dyn Read + Send + '_> = match here {
-            Some(digest) => Box::new(self.store().content().open(digest)?),
-            None => (offer.open)().map_err(|source| read_error(offer, source))?,
-        };
+        let blob = self.open(offer, here)?;
         let mut ingest = if here.is_some() { None } else { Some(self.store().content().ingest_unnamed()?) };
         let mut tee = Tee { blob: Watched { inner: blob, task: Some(&task), cancel }, ingest: ingest.as_mut() };
         let layer = match layer {
@@ -421,6 +413,59 @@ impl Transfer<'_> {
         drop(tee);
         task.end(Outcome::Done);
         Ok(Worked { ingest, layer })
+    }
+
+    /// The blob that is offered, if it is here, and whether we found ourselves that it decompresses to its diff ID: what
+    /// whoever offers it says of it may be a lie.
+    fn look_for(&self, offer: &LayerSource<'_>) -> Result<(Option<BlobDigest>, bool), TransferError> {
+        let here = match offer.digest {
+            Some(digest) => self.lease.hold_if_present(digest)?.then_some(digest),
+            None => None,
+        };
+        let known = here.map(|digest| self.store().read(|rows| diff_id_of_blob(rows, digest))).transpose()?.flatten();
+        Ok((here, known == Some(offer.diff_id)))
+    }
+
+    /// The bytes that are offered: those that are here, or those that somebody brings.
+    fn open<'o>(
+        &self,
+        offer: &'o LayerSource<'_>,
+        here: Option<BlobDigest>,
+    ) -> Result<Box<dyn Read + Send + 'o>, TransferError> {
+        if let Some(digest) = here {
+            return Ok(Box::new(self.store().content().open(digest)?));
+        }
+        let bytes = (offer.open)().map_err(|source| read_error(offer, source))?;
+        // One byte too many tells that it is too long; more would only fill the disk.
+        Ok(Box::new(bytes.take(offer.size_bytes.saturating_add(1))))
+    }
+
+    /// Takes in a layer's blob and does not unpack it: reads it from whoever offers it, unless it is here, and checks
+    /// that it decompresses to the tar of its diff ID.
+    ///
+    /// # Errors
+    /// [`TransferError`]; then nothing of it is visible.
+    pub fn take_blob(&self, offer: &LayerSource<'_>) -> Result<LayerBlob, TransferError> {
+        let name = format!("layer {}", offer.name());
+        let task = Task::start(self.progress, &name, Some(offer.size_bytes));
+        let (here, known) = self.look_for(offer)?;
+        if let (Some(digest), true) = (here, known) {
+            task.end(Outcome::Cached);
+            return Ok(LayerBlob { digest, size_bytes: offer.size_bytes, compression: offer.compression });
+        }
+        let mut ingest = if here.is_some() { None } else { Some(self.store().content().ingest_unnamed()?) };
+        let bytes = Watched { inner: self.open(offer, here)?, task: Some(&task), cancel: self.cancel };
+        let mut tee = Tee { blob: bytes, ingest: ingest.as_mut() };
+        self.check_diff_id(&mut tee, offer)?;
+        // Whatever the decompressor left, so that the blob is whole.
+        io::copy(&mut tee, &mut io::sink()).map_err(|source| read_error(offer, source))?;
+        drop(tee);
+        let ingest = ingest.map(|ingest| (ingest, offer.expected()));
+        let taken = self.publish_blobs(vec![ingest], &[offer])?;
+        let blob = *taken.first().expect("because one source makes one blob");
+        self.store().write(|tx| remember_blob(tx, offer.diff_id, &blob))?;
+        task.end(Outcome::Done);
+        Ok(blob)
     }
 
     /// Unpacks a layer by itself, without the layers below it.

@@ -1,13 +1,14 @@
 //! Disk usage: sums that are kept as rows come and go, never a walk of trees.
 
 use std::fs;
+use std::ops::ControlFlow;
 
-use plies_oci::ErrorKind;
+use plies_oci::{DiffId, ErrorKind};
 
-use crate::Store;
-use crate::catalogue::schema::{Kind, TOTALS};
-use crate::catalogue::{CatalogueError, Rows as _};
+use crate::catalogue::schema::{ACTIVES, BLOBS, Kind, LAYERS, TOTALS};
+use crate::catalogue::{CatalogueError, Rows};
 use crate::error::{At as _, FileError};
+use crate::{Resource, Store};
 
 /// A kind of thing that takes space.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -59,6 +60,45 @@ impl UsageError {
             Self::Catalogue(error) => error.kind(),
         }
     }
+}
+
+/// What one blob, layer or upper costs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SizeRow {
+    /// Which.
+    pub resource: Resource,
+    /// Its bytes; those of an upper as last measured.
+    pub size_bytes: u64,
+    /// Of a layer: the digest of its tar, if that is known.
+    pub diff_id: Option<DiffId>,
+}
+
+/// Calls `visit` for every blob, then for every layer, then for every upper that was not sealed, each in the order of
+/// their IDs. Rows that are damaged are left out, and hide no other.
+///
+/// # Errors
+/// [`CatalogueError`].
+pub fn scan_sizes(rows: &impl Rows, mut visit: impl FnMut(SizeRow)) -> Result<(), CatalogueError> {
+    rows.scan_each(&BLOBS, |id, row| {
+        if let (Some(id), Ok(row)) = (id, row) {
+            visit(SizeRow { resource: id.into(), size_bytes: row.size_bytes, diff_id: None });
+        }
+        ControlFlow::Continue(())
+    })?;
+    rows.scan_each(&LAYERS, |id, row| {
+        if let (Some(id), Ok(row)) = (id, row) {
+            visit(SizeRow { resource: id.into(), size_bytes: row.usage.size_bytes, diff_id: row.diff_id });
+        }
+        ControlFlow::Continue(())
+    })?;
+    rows.scan_each(&ACTIVES, |id, row| {
+        if let (Some(id), Ok(row)) = (id, row)
+            && row.sealed.is_none()
+        {
+            visit(SizeRow { resource: id.into(), size_bytes: row.total().size_bytes, diff_id: None });
+        }
+        ControlFlow::Continue(())
+    })
 }
 
 pub(crate) fn usage(store: &Store) -> Result<Vec<UsageRow>, UsageError> {

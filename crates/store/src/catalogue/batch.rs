@@ -1,6 +1,7 @@
 use std::fmt;
+use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, ThreadId};
@@ -14,6 +15,13 @@ use crate::Stamp;
 /// run again, and save no further syncs worth having (512 at 0.4 ms each is 0.2 s of syncs).
 const MAX_MEMBERS: usize = 512;
 
+/// From this size of the file on, every durable commit also writes which pages are in use, so that an
+/// open after a kill need not read the whole file to find out. Measured with redb 4.5 over a million
+/// rows (1 GiB): 1 ms instead of 0.7 s with the file in the page cache, and several seconds from a
+/// disk; but half as many durable commits a second from one thread, as the list is 64 KiB long. What
+/// is smaller is read in less than 0.2 s, and has its checksums verified by it.
+const QUICK_REPAIR_FROM_BYTES: u64 = 256 << 20;
+
 /// When a write must be safe from a power failure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Urgency {
@@ -26,6 +34,9 @@ pub(crate) enum Urgency {
 /// The database, its gate, and the commit that is being gathered.
 pub(crate) struct Catalogue {
     db: redb::Database,
+    path: PathBuf,
+    /// [`QUICK_REPAIR_FROM_BYTES`], but for tests.
+    quick_repair_from_bytes: u64,
     /// Whoever holds it may run a closure or commit. Never taken inside a closure.
     gate: Mutex<Option<Gathering>>,
     /// Writers on their way to the gate: while there are any, the commit can wait for them.
@@ -83,7 +94,7 @@ impl Outcome {
 
 impl Gathering {
     /// Commits for all members. A panic inside the database must not leave them waiting.
-    fn commit(mut self) {
+    fn commit(mut self, quick_repair: bool) {
         let outcome = Arc::clone(&self.outcome);
         let result = catch_unwind(AssertUnwindSafe(move || {
             if self.urgency == Urgency::Lazy {
@@ -93,6 +104,7 @@ impl Gathering {
                     .map_err(|error| CatalogueError::database("set durability")(error.into()))?;
             }
             self.txn.set_two_phase_commit(true);
+            self.txn.set_quick_repair(quick_repair);
             self.txn.commit().map_err(|error| CatalogueError::database("commit")(error.into()))
         }));
         match result {
@@ -115,8 +127,15 @@ impl Gathering {
 }
 
 impl Catalogue {
-    pub(crate) fn new(db: redb::Database) -> Self {
-        Self { db, gate: Mutex::new(None), coming: AtomicUsize::new(0), running: Mutex::new(None) }
+    pub(crate) fn new(db: redb::Database, path: &Path) -> Self {
+        Self {
+            db,
+            path: path.to_owned(),
+            quick_repair_from_bytes: QUICK_REPAIR_FROM_BYTES,
+            gate: Mutex::new(None),
+            coming: AtomicUsize::new(0),
+            running: Mutex::new(None),
+        }
     }
 
     pub(crate) fn builder(cache_bytes: usize) -> redb::Builder {
@@ -126,7 +145,7 @@ impl Catalogue {
     }
 
     pub(crate) fn open(path: &Path, cache_bytes: usize) -> Result<Self, redb::DatabaseError> {
-        Self::builder(cache_bytes).open(path).map(Self::new)
+        Ok(Self::new(Self::builder(cache_bytes).open(path)?, path))
     }
 
     pub(crate) fn read<T, E: From<CatalogueError>>(&self, read: impl FnOnce(&ReadTx) -> Result<T, E>) -> Result<T, E> {
@@ -207,7 +226,10 @@ impl Catalogue {
     /// itself before it came to the gate, so it will pass here and do the same.
     fn leave(&self, gate: &mut MutexGuard<'_, Option<Gathering>>, gathering: Gathering, now: bool) {
         if now || gathering.members >= MAX_MEMBERS || self.coming.load(Ordering::SeqCst) == 0 {
-            gathering.commit();
+            // A file that cannot be asked is dealt with as a large one: that is right for all.
+            let is_large = || fs::metadata(&self.path).map_or(true, |file| file.len() >= self.quick_repair_from_bytes);
+            let quick_repair = gathering.urgency == Urgency::Durable && is_large();
+            gathering.commit(quick_repair);
         } else {
             **gate = Some(gathering);
         }
@@ -222,7 +244,7 @@ impl fmt::Debug for Catalogue {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::AtomicU32;
+    use std::sync::atomic::{AtomicBool, AtomicU32};
 
     use super::super::{Rows as _, Table};
     use super::*;
@@ -230,7 +252,8 @@ mod tests {
     const NUMBERS: Table<u64, u64> = Table::new("numbers");
 
     fn catalogue(dir: &tempfile::TempDir) -> Catalogue {
-        Catalogue::new(Catalogue::builder(1 << 20).create(dir.path().join("db")).unwrap())
+        let path = dir.path().join("db");
+        Catalogue::new(Catalogue::builder(1 << 20).create(&path).unwrap(), &path)
     }
 
     fn write<T>(
@@ -378,6 +401,27 @@ mod tests {
         assert_eq!(all(&first), [7]);
         drop(first);
         assert_eq!(all(&Catalogue::open(&dir.path().join("db"), 1 << 20).unwrap()), [7]);
+    }
+
+    #[test]
+    fn a_large_file_is_not_read_through_after_a_kill() {
+        for (from_bytes, repairs) in [(0, false), (u64::MAX, true)] {
+            let dir = tempfile::tempdir().unwrap();
+            let mut catalogue = catalogue(&dir);
+            catalogue.quick_repair_from_bytes = from_bytes;
+            write(&catalogue, |tx| tx.put(&NUMBERS, &7, &0)).unwrap();
+            catalogue.write(Urgency::Lazy, &Stamp::default, |tx| tx.put(&NUMBERS, &8, &0)).unwrap();
+            // What a kill would leave.
+            let killed = dir.path().join("killed");
+            fs::copy(dir.path().join("db"), &killed).unwrap();
+            let repaired = Arc::new(AtomicBool::new(false));
+            let saw_repair = Arc::clone(&repaired);
+            let mut builder = Catalogue::builder(1 << 20);
+            builder.set_repair_callback(move |_| saw_repair.store(true, Ordering::SeqCst));
+            let opened = Catalogue::new(builder.open(&killed).unwrap(), &killed);
+            assert_eq!(repaired.load(Ordering::SeqCst), repairs);
+            assert_eq!(all(&opened), [7]);
+        }
     }
 
     #[test]

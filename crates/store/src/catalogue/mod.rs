@@ -10,7 +10,8 @@
 //!
 //! Crash behaviour: a commit is atomic and, unless lazy, durable when `write` returns. Commits are
 //! two-phase, because the data is attacker-chosen and so is, in part, the moment of a crash. A lazy
-//! write is visible at once and durable with the next one that is not.
+//! write is visible at once and durable with the next one that is not. An open after a kill reads the
+//! file once, to find the pages in use; a large file has them written down with each commit instead.
 
 mod batch;
 mod key;

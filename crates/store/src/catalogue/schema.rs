@@ -7,6 +7,8 @@
 //! lease_holds       lease, resource          -> ()
 //! holds             owner, resource          -> ()         permanent
 //! edges             resource, resource       -> ()         the first keeps the second
+//! refs              resource                 -> count      of the rows of the last three that name it
+//! loose             resource                 -> ()         those that have a row and no count
 //! blobs             digest                   -> size, created
 //! layers            layer                    -> kind, diff ID, chain ID, usage, created, tar_split
 //! layers_by_diff    diff ID, layer           -> ()         self-contained ones
@@ -20,7 +22,7 @@
 //! ```
 //!
 //! Every put and remove of a counted row goes through the functions here, which keep `totals` and
-//! the two `by_` indexes in step.
+//! the two `by_` indexes in step; `refs` and `loose` are kept by [`crate::refs`].
 
 use plies_archive::Usage;
 use plies_oci::{BlobDigest, ChainId, DiffId};
@@ -30,13 +32,17 @@ use super::{CatalogueError, Key, KeyReader, Row, Rows, Table, Tx};
 use crate::{ActiveId, LayerId, LeaseId, Owner, Resource, SnapshotId, Stamp};
 
 /// The version of all of the above, and of the layout of the directories.
-pub(crate) const SCHEMA: u64 = 1;
+///
+/// 1 had neither `refs` nor `loose`.
+pub(crate) const SCHEMA: u64 = 2;
 
 pub(crate) const META: Table<String, u64> = Table::new("meta");
 pub(crate) const LEASES: Table<LeaseId, LeaseRow> = Table::new("leases");
 pub(crate) const LEASE_HOLDS: Table<(LeaseId, Resource), ()> = Table::new("lease_holds");
 pub(crate) const HOLDS: Table<(Owner, Resource), ()> = Table::new("holds");
 pub(crate) const EDGES: Table<(Resource, Resource), ()> = Table::new("edges");
+pub(crate) const REFS: Table<Resource, u64> = Table::new("refs");
+pub(crate) const LOOSE: Table<Resource, ()> = Table::new("loose");
 pub(crate) const BLOBS: Table<BlobDigest, BlobRow> = Table::new("blobs");
 pub(crate) const LAYERS: Table<LayerId, LayerRow> = Table::new("layers");
 pub(crate) const LAYERS_BY_DIFF: Table<(DiffId, LayerId), ()> = Table::new("layers_by_diff");
@@ -269,6 +275,7 @@ impl Tx<'_> {
         }
         let row = BlobRow { size_bytes, created: self.now() };
         self.put(&BLOBS, &digest, &row)?;
+        self.put(&LOOSE, &digest.into(), &())?;
         self.count(Kind::Blobs, Some(row.total()), None)?;
         Ok(true)
     }
@@ -276,8 +283,11 @@ impl Tx<'_> {
     /// Puts or replaces a layer's row and keeps its indexes.
     pub(crate) fn put_layer(&mut self, id: LayerId, row: &LayerRow) -> Result<(), CatalogueError> {
         let before = self.take_layer(id)?;
-        debug_assert!(before.is_none_or(|before| before.usage == row.usage), "a layer is immutable");
+        debug_assert!(before.as_ref().is_none_or(|before| before.usage == row.usage), "a layer is immutable");
         self.put(&LAYERS, &id, row)?;
+        if before.is_none() {
+            self.put(&LOOSE, &id.into(), &())?;
+        }
         match (row.diff_id, row.chain_id) {
             (_, Some(chain_id)) => self.put(&LAYERS_BY_CHAIN, &(chain_id, id), &())?,
             (Some(diff_id), None) => self.put(&LAYERS_BY_DIFF, &(diff_id, id), &())?,
@@ -305,16 +315,31 @@ impl Tx<'_> {
         Ok(Some(row))
     }
 
+    /// Puts a snapshot's row unless it is there; true if it was not.
+    pub(crate) fn put_snapshot(&mut self, id: SnapshotId, row: &SnapshotRow) -> Result<bool, CatalogueError> {
+        if self.contains(&SNAPSHOTS, &id)? {
+            return Ok(false);
+        }
+        self.put(&SNAPSHOTS, &id, row)?;
+        self.put(&LOOSE, &id.into(), &())?;
+        Ok(true)
+    }
+
     /// Puts or replaces an active's row.
     pub(crate) fn put_active(&mut self, id: ActiveId, row: &ActiveRow) -> Result<(), CatalogueError> {
         let before = self.get(&ACTIVES, &id)?;
         self.put(&ACTIVES, &id, row)?;
+        if before.is_none() {
+            self.put(&LOOSE, &id.into(), &())?;
+        }
         self.count(Kind::Actives, Some(row.total()), before.map(|before| before.total()))
     }
 
-    /// Moves one resource's row to the trash, with its edges and whatever else names it. Holds are
-    /// not looked at: the caller knows that there are none. Returns the bytes that will be freed.
+    /// Moves one resource's row to the trash, with its edges and whatever else names it; what they
+    /// led to may become loose. Holds are not looked at: the caller knows that there are none.
+    /// Returns the bytes that will be freed.
     pub(crate) fn discard(&mut self, resource: Resource) -> Result<Option<u64>, CatalogueError> {
+        self.remove(&LOOSE, &resource)?;
         let size_bytes = match resource {
             Resource::Blob(digest) => {
                 let Some(row) = self.take(&BLOBS, &digest)? else { return Ok(None) };
@@ -338,7 +363,7 @@ impl Tx<'_> {
             }
         };
         for (edge, ()) in self.prefixed(&EDGES, &resource)? {
-            self.remove(&EDGES, &edge)?;
+            self.remove_ref(&EDGES, &edge, edge.1)?;
         }
         // A snapshot has no bytes of its own.
         if !matches!(resource, Resource::Snapshot(_)) && self.put(&TRASH, &resource, &size_bytes)? {

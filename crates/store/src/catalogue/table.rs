@@ -2,7 +2,7 @@ use std::fmt;
 use std::marker::PhantomData;
 use std::ops::{Bound, ControlFlow};
 
-use redb::{ReadableDatabase as _, ReadableTable as _, TableDefinition, TableError};
+use redb::{ReadableDatabase as _, ReadableTable as _, ReadableTableMetadata as _, TableDefinition, TableError};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -125,6 +125,7 @@ mod sealed {
             bounds: RawBounds,
             visit: &mut RawVisit<'_>,
         ) -> Result<(), CatalogueError>;
+        fn raw_len(&self, table: &'static str) -> Result<u64, CatalogueError>;
     }
 }
 
@@ -145,6 +146,14 @@ pub trait Rows: sealed::RawRows {
     /// [`CatalogueError`].
     fn contains<K: Key, V: Row>(&self, table: &Table<K, V>, key: &K) -> Result<bool, CatalogueError> {
         Ok(self.raw_get(table.name, &key.to_bytes())?.is_some())
+    }
+
+    /// How many rows there are. The database knows, so it costs the same for any number.
+    ///
+    /// # Errors
+    /// [`CatalogueError::Database`].
+    fn rows_count<K: Key, V: Row>(&self, table: &Table<K, V>) -> Result<u64, CatalogueError> {
+        self.raw_len(table.name)
     }
 
     /// Calls `visit` for every row in key order until it breaks. Memory stays constant. In a write
@@ -196,6 +205,28 @@ pub trait Rows: sealed::RawRows {
         self.raw_scan(table.name, bounds, &mut |key, _| Ok(visit(decode_key(table.name, key)?)))
     }
 
+    /// As [`Rows::scan`], but a row that does not decode is handed to `visit` as its error: it hides no other. So is a
+    /// key that does not, as `None`.
+    ///
+    /// # Errors
+    /// [`CatalogueError::Database`].
+    fn scan_each<K: Key, V: Row>(
+        &self,
+        table: &Table<K, V>,
+        mut visit: impl FnMut(Option<K>, Result<V, CatalogueError>) -> ControlFlow<()>,
+    ) -> Result<(), CatalogueError>
+    where
+        Self: Sized,
+    {
+        let name = table.name;
+        self.raw_scan(name, (Bound::Unbounded, Bound::Unbounded), &mut |key, value| {
+            Ok(match decode_key(name, key) {
+                Ok(decoded) => visit(Some(decoded), decode_row(name, key, value)),
+                Err(error) => visit(None, Err(error)),
+            })
+        })
+    }
+
     /// Whether a blob, layer, snapshot or active is in the store.
     ///
     /// # Errors
@@ -243,6 +274,28 @@ pub trait Rows: sealed::RawRows {
             ControlFlow::Continue(())
         })?;
         Ok(rows)
+    }
+
+    /// As [`Rows::prefixed`], without decoding the rows: one that is damaged hides no other.
+    ///
+    /// # Errors
+    /// [`CatalogueError`].
+    fn prefixed_keys<K: Key, V: Row, P: PrefixOf<K>>(
+        &self,
+        table: &Table<K, V>,
+        prefix: &P,
+    ) -> Result<Vec<K>, CatalogueError>
+    where
+        Self: Sized,
+    {
+        let mut keys = Vec::new();
+        let prefix = prefix.to_bytes();
+        let end = after_prefix(&prefix);
+        self.raw_scan(table.name, (Bound::Included(prefix), end), &mut |key, _| {
+            keys.push(decode_key(table.name, key)?);
+            Ok(ControlFlow::Continue(()))
+        })?;
+        Ok(keys)
     }
 
     /// All rows in key order. For tables known to be small.
@@ -317,6 +370,11 @@ impl sealed::RawRows for ReadTx {
         }
         Ok(())
     }
+
+    fn raw_len(&self, table: &'static str) -> Result<u64, CatalogueError> {
+        let Some(table) = self.open(table)? else { return Ok(0) };
+        table.len().map_err(|error| CatalogueError::database("count")(error.into()))
+    }
 }
 
 impl Rows for ReadTx {}
@@ -341,6 +399,12 @@ impl<'a> Tx<'a> {
     /// Whether this closure changed anything.
     pub(super) fn wrote(&self) -> bool {
         self.wrote
+    }
+
+    /// Counts as a change though nothing is put: the commit happens, and if this is a durable write,
+    /// what lazy ones did before is durable with it.
+    pub(crate) fn must_last(&mut self) {
+        self.wrote = true;
     }
 
     /// The moment at which the closure began, by the store's clock.
@@ -429,6 +493,10 @@ impl sealed::RawRows for Tx<'_> {
                 _ => return Ok(()),
             }
         }
+    }
+
+    fn raw_len(&self, table: &'static str) -> Result<u64, CatalogueError> {
+        self.open(table)?.len().map_err(|error| CatalogueError::database("count")(error.into()))
     }
 }
 

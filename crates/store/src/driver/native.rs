@@ -10,7 +10,7 @@ use std::path::Path;
 
 use plies_archive::tar::EntryPath;
 use plies_archive::{Change, Sealed, UpperForm};
-use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat, Timespec, Timestamps};
 
 use super::{Driver, Form, Lower, Tree, Upper};
 use crate::error::{At as _, FileError};
@@ -41,6 +41,12 @@ fn merged(lowers: &[Lower], target: &Path, material: Material) -> Result<OwnedFd
         })
     });
     tree::merge(layers, &root, material)?;
+    if lowers.is_empty() {
+        // No layer says how the root of nothing looks: the same each time, or it would look changed.
+        let epoch = Timespec { tv_sec: 0, tv_nsec: 0 };
+        let times = Timestamps { last_access: epoch, last_modification: epoch };
+        rustix::fs::futimens(&root, &times).at("set times", target)?;
+    }
     Ok(root)
 }
 
