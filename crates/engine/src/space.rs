@@ -280,18 +280,24 @@ impl Engine {
             ControlFlow::Continue(())
         })?;
         let records = self.records()?;
+        let writable = self.layer_store()?.list_rw()?;
         // Before the totals are read, which are of what was measured last.
         for info in actives {
             let active = info.id.to_string();
             let users: Vec<_> = records.iter().filter(|record| record.active.as_ref() == Some(&active)).collect();
+            let named = writable.iter().find(|rw| rw.active == info.id);
             rows.push(SpaceRow {
                 kind: "active",
                 id: info.id.to_string(),
                 size_bytes: self.active_bytes(&info),
-                users_count: Some(users.len()),
-                description: users.first().map_or_else(String::new, |record| {
-                    format!("record {} {}", &record.id[..12], record.description).trim_end().to_owned()
-                }),
+                users_count: Some(users.len() + usize::from(named.is_some())),
+                description: match (users.first(), named) {
+                    (Some(record), _) => {
+                        format!("record {} {}", &record.id[..12], record.description).trim_end().to_owned()
+                    }
+                    (None, Some(rw)) => format!("writable layer {}", rw.name),
+                    (None, None) => String::new(),
+                },
                 error: None,
             });
         }
@@ -338,6 +344,11 @@ impl Engine {
                     error: Some(chain(&error)),
                 }),
             }
+        }
+        // What an image or a record stands on is theirs, whoever has registered it as well.
+        for info in self.layer_store()?.list()? {
+            let name = || format!("registered layer {}", &info.chain_id.hex()[..12]);
+            users.entry(info.layer).or_insert_with(|| (1, name()));
         }
         Ok(users)
     }
