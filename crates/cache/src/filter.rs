@@ -204,7 +204,7 @@ impl<'a> Reader<'a> {
         let value_at = self.at;
         let value = self.value(operator == "~=")?;
         match (name.as_str(), operator) {
-            ("until", "=" | "==") => match duration(&value) {
+            ("until", "=" | "==") => match parse_duration(&value) {
                 Some(age) => Ok(Selector::Until(age)),
                 None => bad(value_at, format!("{value:?} is no time (use 90s, 15m, 48h, 7d)")),
             },
@@ -219,7 +219,7 @@ impl<'a> Reader<'a> {
                     "<" => Compare::Less,
                     _ => return bad(operator_at, "size takes \">=\", \"<=\", \">\", \"<\", \"==\" or \"!=\""),
                 };
-                match bytes(&value) {
+                match parse_bytes(&value) {
                     Some(bytes) => Ok(Selector::Size(compare, bytes)),
                     None => bad(value_at, format!("{value:?} is no size (use 10MB, 1.5GiB)")),
                 }
@@ -306,8 +306,8 @@ fn thousandths(text: &str) -> Option<(u128, &str)> {
     Some((value, rest))
 }
 
-/// `10MB`, `1.5GiB`, `4096`.
-fn bytes(text: &str) -> Option<u64> {
+/// Reads a size: `10MB`, `1.5GiB`, `4096`; decimal units count in thousands, `KiB` and the like in 1,024.
+pub fn parse_bytes(text: &str) -> Option<u64> {
     const UNITS: [(&str, u128); 12] = [
         ("", 1),
         ("b", 1),
@@ -331,8 +331,8 @@ fn bytes(text: &str) -> Option<u64> {
     u64::try_from(value * factor / 1000).ok()
 }
 
-/// `24h`, `1h30m`, `7d`, `500ms`.
-fn duration(text: &str) -> Option<Duration> {
+/// Reads a duration: `24h`, `1h30m`, `7d`, `500ms`.
+pub fn parse_duration(text: &str) -> Option<Duration> {
     let mut rest = text;
     let mut micros: u128 = 0;
     loop {

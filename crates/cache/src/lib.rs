@@ -43,7 +43,7 @@ mod uses;
 
 pub use blobs::{CREATED_AT, LayerFormat, REMOTES_MAX, Remote, RemoteOptions, StoreProvider};
 pub use error::{CacheError, Holder};
-pub use filter::{FilterRow, Filters};
+pub use filter::{FilterRow, Filters, parse_bytes, parse_duration};
 pub use id::RecordId;
 pub use key::{CacheKey, KeyBuilder};
 pub use lazy::{Provider, Providers, RangeProvider};

@@ -155,7 +155,14 @@ impl Live {
         }
     }
 
-    /// Has a held record stay when nobody holds it any more.
+    /// Has a held record stay when nobody holds it any more, unless it is paired again.
+    pub(crate) fn unpair(&self, id: RecordId) {
+        if let Some(entry) = self.lock().get_mut(&id) {
+            entry.goes_with = None;
+        }
+    }
+
+    /// Has a held record stay for good when nobody holds it any more.
     pub(crate) fn keep(&self, id: RecordId) {
         if let Some(entry) = self.lock().get_mut(&id) {
             entry.goes_with = None;

@@ -464,7 +464,13 @@ impl Inner {
     /// Reads the row of a record that is held by now, and sees that it can be had.
     fn load(self: &Arc<Self>, mut held: ImmutableRef, options: &RecordOptions) -> Result<ImmutableRef, CacheError> {
         let id = held.id();
-        let row = self.must_have(id)?;
+        let (row, missing) = self
+            .read_of(id, |rows| {
+                let Some(row) = record::get(rows, id)? else { return Ok(None) };
+                let missing = missing_below(rows, &row, &options.providers, &self.live)?;
+                Ok(Some((row, missing)))
+            })?
+            .ok_or_else(|| CacheError::no_record(id))?;
         match row.state {
             State::Mutable { active, .. } => {
                 self.check_active(id, active)?;
@@ -488,7 +494,7 @@ impl Inner {
             }
             State::Sealed { .. } | State::Lazy | State::Composed | State::Stack(_) => {}
         }
-        match self.read_of(id, |rows| missing_blobs(rows, id, &options.providers, &self.live))? {
+        match missing {
             Missing::Nothing { ready: true } => self.live.set_ready(id),
             Missing::Nothing { ready: false } => {}
             Missing::Blobs(blobs) => return Err(CacheError::NeedsProviders(blobs)),
@@ -546,24 +552,21 @@ impl Inner {
         options: &RecordOptions,
         holder: Holder,
     ) -> Result<MutableRef, CacheError> {
-        let lease = self.store.lease(LeaseOptions::process("new record"))?;
         let base = match parent {
             Some(parent) => parent.extract(&plies_store::Cancel::new())?,
             None => None,
         };
         let retain = options.retain.unwrap_or(false);
-        let active = self.store.snapshots().prepare(base, &lease, ActiveOptions { volatile: !retain })?;
         let id = Self::fresh_id()?;
         let parents = parent.map_or(Parents::None, |parent| Parents::Layer(parent.id()));
         let ticket = self.live.hold_alone(id, &holder).map_err(|why| refused(id, why))?;
-        let put = |tx: &mut plies_store::Tx<'_>| {
+        // The record appears with its directory. What ends with this process anyway needs no sync.
+        let put = |tx: &mut plies_store::Tx<'_>, active| {
             let mut row = RecordRow::new(State::Mutable { active, committed_as: None }, parents.clone(), tx.now());
             options.apply(&mut row);
             record::replace(tx, id, None, Some(&row))
         };
-        // What ends with this process anyway needs no sync.
-        let written = if retain { self.store.write(put) } else { self.store.write_lazily(put) };
-        if let Err(error) = written {
+        if let Err(error) = self.store.snapshots().prepare_with(base, ActiveOptions { volatile: !retain }, put) {
             self.live.let_go(id, ticket, false);
             return Err(error.into());
         }
@@ -571,7 +574,6 @@ impl Inner {
         if let Some(parent) = parent {
             options.providers = parent.providers().and(&options.providers);
         }
-        lease.release()?;
         Ok(MutableRef::new(self, id, ticket, retain, &options, holder))
     }
 
@@ -680,7 +682,7 @@ impl Inner {
                     continue;
                 }
                 // One that stands on what nobody can fetch or find is no help.
-                match missing_blobs(tx, id, &known, &self.live) {
+                match missing_below(tx, &row, &known, &self.live) {
                     Ok(Missing::Nothing { .. }) => {}
                     Ok(Missing::Blobs(_) | Missing::Record(_)) | Err(CatalogueError::Damaged { .. }) => continue,
                     Err(error) => return Err(error),
@@ -834,16 +836,16 @@ enum Missing {
 
 /// Blobs of a record and of all that it stands on that are not here and that nobody fetches. All of them: whoever asks
 /// again can bring them together.
-fn missing_blobs(
+fn missing_below(
     rows: &impl Rows,
-    id: RecordId,
+    row: &RecordRow,
     providers: &Providers,
     live: &Live,
 ) -> Result<Missing, CatalogueError> {
-    let (mut seen, mut pending) = (std::collections::HashSet::from([id]), vec![id]);
+    let (mut seen, mut pending) = (std::collections::HashSet::new(), Vec::new());
     let (mut missing, mut ready) = (Vec::new(), true);
-    while let Some(id) = pending.pop() {
-        let Some(row) = record::get(rows, id)? else { return Ok(Missing::Record(id)) };
+    let mut next = Some(row.clone());
+    while let Some(row) = next {
         if row.state == State::Lazy {
             ready = false;
             let blob = row.blob.as_ref().and_then(|blob| blob.digest);
@@ -858,6 +860,13 @@ fn missing_blobs(
         // What somebody holds and was found to need nothing needs no second look.
         let mut unseen = |parent: &RecordId| seen.insert(*parent) && !live.is_ready(*parent);
         pending.extend(row.parents.ids().into_iter().filter(|parent| unseen(parent)));
+        next = match pending.pop() {
+            Some(id) => match record::get(rows, id)? {
+                None => return Ok(Missing::Record(id)),
+                found => found,
+            },
+            None => None,
+        };
     }
     Ok(if missing.is_empty() { Missing::Nothing { ready } } else { Missing::Blobs(missing) })
 }

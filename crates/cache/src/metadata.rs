@@ -119,10 +119,9 @@ impl Accessor {
         if let Some(retain) = changes.retain
             && let State::Shared { mutable, .. } = self.inner.must_have(id)?.state
         {
+            // Decided when the last ref goes.
             match retain {
-                // What is to stay needs files of its own.
-                true => self.inner.finalize(id)?,
-                // Decided when the last ref goes.
+                true => self.inner.live.unpair(id),
                 false => self.inner.live.pair(id, mutable),
             }
         }

@@ -29,9 +29,9 @@ use crate::record::{self, RecordRow, RecordType, USES};
 use crate::usage::{RecordUsage, Survey};
 use crate::{CacheError, RecordId};
 
-/// Records that go in one transaction. One takes some 40 µs, so the store's gate is held for about 3 ms, and a sync is
-/// shared by that many.
-const BATCH: usize = 64;
+/// Records that go in one transaction. More would share a sync, but hold the gate of the store, which all writers pass,
+/// for longer than the 5 ms that they should have to wait.
+const BATCH: usize = 32;
 
 /// Says which records an image store keeps as well: those are shared, and removing them frees nothing.
 pub trait SharedChecker: Send + Sync {
@@ -406,7 +406,7 @@ impl<'a> Run<'a> {
             let age = node.uses.last_used_at.map(|used| self.now.since(used));
             !options.keep_duration.is_zero() && age.is_some_and(|age| age < options.keep_duration)
         };
-        let reason = if self.survey.is_held(at) {
+        let reason = if node.held {
             Reason::Held
         } else if node.pinned {
             Reason::Pinned

@@ -10,7 +10,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use plies_archive::tar::EntryPath;
-use plies_store::{Attach, Cancel, CatalogueError, LayerId, LeaseOptions, Mounted, SnapshotId, Tx};
+use plies_store::{Attach, Cancel, CatalogueError, LayerId, Mounted, SnapshotId, Tx};
 
 use crate::lazy::Providers;
 use crate::live::{Ended, Ticket};
@@ -273,14 +273,13 @@ impl MutableRef {
     /// # Errors
     /// Those of sealing; the mutable record is then released.
     pub fn seal(mut self, on_the_way: &[EntryPath], result: Option<&CacheKey>) -> Result<ImmutableRef, CacheError> {
-        let (active, _) = self.active()?;
+        let (active, before) = self.active()?;
         let id = Inner::fresh_id()?;
         let ticket = self.inner.live.hold_again(id, &self.holder);
-        let lease = self.inner.store.lease(LeaseOptions::process("seal"))?;
         let (mutable, now) = (self.id, self.inner.store.now());
-        let sealed = self.inner.store.snapshots().seal_with(active, on_the_way, &lease, |tx, layer| {
+        let sealed = self.inner.store.snapshots().seal_with(active, on_the_way, |tx, layer| {
             // As it is now: it may have been pinned since.
-            let Some(row) = record::get(tx, mutable)? else { return Ok(()) };
+            let row = record::get(tx, mutable)?.unwrap_or_else(|| before.clone());
             let made = RecordRow { state: State::Sealed { layer }, created_at: now, retain: false, ..row.clone() };
             record::replace(tx, id, None, Some(&made))?;
             record::replace(tx, mutable, Some(&row), None)?;
@@ -292,7 +291,6 @@ impl MutableRef {
         }
         let old = self.ticket.take().expect("because it was not released");
         self.inner.live.let_go(self.id, old, false);
-        lease.release()?;
         Ok(self.successor(id, ticket))
     }
 
@@ -404,12 +402,11 @@ impl Inner {
     pub(crate) fn finalize(&self, id: RecordId) -> Result<(), CacheError> {
         let _one = self.composing.lock(id);
         let State::Shared { mutable, active } = self.must_have(id)?.state else { return Ok(()) };
-        let lease = self.store.lease(LeaseOptions::process("finalize"))?;
-        self.store.snapshots().seal_with(active, &[], &lease, |tx, layer| {
+        self.store.snapshots().seal_with(active, &[], |tx, layer| {
             record::remove(tx, mutable)?;
             record::change(tx, id, |row| row.state = State::Sealed { layer }).map(drop)
         })?;
         self.live.keep(id);
-        Ok(lease.release()?)
+        Ok(())
     }
 }

@@ -196,10 +196,7 @@ fn sweep(tx: &mut Tx<'_>, key: CacheKey) -> Result<(), CatalogueError> {
     while let Some(key) = pending.pop() {
         let Some(dead) = dead_from(tx, key)? else { continue };
         for key in &dead {
-            for (_, link, to) in tx.prefixed_keys(&LINKS, key)? {
-                tx.remove(&LINKS, &(*key, link, to))?;
-                tx.remove(&BACK_LINKS, &(to, *key, link))?;
-            }
+            // A link from a dead key is one to a dead key, too.
             for (_, from, link) in tx.prefixed_keys(&BACK_LINKS, key)? {
                 tx.remove(&BACK_LINKS, &(*key, from, link))?;
                 tx.remove(&LINKS, &(from, link, *key))?;

@@ -500,9 +500,7 @@ impl Survey {
     fn mark_in_use(&mut self) {
         let mut pending: Vec<u32> = Vec::new();
         for at in 0..self.nodes.len() {
-            let node = &self.nodes[at];
-            let partner_held = node.partner.is_some_and(|partner| self.nodes[partner as usize].held);
-            if node.held || partner_held {
+            if self.nodes[at].held {
                 pending.push(shown(&self.nodes, short(at)));
             }
         }
@@ -524,12 +522,6 @@ impl Survey {
     /// What one keeps, as places in [`Sizes`].
     pub(crate) fn kept_by(&self, at: u32) -> &[u32] {
         self.kept.get(at)
-    }
-
-    /// Whether somebody holds the record or the one that shares its files.
-    pub(crate) fn is_held(&self, at: u32) -> bool {
-        let node = &self.nodes[at as usize];
-        node.held || node.partner.is_some_and(|partner| self.nodes[partner as usize].held)
     }
 
     /// Asks for every record whether somebody else keeps its layers, and marks it and all that it stands on.
@@ -775,6 +767,8 @@ fn what_is_kept(
             keepers_of_blobs.extend(kept.iter().filter(|(_, place)| is_blob(*place)).map(|(at, place)| (*place, *at)));
             keepers_of_blobs.sort_unstable();
         }
+        let mut is_own = vec![false; sizes.len()];
+        kept.iter().for_each(|(_, place)| is_own[*place as usize] = true);
         // Layers that a tree needs, by tree.
         let mut needed: Vec<(u32, u32)> = Vec::new();
         scan_edges(rows, |from, to| {
@@ -802,9 +796,7 @@ fn what_is_kept(
             }
             ControlFlow::Continue(())
         })?;
-        let mut is_kept = vec![false; sizes.len()];
-        kept.iter().for_each(|(_, place)| is_kept[*place as usize] = true);
-        kept.extend(needed.into_iter().filter(|(_, place)| !is_kept[*place as usize]));
+        kept.extend(needed.into_iter().filter(|(_, place)| !is_own[*place as usize]));
     }
     Ok(Lists::new(nodes.len(), kept, false))
 }

@@ -208,6 +208,28 @@ fn variants_live_and_go_with_their_layer_and_are_counted_once() {
 }
 
 #[test]
+fn a_variant_that_was_made_for_another_record_is_kept_by_whoever_lists_it() {
+    let Some(rig) = Rig::new() else { return };
+    let (store, manager) = rig.open();
+    let cache = manager.accessor();
+    // The same layer by two blobs: converted for the one while lazy, listed for the other, which is unpacked.
+    let gzip = Layer::file("f", "text");
+    let plain = gzip.repacked(Packing::Plain);
+    let source = Source::of(&[&gzip, &plain]);
+    let one = lazy(&cache, &gzip, None, &source);
+    let other = lazy(&cache, &plain, None, &source);
+    let zstd = digests(&the_remote(&one, false, &forced(LayerFormat::Zstd)));
+    other.extract(&Cancel::new()).unwrap();
+    assert_eq!(digests(&the_remote(&other, false, &forced(LayerFormat::Zstd))), zstd);
+    let id = one.id();
+    drop(one);
+    cache.remove(&[id]).unwrap();
+    store.gc(GcMode::Run).unwrap();
+    assert!(blobs(&store).contains(&zstd[0]));
+    assert!(!blobs(&store).contains(&gzip.digest()));
+}
+
+#[test]
 fn all_lists_every_combination_of_variants_the_main_chain_first() {
     let Some(rig) = Rig::new() else { return };
     let (_store, manager) = rig.open();

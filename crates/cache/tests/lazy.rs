@@ -531,12 +531,21 @@ fn wrong_bytes_are_data_loss_and_nothing_of_them_stays() {
     assert_eq!(read_file(&record, "f").as_deref(), Some("text"));
 }
 
-/// Sends for ever.
-struct Endless;
+/// Sends far more than it should, and counts that.
+#[derive(Clone, Default)]
+struct Endless(Arc<std::sync::atomic::AtomicU64>);
+
+impl Read for Endless {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        // Not for ever, or the test would do what it warns of.
+        let sent = self.0.fetch_add(buffer.len() as u64, Ordering::SeqCst);
+        Ok(if sent < 64 << 20 { buffer.len() } else { 0 })
+    }
+}
 
 impl Provider for Endless {
     fn open(&self, _: &BlobRow) -> std::io::Result<Box<dyn Read + Send>> {
-        Ok(Box::new(std::io::repeat(0)))
+        Ok(Box::new(self.clone()))
     }
 
     fn ranges(&self) -> Option<&dyn RangeProvider> {
@@ -556,12 +565,14 @@ fn a_provider_that_never_ends_does_not_fill_the_disk() {
     let (store, manager) = rig.open();
     let cache = manager.accessor();
     let layer = Layer::file("f", "text").repacked(Packing::Plain);
-    let provider: Arc<dyn Provider> = Arc::new(Endless);
+    let endless = Endless::default();
+    let provider: Arc<dyn Provider> = Arc::new(endless.clone());
     assert_eq!(provider.ranges().unwrap().read_range(&dummy(&layer), 0, 3).unwrap(), [0; 3]);
     let options =
         RecordOptions { providers: [(layer.digest(), provider)].into_iter().collect(), ..RecordOptions::default() };
     let record = cache.get_by_blob(&layer.descriptor, None, &options).unwrap();
     assert_eq!(record.extract(&Cancel::new()).unwrap_err().kind(), ErrorKind::DataLoss);
+    assert!(endless.0.load(Ordering::SeqCst) < 1 << 20, "it was read on and on");
     assert!(eventually(|| is_idle(&store)));
 }
 

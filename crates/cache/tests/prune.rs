@@ -324,12 +324,13 @@ fn a63_a_cap_takes_no_more_than_it_must_from_a_chain_and_a_crowd() {
 
 #[test]
 fn a64_a66_a_record_that_cannot_be_removed_stays_and_the_others_go() {
-    const VALUES: Table<(RecordId, String), u64> = Table::new("cache.values");
+    // Not a text: the key does not decode.
+    const VALUES: Table<(RecordId, u8), u64> = Table::new("cache.values");
     let rig = Rig::new();
     let ids: Vec<_> = (1..6).map(|name| rig.record(name, 10, Parents::None)).collect();
     let child = rig.record(9, 5, Parents::Layer(ids[2]));
     // What is kept with it cannot be read, so it cannot be removed whole.
-    rig.store.write(|tx| tx.put(&VALUES, &(child, "key".to_owned()), &u64::MAX)).unwrap();
+    rig.store.write(|tx| tx.put(&VALUES, &(child, 7), &u64::MAX)).unwrap();
     for rule in [all(), keep(1)] {
         let error = try_prune(&rig, &[rule]).unwrap_err();
         assert!(matches!(error, CacheError::Catalogue(_)), "{error}");
@@ -337,7 +338,7 @@ fn a64_a66_a_record_that_cannot_be_removed_stays_and_the_others_go() {
     }
     // Nothing is locked or condemned, and it can still be had.
     rig.cache.get(child, &by()).unwrap().release().unwrap();
-    rig.store.write(|tx| tx.remove(&VALUES, &(child, "key".to_owned()))).unwrap();
+    rig.store.write(|tx| tx.remove(&VALUES, &(child, 7))).unwrap();
     assert_eq!(prune(&rig, &[all()]), [child, ids[2]]);
 }
 
@@ -439,8 +440,9 @@ fn a69_the_oldest_and_least_used_goes_first() {
 fn a69_of_equal_scores_the_older_record_goes_first_then_the_lower_id() {
     let rig = Rig::new();
     let newer = rig.put(1, |row| row.created_at = stamp_before(HOUR));
-    let older = rig.put(2, |row| row.created_at = stamp_before(2 * HOUR));
-    let mut same = [rig.put(3, |row| row.created_at = stamp_before(HOUR)), newer];
+    // With the highest ID.
+    let older = rig.put(3, |row| row.created_at = stamp_before(2 * HOUR));
+    let mut same = [rig.put(2, |row| row.created_at = stamp_before(HOUR)), newer];
     same.sort();
     assert_eq!(prune(&rig, &[all()]), [older, same[0], same[1]]);
 }
@@ -484,6 +486,8 @@ fn damaged_rows_and_what_dead_processes_left_are_removed_like_others() {
     let base = rig.record(1, 10, Parents::None);
     let garbage = rig.record(2, 10, Parents::Layer(base));
     rig.store.write(|tx| tx.put(&RECORDS_AS_NUMBERS, &garbage, &u64::MAX)).unwrap();
+    // By itself it would go last.
+    rig.used(garbage, HOUR, 9);
     rig.store.write(|tx| tx.put(&RECORDS_TOO_NEW, &id(3), &TooNew(1))).unwrap();
     rig.store.write(|tx| tx.put(&RECORDS_BY_TEXT, &"no id".to_owned(), &1)).unwrap();
     let orphan = rig.record(4, 10, Parents::Layer(id(98)));

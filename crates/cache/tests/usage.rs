@@ -502,3 +502,22 @@ fn a_checker_that_fails_is_an_error() {
     rig.record(1, 10, Parents::None);
     assert!(matches!(rig.control.disk_usage(&UsageOptions::default()), Err(CacheError::Checker(_))));
 }
+
+#[test]
+fn what_a_dead_process_had_not_finished_says_so() {
+    let rig = Rig::new();
+    let lease = rig.store.lease(LeaseOptions::process("test")).unwrap();
+    let active = rig.store.snapshots().prepare(None, &lease, ActiveOptions { volatile: true }).unwrap();
+    lease.release().unwrap();
+    let id = rig.put(1, |row| row.state = State::Mutable { active, committed_as: None });
+    assert_eq!(rig.row(id).error, None);
+    let (root, clock, _dir) = (rig.root(), rig.clock.clone(), rig.dir);
+    drop((rig.cache, rig.control, rig.manager));
+    rig.store.close().unwrap();
+    // Its row came by without the index that a manager looks into when it opens.
+    let store = open_store(&root, &clock);
+    let reopened = manager(store, None, Arc::new(|error| panic!("{error}")));
+    let row = reopened.controller().disk_usage(&UsageOptions::default()).unwrap().records.remove(0);
+    assert_eq!(row.id, id);
+    assert!(row.error.unwrap().contains("is gone"));
+}

@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
@@ -121,6 +122,8 @@ pub(crate) enum Command {
         /// Only this image or record
         target: Option<String>,
     },
+    /// Remove records of the build cache, and what nothing needs any more
+    Prune(Prune),
     /// Remove what nothing refers to
     Gc {
         /// Only say what would go
@@ -212,6 +215,43 @@ pub(crate) struct Build {
     pub(crate) executor: ExecutorArg,
     /// Directory whose files COPY and ADD take
     pub(crate) context: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Prune {
+    /// Also internal records, frontends, and what an image has as well
+    #[arg(short, long)]
+    pub(crate) all: bool,
+    /// Only records that match: `type==regular`, `description~=npm`, `until=24h`, `size>=10MB`, …; comma is and,
+    /// repeated is or
+    #[arg(long, value_name = "FILTER")]
+    pub(crate) filter: Vec<String>,
+    /// Only records that were not used for so long: 90s, 48h, 7d
+    #[arg(long, value_name = "DURATION", value_parser = duration)]
+    pub(crate) keep_duration: Option<Duration>,
+    /// Leave at least so much of the cache: 500MB, 2GiB
+    #[arg(long, visible_alias = "keep-storage", value_name = "SIZE", value_parser = size)]
+    pub(crate) reserved_space: Option<u64>,
+    /// Remove only what is over this size
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    pub(crate) max_used_space: Option<u64>,
+    /// Remove only as much as is needed to have so much free on the file system
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    pub(crate) min_free_space: Option<u64>,
+    /// Only say what would go, and why the rest stays
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+    /// Do not ask
+    #[arg(short, long)]
+    pub(crate) force: bool,
+}
+
+fn duration(text: &str) -> Result<Duration, String> {
+    plies_engine::parse_duration(text).ok_or_else(|| "expected a duration such as 90s, 48h or 7d".into())
+}
+
+fn size(text: &str) -> Result<u64, String> {
+    plies_engine::parse_bytes(text).ok_or_else(|| "expected a size such as 500MB or 2GiB".into())
 }
 
 #[derive(Debug, Args)]

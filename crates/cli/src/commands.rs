@@ -12,7 +12,9 @@ use clap::error::ErrorKind;
 use jiff::Timestamp;
 use plies_engine::build::BuildRequest;
 use plies_engine::exec::Cancel;
-use plies_engine::{DriverKind, Engine, EngineOptions, Input, Output, RemovedImage, RunRequest, SaveFormat, TreeNode};
+use plies_engine::{
+    DriverKind, Engine, EngineOptions, Input, Output, PruneOptions, RemovedImage, RunRequest, SaveFormat, TreeNode,
+};
 use serde::Serialize;
 use serde_json::json;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
@@ -210,6 +212,7 @@ fn with_engine(engine: &Engine, global: &Global, command: Command, cancel: &Canc
             print(&text)?;
             return Ok(damaged_code(damaged));
         }
+        Command::Prune(prune) => return run_prune(engine, json, prune, cancel),
         Command::Gc { dry_run } => {
             let report = engine.gc(dry_run)?;
             if json {
@@ -232,6 +235,44 @@ fn with_engine(engine: &Engine, global: &Global, command: Command, cancel: &Canc
         }
         Command::Completions { .. } | Command::Man { .. } => unreachable!("because they need no store and ran before"),
     }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn run_prune(engine: &Engine, json: bool, prune: args::Prune, cancel: &Cancel) -> anyhow::Result<ExitCode> {
+    let rule = PruneOptions {
+        all: prune.all,
+        filters: prune.filter,
+        keep_duration: prune.keep_duration.unwrap_or_default(),
+        reserved_space_bytes: prune.reserved_space.unwrap_or(0),
+        max_used_space_bytes: prune.max_used_space.unwrap_or(0),
+        min_free_space_bytes: prune.min_free_space.unwrap_or(0),
+    };
+    // A script that asks for it means it; a person may have mistyped.
+    if !prune.dry_run && !prune.force && io::stdin().is_terminal() {
+        eprint!("This removes records of the build cache that nothing uses. Go on? [y/N] ");
+        let mut answer = String::new();
+        io::stdin().read_line(&mut answer).context("read the answer")?;
+        if !matches!(answer.trim(), "y" | "Y" | "yes") {
+            return Ok(ExitCode::SUCCESS);
+        }
+    }
+    let done = engine.prune(&rule, prune.dry_run, cancel)?;
+    if json {
+        return print_json(&done);
+    }
+    let columns = [Column::Left("ID"), Column::Right("SIZE"), Column::Left("FATE"), Column::Left("DESCRIPTION")];
+    let gone = if prune.dry_run { "would go" } else { "removed" };
+    let rows = done.records.iter().map(|record| {
+        vec![
+            format::short_id(&record.id).to_owned(),
+            format::size(record.size_bytes),
+            record.stays.map_or_else(|| gone.to_owned(), |why| format!("stays: {why}")),
+            format::safe(&record.description),
+        ]
+    });
+    print(&format::table(&columns, rows))?;
+    let verb = if prune.dry_run { "Would free" } else { "Freed" };
+    say(&format!("{verb} {} of {} records", format::size(done.freed_bytes), done.removed_count))?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -8,7 +8,7 @@
 //! images.rs     list, inspect, history, tag, remove     layers.rs  `ply layer`
 //! build/        Dockerfile -> graph -> solve -> image
 //! run.rs        run, mount, umount         records.rs  `ply ref`
-//! space.rs      du, tree, gc, info
+//! space.rs      du, tree, gc, info     prune.rs    what goes from the build cache
 //! dockerfile/ context/ exec/   the parts of a build that need no store
 //! ```
 //!
@@ -23,6 +23,7 @@ pub mod exec;
 mod images;
 mod layers;
 mod load;
+mod prune;
 mod records;
 mod run;
 mod save;
@@ -33,7 +34,8 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use plies_archive::Limits;
-use plies_cache::{CacheError, Manager, ManagerOptions};
+use plies_cache::{CacheError, Manager, ManagerOptions, SharedChecker};
+pub use plies_cache::{PruneOptions, parse_bytes, parse_duration};
 use plies_oci::ErrorKind;
 use plies_store::{
     Cancel, CatalogueError, GcMode, Holder, Lease, LeaseOptions, OpenError, OpenOptions, Stamp, Store, Transfer,
@@ -46,6 +48,7 @@ pub use layers::{ChangeSummary, LayerDetails, LayerSummary, LayersError, Removed
 pub use load::{LoadError, LoadedImage, MovedName};
 pub use plies_image::Removed as RemovedImage;
 pub use plies_store::{Canceled, DriverKind, TransferError, progress};
+pub use prune::{PruneError, PruneRow, PruneSummary};
 pub use records::{RecordSummary, RecordsError};
 pub use run::{RunError, RunRequest};
 pub use save::{Output, SaveError, SaveFormat};
@@ -122,7 +125,8 @@ impl Engine {
         let wait = if options.wait { WaitPolicy::Wait(&mut *options.on_wait) } else { WaitPolicy::Fail };
         let store = Store::open(root, store_options, wait)?;
         let limits = Limits::default();
-        let cache_options = ManagerOptions { limits: limits.clone(), checker: None, warn: options.warn };
+        let checker: Option<Arc<dyn SharedChecker>> = Some(Arc::new(prune::ImageChecker::new(store.clone())));
+        let cache_options = ManagerOptions { limits: limits.clone(), checker, warn: options.warn };
         let cache = Manager::open(store.clone(), cache_options)?;
         Ok(Self { store, cache, limits })
     }

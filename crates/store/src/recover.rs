@@ -144,7 +144,11 @@ fn drop_process_leases(store: &Store) -> Result<(), CatalogueError> {
 /// Puts a persistent upper back where it was before somebody began to seal it.
 pub(crate) fn unseal(store: &Store, id: ActiveId) -> Result<(), RecoverError> {
     let layer: Option<LayerId> = store.read(|tx| tx.get(&SEALING, &id))?;
-    let Some(layer) = layer else { return Ok(()) };
+    layer.map_or(Ok(()), |layer| put_back(store, id, layer))
+}
+
+/// As [`unseal`], for an upper that was to become this layer.
+pub(crate) fn put_back(store: &Store, id: ActiveId, layer: LayerId) -> Result<(), RecoverError> {
     let paths = &store.inner.paths;
     let active = paths.active.join(id.to_string());
     let published = store.read(|tx| tx.contains(&LAYERS, &layer))?;

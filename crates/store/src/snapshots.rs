@@ -306,6 +306,20 @@ impl<'a> Snapshots<'a> {
         lease: &Lease,
         options: ActiveOptions,
     ) -> Result<ActiveId, SnapshotError> {
+        self.prepare_with(base, options, |tx, id| tx.lease_hold(lease.id(), id))
+    }
+
+    /// As [`Snapshots::prepare`], held by whatever `also` has hold it, in the transaction in which the active appears. The
+    /// caller holds the base meanwhile. `also` may run more than once.
+    ///
+    /// # Errors
+    /// As [`Snapshots::prepare`], and what `also` returns; then nothing has happened.
+    pub fn prepare_with(
+        &self,
+        base: Option<SnapshotId>,
+        options: ActiveOptions,
+        mut also: impl FnMut(&mut Tx<'_>, ActiveId) -> Result<(), CatalogueError>,
+    ) -> Result<ActiveId, SnapshotError> {
         let lowers = self.lowers(base)?;
         let id = ActiveId::from_bytes(self.store.inner.fresh_id()?);
         let upper = self.upper_of(id, options.volatile);
@@ -322,7 +336,7 @@ impl<'a> Snapshots<'a> {
                 if let Some(base) = base {
                     tx.add_edge(id, base)?;
                 }
-                tx.lease_hold(lease.id(), id)
+                also(tx, id)
             };
             let written = if volatile { self.store.write_lazily(put) } else { self.store.write(put) };
             written.map_err(SnapshotError::from)
@@ -470,7 +484,7 @@ impl<'a> Snapshots<'a> {
 
     /// As [`Snapshots::seal_on_the_way`], unless nothing was written: then there is no layer, and the active can be
     /// used on. `also` runs in the transaction in which the layer appears (or, without one, in one of its own), so that
-    /// whoever names it appears with it; it may run more than once.
+    /// whoever names it appears with it, and holds it; it may run more than once. The caller holds the active meanwhile.
     ///
     /// # Errors
     /// As [`Snapshots::seal`], and what `also` returns; then nothing has happened.
@@ -478,16 +492,18 @@ impl<'a> Snapshots<'a> {
         &self,
         id: ActiveId,
         on_the_way: &[EntryPath],
-        lease: &Lease,
         mut also: impl FnMut(&mut Tx<'_>, Option<LayerId>) -> Result<(), CatalogueError>,
     ) -> Result<Option<LayerId>, SnapshotError> {
         let index = on_the_way.iter().map(|path| (path.clone(), Implied::OnTheWay)).collect();
         let known = LayerContents { index, ..LayerContents::default() };
-        self.seal_into(id, known, lease, Empty::IsNothing, &mut also)
+        self.seal_into(id, known, Empty::IsNothing, &mut also)
     }
 
     fn seal_as(&self, id: ActiveId, known: LayerContents, lease: &Lease) -> Result<LayerId, SnapshotError> {
-        let sealed = self.seal_into(id, known, lease, Empty::IsALayer, &mut |_, _| Ok(()))?;
+        let _hold = Hold::take(self.store, id.into())?;
+        let sealed = self.seal_into(id, known, Empty::IsALayer, &mut |tx, layer| {
+            layer.map_or(Ok(()), |layer| tx.lease_hold(lease.id(), layer))
+        })?;
         Ok(sealed.expect("because an empty layer was asked for too"))
     }
 
@@ -495,22 +511,19 @@ impl<'a> Snapshots<'a> {
         &self,
         id: ActiveId,
         known: LayerContents,
-        lease: &Lease,
         empty: Empty,
         also: &mut Also<'_>,
     ) -> Result<Option<LayerId>, SnapshotError> {
         let _claim = Claim::take(self.store, id)?;
-        let _hold = Hold::take(self.store, id.into())?;
         let row = self.usable(id)?;
         let lowers = self.lowers(row.base)?;
         let upper = self.upper_of(id, row.volatile);
         let mut stage = Stage::without_tree(self.store)?;
         let layer = stage.id();
-        let note = |tx: &mut Tx<'_>| tx.put(&SEALING, &id, &layer).map(drop);
-        // A volatile one does not outlive a crash anyway.
-        let noted: Result<(), CatalogueError> =
-            if row.volatile { self.store.write_lazily(note) } else { self.store.write(note) };
-        noted?;
+        // A volatile one does not outlive a crash anyway: nobody will look for it.
+        if !row.volatile {
+            self.store.write(|tx| tx.put(&SEALING, &id, &layer).map(drop))?;
+        }
         // From here the upper may be in the stage, which must not take it along if it fails.
         stage.keep();
         let sealed = self.seal_upper(&stage, &lowers, &upper, known).and_then(|contents| {
@@ -532,7 +545,7 @@ impl<'a> Snapshots<'a> {
                 })?;
                 return Ok(None);
             }
-            self.publish_sealed(stage.finish(contents), id, &row, lease, also).map(Some)
+            self.publish_sealed(stage.finish(contents), id, &row, also).map(Some)
         });
         match sealed {
             Ok(Some(layer)) => {
@@ -544,7 +557,7 @@ impl<'a> Snapshots<'a> {
             // It may have been committed after all: the next open knows.
             Err(error @ SnapshotError::Catalogue(CatalogueError::Database { .. })) => Err(error),
             Err(error) => {
-                recover::unseal(self.store, id)?;
+                recover::put_back(self.store, id, layer)?;
                 Err(error)
             }
         }
@@ -569,7 +582,6 @@ impl<'a> Snapshots<'a> {
         stage: layers::FinishedStage,
         id: ActiveId,
         row: &ActiveRow,
-        lease: &Lease,
         also: &mut Also<'_>,
     ) -> Result<LayerId, SnapshotError> {
         let made = layers::publish::<SnapshotError>(self.store, vec![stage], LayerKind::Full, |tx, made| {
@@ -579,7 +591,6 @@ impl<'a> Snapshots<'a> {
             for layer in made {
                 // Whoever holds the active can find its layer by it, also after a crash before anything else does.
                 tx.add_edge(id, *layer)?;
-                tx.lease_hold(lease.id(), *layer)?;
             }
             also(tx, made.first().copied())
         })?;

@@ -123,7 +123,7 @@ pub(crate) fn mark_whiteouts(dir: impl AsFd) -> io::Result<()> {
 
 // ---- removing ---------------------------------------------------------------------------------
 
-/// Removes whatever is at `path`; nothing there is fine. Works at any depth, in constant stack and
+/// Removes whatever is at `path`; nothing there is fine, and so is somebody else who removes it meanwhile. Works at any depth, in constant stack and
 /// descriptors: what lies deeper than [`REMOVE_DEPTH`] is moved to the top and goes next.
 pub(crate) fn remove(path: &Path) -> Result<(), FileError> {
     let parent = path.parent().expect("because the store removes nothing but entries of its directories");
@@ -143,7 +143,7 @@ pub(crate) fn remove_at(parent: impl AsFd, name: &CStr) -> io::Result<()> {
         Err(Errno::ISDIR) => {}
         Err(error) => return Err(error.into()),
     }
-    let top = open_for_removal(parent.as_fd(), name)?;
+    let Some(top) = open_for_removal(parent.as_fd(), name)? else { return Ok(()) };
     let mut moved = 0;
     loop {
         let before = moved;
@@ -152,7 +152,14 @@ pub(crate) fn remove_at(parent: impl AsFd, name: &CStr) -> io::Result<()> {
             break;
         }
     }
-    Ok(rustix::fs::unlinkat(&parent, name, AtFlags::REMOVEDIR)?)
+    remove_empty(parent.as_fd(), name)
+}
+
+fn remove_empty(parent: BorrowedFd<'_>, name: &CStr) -> io::Result<()> {
+    match rustix::fs::unlinkat(parent, name, AtFlags::REMOVEDIR) {
+        Ok(()) | Err(Errno::NOENT) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// Removes everything in an open directory.
@@ -163,14 +170,18 @@ pub(crate) fn clear_dir(dir: impl AsFd) -> io::Result<()> {
     Ok(())
 }
 
-fn open_for_removal(dir: BorrowedFd<'_>, name: &CStr) -> io::Result<OwnedFd> {
-    match open_child(dir, name) {
+fn open_for_removal(dir: BorrowedFd<'_>, name: &CStr) -> io::Result<Option<OwnedFd>> {
+    let opened = match open_child(dir, name) {
         Err(Errno::ACCESS) => {
             // An unprivileged owner may have locked itself out.
             rustix::fs::chmodat(dir, name, Mode::RWXU, AtFlags::empty())?;
-            Ok(open_child(dir, name)?)
+            open_child(dir, name)
         }
-        opened => Ok(opened?),
+        opened => opened,
+    };
+    match opened {
+        Err(Errno::NOENT) => Ok(None),
+        opened => Ok(Some(opened?)),
     }
 }
 
@@ -194,9 +205,9 @@ fn clear(top: BorrowedFd<'_>, dir: BorrowedFd<'_>, depth: usize, moved: &mut u64
             }
             continue;
         }
-        let child = open_for_removal(dir, &name)?;
+        let Some(child) = open_for_removal(dir, &name)? else { continue };
         clear(top, child.as_fd(), depth + 1, moved)?;
-        rustix::fs::unlinkat(dir, &name, AtFlags::REMOVEDIR)?;
+        remove_empty(dir, &name)?;
     }
     Ok(())
 }

@@ -154,3 +154,45 @@ fn records_tell_what_they_stand_on_and_can_be_pinned() {
     ply.ok(args!["ref", "rm", top, base]);
     assert_eq!(ply.json(args!["ref", "ls"]), serde_json::json!([]));
 }
+
+#[test]
+fn prune_takes_what_nothing_keeps_and_says_why_the_rest_stays() {
+    let Some(ply) = store() else { return };
+    ply.ok(args!["ref", "ls"]);
+    let empty = Shape::of(&ply);
+    let base = record(&ply, None, |root| fs::write(root.join("f"), "f").unwrap());
+    let top = record(&ply, Some(&base), |root| fs::write(root.join("g"), "g").unwrap());
+    let other = record(&ply, None, |root| fs::write(root.join("h"), vec![b'h'; 100_000]).unwrap());
+    ply.ok(args!["ref", "pin", top]);
+
+    let state = Shape::of(&ply);
+    let planned = ply.json(args!["prune", "--dry-run"]);
+    assert_eq!(Shape::of(&ply), state, "a dry run touches nothing");
+    let stays = |id: &str| {
+        let rows = planned["records"].as_array().unwrap();
+        rows.iter().find(|row| row["id"] == *id).unwrap()["stays"].clone()
+    };
+    assert_eq!(stays(&other), serde_json::Value::Null);
+    assert_eq!(stays(&top), "pinned");
+    assert_eq!(stays(&base), "another record that stays stands on it");
+
+    ply.ok(args!["prune", "--filter", "description~=nothing-like-it"]);
+    assert_eq!(ply.json(args!["ref", "ls"]).as_array().unwrap().len(), 3);
+    let ran = ply.fails(1, args!["prune", "--filter", "id~=("]);
+    assert!(ran.stderr.contains("failed to parse prune filters"), "{ran}");
+    ply.fails(2, args!["prune", "--keep-duration", "soon"]);
+
+    let done = ply.json(args!["prune", "--force"]);
+    assert_eq!(done["removed_count"], planned["removed_count"], "what a dry run promises, the run does");
+    assert!(done["freed_bytes"].as_u64().unwrap() >= 100_000, "{done:#}");
+    let left = ply.json(args!["ref", "ls"]);
+    let mut ids: Vec<&str> = left.as_array().unwrap().iter().map(|record| record["id"].as_str().unwrap()).collect();
+    ids.sort_unstable();
+    let mut kept = [base.as_str(), top.as_str()];
+    kept.sort_unstable();
+    assert_eq!(ids, kept);
+    ply.ok(args!["ref", "unpin", top]);
+    ply.ok(args!["prune", "--force"]);
+    assert_eq!(ply.json(args!["ref", "ls"]), serde_json::json!([]));
+    assert_eq!(Shape::of(&ply), empty);
+}

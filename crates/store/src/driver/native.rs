@@ -119,7 +119,10 @@ impl Driver for Native {
             prepared: change_time(&prepared),
         };
         compare.run().at("compare", upper.tree())?;
-        let sealed = plies_archive::seal_upper(compare.target.as_fd(), Some(compare.before.as_fd()));
+        // With nothing below, the empty directory that stands for it says nothing either: that its time may be the same
+        // is chance.
+        let before = (!lowers.is_empty()).then(|| compare.before.as_fd());
+        let sealed = plies_archive::seal_upper(compare.target.as_fd(), before);
         drop(compare);
         tree::remove(scratch)?;
         Ok(sealed?)
