@@ -446,7 +446,7 @@ impl Solver<'_> {
         } else if let Some(tree) = self.lookup(base, &key)? {
             explain(&format!("cached: record {}", tree.id()));
             return Ok((self.solved(base, key, tree)?, Outcome::Cached));
-        } else if let Some((solved, says)) = self.from_image(base, &key, name)? {
+        } else if let Some((solved, says)) = self.found_in_image(base, &key, name)? {
             explain(&says);
             return Ok((solved, Outcome::Cached));
         } else {
@@ -482,7 +482,12 @@ impl Solver<'_> {
     }
 
     /// Finds a step's result in an image that the user named as a source, and what to say of it.
-    fn from_image(&self, base: &Solved, key: &CacheKey, name: &str) -> Result<Option<(Solved, String)>, SolveError> {
+    fn found_in_image(
+        &self,
+        base: &Solved,
+        key: &CacheKey,
+        name: &str,
+    ) -> Result<Option<(Solved, String)>, SolveError> {
         let mut below = base.base_diff_ids.clone();
         for layer in &base.layers {
             // A layer whose diff ID nobody needed yet was made here just now, and came from no image.
