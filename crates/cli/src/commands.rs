@@ -327,7 +327,8 @@ fn images(engine: &Engine, json: bool, quiet: bool) -> anyhow::Result<ExitCode> 
         return Ok(damaged_code(damaged));
     }
     if quiet {
-        images.iter().try_for_each(|image| say(format::short_id(&image.id.hex())))?;
+        let lines = images.iter().map(|image| format!("{}\n", format::short_id(&image.id.hex())));
+        print(&lines.collect::<String>())?;
         return Ok(damaged_code(damaged));
     }
     let columns = [

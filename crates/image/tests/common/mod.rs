@@ -1,6 +1,7 @@
 //! What the tests of this crate share: a store with a layer store on it, and tars to put in.
 #![allow(dead_code, missing_docs, unreachable_pub, clippy::unwrap_used)]
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, UNIX_EPOCH};
 
@@ -42,7 +43,10 @@ impl Rig {
     }
 
     pub fn open(&self) -> Open {
-        let mut options = OpenOptions::new(Arc::new(|| UNIX_EPOCH + Duration::from_secs(4_000_000_000)));
+        // A second later whenever somebody looks: what is made again shows.
+        let seconds = AtomicU64::new(4_000_000_000);
+        let clock = move || UNIX_EPOCH + Duration::from_secs(seconds.fetch_add(1, Ordering::Relaxed));
+        let mut options = OpenOptions::new(Arc::new(clock));
         options.driver = self.driver;
         let warnings = Arc::clone(&self.warnings);
         options.warn = Arc::new(move |error| warnings.lock().unwrap().push(error.to_string()));
