@@ -1,12 +1,15 @@
 #!/usr/bin/env python3
 """Compares Plies with the engines that a Debian machine has: just bench, or bench/run.py --ply PATH.
 
-Three questions, each with its own table:
+Five questions, each with its own table:
 
     load    an image of 20 gzip layers comes in and is unpacked: ply load, ctr images import,
             skopeo copy into containers-storage; each run ends in a sync of its file system
     mount   an image of 100 layers is mounted and unmounted
     build   a Dockerfile of 20 steps is built again, everything cached: ply build, buildah
+    layers  the layers of that image, plain, are registered in the layer store, exported to /dev/null from
+            the page cache and released; against tar -x and rm -rf of the same
+    list    10,000 images are listed
 
 Every run of `load` gets a fresh ext4 on a loop device over a file written beforehand, in a private
 mount namespace: ext4 skips recently deleted inodes by a linear search, so deleting and repeating on
@@ -38,6 +41,7 @@ REPOSITORY = HERE.parent
 DISK_GIB = 12
 LAYERS_TO_MOUNT = 100
 BUILD_STEPS = 20
+IMAGES_TO_LIST = 10_000
 # Short commands are repeated, since one is over before the clock says much.
 REPEATS = 15
 
@@ -400,12 +404,109 @@ def bench_build(options, results):
     table(f"build: {BUILD_STEPS} steps, everything cached; n={REPEATS} and 5", ["", "first, s", "again, s", "CPU, s", "ratio"], rows)
 
 
+def bench_layers(options, results):
+    """Everything twice or more, in turn, on a file system of its own; n is the number of turns."""
+    made = json.loads((options.data / "many.json").read_text())
+    blobs = options.data / "oci" / "many" / "blobs" / "sha256"
+    found = {name: [] for name in ("register", "unpack", "export", "release", "remove")}
+    rss = {"register": 0, "export": 0}
+    for turn in range(options.runs):
+        with Disk(options.data) as disk:
+            tars = []
+            for number, layer in enumerate(made["layers"]):
+                tars.append(disk.mount / f"{number}.tar")
+                with open(tars[-1], "wb") as tar:
+                    run("gzip", "-dc", blobs / layer["blob"].removeprefix("sha256:"), stdout=tar)
+            disk.sync()
+            ply = [options.ply, "--root", disk.mount / "ply", "-q", "layer"]
+
+            def register():
+                chains, spent = [], 0.0
+                for tar in tars:
+                    parent = ["--parent", chains[-1]] if chains else []
+                    run("cat", tar, stdout=subprocess.DEVNULL)
+                    done = measure([*ply, "register", *parent, tar])
+                    spent += done.wall
+                    rss["register"] = max(rss["register"], done.rss_bytes)
+                    chains = [*chains, chain_of(tar, chains)]
+                found["register"].append(spent + disk.sync())
+                return chains
+
+            def unpack():
+                spent = 0.0
+                for number, tar in enumerate(tars):
+                    into = disk.mount / "unpacked" / str(number)
+                    into.mkdir(parents=True)
+                    run("cat", tar, stdout=subprocess.DEVNULL)
+                    spent += measure(["tar", "-C", into, "--xattrs", "--numeric-owner", "-xpf", tar]).wall
+                found["unpack"].append(spent + disk.sync())
+
+            chains = register() if turn % 2 == 0 else None
+            unpack()
+            chains = chains or register()
+            spent = 0.0
+            for chain in chains:
+                quiet(*ply, "export", chain, "-o", "/dev/null")
+                done = measure([*ply, "export", chain, "-o", "/dev/null"])
+                spent += done.wall
+                rss["export"] = max(rss["export"], done.rss_bytes)
+            found["export"].append(spent)
+            found["release"].append(sum(measure([*ply, "release", chain]).wall for chain in reversed(chains)) + disk.sync())
+            found["remove"].append(measure(["rm", "-rf", disk.mount / "unpacked"]).wall + disk.sync())
+            if json.loads(quiet(*ply, "ls", "--json")):
+                sys.exit("bench: layers are left")
+    raw = made["raw_bytes"]
+    rate = [raw / seconds / 1e6 for seconds in found["export"]]
+    ratio = lambda one, other: f"{statistics.median(found[one]) / statistics.median(found[other]):.2f}x"
+    table(f"layers: {len(made['layers'])} plain layers, {made['entries']:,} entries, {raw / 1e6:,.0f} MB; n={options.runs}",
+          ["", "with sync, s", "ratio", "peak RSS"], [
+              ["ply layer register", spread(found["register"]), ratio("register", "unpack"), f"{rss['register'] / 1e6:.0f} MB"],
+              ["tar -x", spread(found["unpack"]), "1", ""],
+              ["ply layer release", spread(found["release"]), ratio("release", "remove"), ""],
+              ["rm -rf", spread(found["remove"]), "1", ""],
+              ["ply layer export", f"{spread(found['export'])}, {spread(rate, digits=0)} MB/s", "", f"{rss['export'] / 1e6:.0f} MB"]])
+    results["layers"] = found
+
+
+def chain_of(tar, below):
+    """The chain ID of a tar on a chain (image-spec, config.md)."""
+    with open(tar, "rb") as file:
+        diff_id = "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+    return diff_id if not below else "sha256:" + hashlib.sha256(f"{below[-1]} {diff_id}".encode()).hexdigest()
+
+
+def bench_list(options, results):
+    with Disk(options.data) as disk:
+        archive, images = disk.mount / "images.tar", []
+        with tarfile.open(archive, "w") as tar:
+            def add(name, content):
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+            for number in range(IMAGES_TO_LIST):
+                config = json.dumps({"architecture": "amd64", "os": "linux", "author": str(number), "created": "2024-01-01T00:00:00Z",
+                                     "config": {"Env": ["PATH=/bin"] * 20}, "rootfs": {"type": "layers", "diff_ids": []}}).encode()
+                add(f"{number}.json", config)
+                images.append({"Config": f"{number}.json", "RepoTags": [f"localhost/image-{number}:1"], "Layers": []})
+            add("manifest.json", json.dumps(images).encode())
+        ply = [options.ply, "--root", disk.mount / "ply"]
+        quiet(*ply, "load", "-i", archive)
+        if len(json.loads(quiet(*ply, "images", "--json"))) != IMAGES_TO_LIST:
+            sys.exit("bench: the list is not whole")
+        rows = []
+        for name, command in [("ply images", ["images"]), ("ply images --json", ["images", "--json"]), ("ply images -q", ["images", "-q"])]:
+            runs = [measure([*ply, *command]) for _ in range(REPEATS)]
+            rows.append([name, spread([run.wall for run in runs], 1e-3, 1), f"{max(run.rss_bytes for run in runs) / 1e6:.0f} MB"])
+            results[name] = [run.wall for run in runs]
+    table(f"list: {IMAGES_TO_LIST:,} images; n={REPEATS}", ["", "wall, ms", "peak RSS"], rows)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ply", type=Path, required=True, help="the release binary")
     parser.add_argument("--data", type=Path, default=Path("/var/tmp/plies-bench"), help="where the data is kept between runs")
     parser.add_argument("--runs", type=int, default=5, help="turns of the load bench")
-    parser.add_argument("--only", default="load,mount,build", help="which tables, comma between")
+    parser.add_argument("--only", default="load,mount,build,layers,list", help="which tables, comma between")
     parser.add_argument("--engines", default="ply,containerd,skopeo", help="who takes part in load, comma between")
     parser.add_argument("--no-compare", action="store_true", help="do not compare the trees")
     parser.add_argument("--json", type=Path, help="write every single result here")
@@ -422,7 +523,7 @@ def main():
     print(f"{os.uname().release}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}")
     results = {}
     for name in options.only.split(","):
-        {"load": bench_load, "mount": bench_mount, "build": bench_build}[name](options, results)
+        {"load": bench_load, "mount": bench_mount, "build": bench_build, "layers": bench_layers, "list": bench_list}[name](options, results)
     if options.json:
         options.json.write_text(json.dumps(results, indent=1))
 

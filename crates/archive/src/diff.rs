@@ -224,14 +224,14 @@ fn found<'a>(path: &'a EntryPath, stat: &Stat, at: Subject<'a>) -> Result<Found<
     Found::new(path, stat, at).map_err(|source| WalkError::at(path, source).into())
 }
 
-fn is_same_metadata(a: &Stat, b: &Stat) -> bool {
+pub(crate) fn is_same_metadata(a: &Stat, b: &Stat) -> bool {
     sys::kind(a) == sys::kind(b)
         && sys::mode_bits(a) == sys::mode_bits(b)
         && (a.st_uid, a.st_gid) == (b.st_uid, b.st_gid)
         && sys::mtime(a) == sys::mtime(b)
 }
 
-fn is_same_xattrs(a: Subject<'_>, b: Subject<'_>) -> SysResult<bool> {
+pub(crate) fn is_same_xattrs(a: Subject<'_>, b: Subject<'_>) -> SysResult<bool> {
     Ok(xattr::read(a)? == xattr::read(b)?)
 }
 
@@ -245,7 +245,7 @@ pub fn same_file(a: At<'_>, b: At<'_>) -> io::Result<bool> {
 }
 
 /// Whether two things that are no directories are the same.
-fn is_same_file(a: &Stat, (a_dir, a_name): At<'_>, b: &Stat, (b_dir, b_name): At<'_>) -> SysResult<bool> {
+pub(crate) fn is_same_file(a: &Stat, (a_dir, a_name): At<'_>, b: &Stat, (b_dir, b_name): At<'_>) -> SysResult<bool> {
     if (a.st_dev, a.st_ino) == (b.st_dev, b.st_ino) {
         return Ok(true);
     }

@@ -1,6 +1,7 @@
 //! Layer archives: a strict tar reader and writer, whiteouts, apply, diff, seal, tar-split, compression.
 
 mod apply;
+mod changes;
 pub mod compress;
 mod diff;
 pub mod hash;
@@ -20,9 +21,10 @@ pub mod whiteout;
 mod xattr;
 
 pub use apply::{Applied, ApplyError, ApplyStyle, BaseNeed, Refusal, apply};
+pub use changes::{Change, ChangeKind, UpperForm, changes};
 pub use diff::{At, DiffError, diff_trees, layer_to_tar, same_file};
 pub use index::{DirIndex, Implied, IndexError, Usage};
 pub use limits::{LimitExceeded, Limits};
 pub use root::Root;
 pub use seal::{SealError, Sealed, seal_upper};
-pub use unpack::{UnpackError, Unpacked, unpack};
+pub use unpack::{Received, UnpackError, Unpacked, receive, unpack};

@@ -20,12 +20,14 @@
 //! - What follows the end marker comes in segments of up to 1 MiB.
 //!
 //! Where a later entry takes the place of a file with content, no tree can give the archive back:
-//! the recording is [`Unfaithful`].
+//! the recording is [`Unfaithful`]. A recorder that has a spool then saves the archive itself: what
+//! came so far can still be assembled at that moment, and what comes after is copied as it passes.
 
 use std::collections::HashMap;
 use std::fs::File;
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
-use std::io::{self, BufRead, BufReader, Read, Write};
+use std::io::{self, BufRead, BufReader, BufWriter, Read, Write};
+use std::os::unix::fs::FileExt as _;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
@@ -37,6 +39,7 @@ use serde::Deserialize;
 
 use crate::compress::DecodeError;
 use crate::limits::LimitExceeded;
+use crate::root::Root;
 use crate::tar::{Entry, EntryKind, EntryPath, Escaped};
 
 /// Largest segment of bytes that are not headers: as in Docker's writer.
@@ -59,7 +62,7 @@ const SEGMENT: u8 = 2;
 pub enum Output {
     /// Into memory.
     Memory(Vec<u8>),
-    /// Into a file, from its current position. Not synced.
+    /// Into a file that is empty; open for reading too, if the recorder has a spool. Not synced.
     File(File),
 }
 
@@ -76,6 +79,34 @@ impl Write for Output {
     }
 }
 
+impl Output {
+    /// What was written, from the start.
+    fn reader(&self) -> OutputReader<'_> {
+        OutputReader { output: self, offset: 0 }
+    }
+}
+
+struct OutputReader<'a> {
+    output: &'a Output,
+    offset: u64,
+}
+
+impl Read for OutputReader<'_> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let n = match self.output {
+            Output::Memory(bytes) => {
+                let rest = &bytes[usize::try_from(self.offset).unwrap_or(usize::MAX).min(bytes.len())..];
+                let n = rest.len().min(buf.len());
+                buf[..n].copy_from_slice(&rest[..n]);
+                n
+            }
+            Output::File(file) => file.read_at(buf, self.offset)?,
+        };
+        self.offset += n as u64;
+        Ok(n)
+    }
+}
+
 /// Why the extracted tree cannot give the archive back.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
@@ -84,12 +115,6 @@ pub enum Unfaithful {
     #[error("{path} takes the place of a file from the same archive")]
     Replaced {
         /// The later entry.
-        path: EntryPath,
-    },
-    /// An entry with content that no tree gets, such as AUFS's own files.
-    #[error("{path} has content and is not extracted")]
-    NotExtracted {
-        /// The entry.
         path: EntryPath,
     },
 }
@@ -102,6 +127,8 @@ pub struct Recorded {
     /// `None`: the archive can be assembled from this and the extracted files. Otherwise the
     /// recording breaks off somewhere and the archive itself must be kept.
     pub unfaithful: Option<Unfaithful>,
+    /// The archive itself, all of it, if the recorder had a spool and somebody asked to preserve it.
+    pub archive: Option<File>,
     /// Records written.
     pub records_count: u64,
 }
@@ -120,6 +147,10 @@ pub struct Recorder {
     seen: HashMap<u64, Seen>,
     unfaithful: Option<Unfaithful>,
     error: Option<io::Error>,
+    /// Where the archive is saved when it must be.
+    spool: Option<File>,
+    /// The spool once it is in use: nothing is recorded any more, all bytes go there.
+    verbatim: Option<BufWriter<File>>,
 }
 
 /// What becomes of the current entry's data.
@@ -161,7 +192,15 @@ impl Recorder {
             seen: HashMap::new(),
             unfaithful: None,
             error: None,
+            spool: None,
+            verbatim: None,
         }
+    }
+
+    /// Saves the archive in `spool`, an empty file, should the tree and the recording not be able to give it back.
+    #[must_use]
+    pub fn with_spool(self, spool: File) -> Self {
+        Self { spool: Some(spool), ..self }
     }
 
     /// Records into memory.
@@ -171,13 +210,62 @@ impl Recorder {
 
     /// Takes bytes that are no file's data.
     pub(crate) fn raw(&mut self, bytes: &[u8]) {
-        if self.unfaithful.is_none() {
+        if !self.copy_verbatim(bytes) && self.unfaithful.is_none() {
             self.segment.extend_from_slice(bytes);
+        }
+    }
+
+    /// Copies bytes of the archive into the spool, if that is where they go.
+    fn copy_verbatim(&mut self, bytes: &[u8]) -> bool {
+        let Some(spool) = &mut self.verbatim else { return false };
+        if self.error.is_none() {
+            self.error = spool.write_all(bytes).err();
+        }
+        true
+    }
+
+    /// Whether the archive could still be saved whole.
+    pub(crate) fn can_preserve(&self) -> bool {
+        self.spool.is_some()
+    }
+
+    /// Whether the entry just announced takes the place of content that is still in the tree: the archive must be
+    /// preserved before it does.
+    pub(crate) fn must_preserve(&self) -> bool {
+        self.unfaithful.is_some() && self.can_preserve()
+    }
+
+    /// Saves the archive from its first byte on: what came by until now is assembled from `tree`, which still has all
+    /// of it, and everything after is copied. Between an entry's headers and its data.
+    pub(crate) fn preserve(&mut self, tree: &Root) -> io::Result<()> {
+        let Some(spool) = self.spool.take() else { return Ok(()) };
+        let mut spool = BufWriter::with_capacity(COPY_BYTES, spool);
+        if self.position > 0 {
+            self.out.flush()?;
+            let recorded = self.out.get_ref().reader();
+            assemble_records(recorded, Some(self.position), |name, _| open_in(tree, name), &mut spool)
+                .map_err(io::Error::other)?;
+        }
+        spool.write_all(&self.segment)?;
+        self.segment = Vec::new();
+        self.seen = HashMap::new();
+        self.content = Content::None;
+        self.verbatim = Some(spool);
+        Ok(())
+    }
+
+    /// The data of the current entry will not be in the tree: it goes into the recording.
+    pub(crate) fn keep_data(&mut self) {
+        if let Content::Extracted { name, .. } = &mut self.content {
+            self.content = Content::Inline { name: Some(std::mem::take(name)) };
         }
     }
 
     /// Takes bytes that may come without end and belong to no header.
     fn bulk(&mut self, mut bytes: &[u8]) {
+        if self.copy_verbatim(bytes) {
+            return;
+        }
         while !bytes.is_empty() && self.unfaithful.is_none() {
             if self.segment.len() >= SEGMENT_BYTES {
                 self.write_segment();
@@ -190,7 +278,7 @@ impl Recorder {
 
     /// An entry's headers are complete; `stored` bytes of data follow. `name` is as in the archive.
     pub(crate) fn entry(&mut self, name: &[u8], entry: &Entry, stored: u64) {
-        if self.unfaithful.is_some() {
+        if self.unfaithful.is_some() || self.verbatim.is_some() {
             return;
         }
         let key = key(entry.path.as_bytes());
@@ -231,6 +319,9 @@ impl Recorder {
 
     /// Takes data of the current entry.
     pub(crate) fn data(&mut self, bytes: &[u8]) {
+        if self.copy_verbatim(bytes) {
+            return;
+        }
         match self.content {
             Content::Extracted { .. } => self.crc.update(bytes),
             Content::Inline { .. } => self.bulk(bytes),
@@ -267,8 +358,11 @@ impl Recorder {
     pub(crate) fn mark_unfaithful(&mut self, why: Unfaithful) {
         self.unfaithful.get_or_insert(why);
         self.content = Content::None;
-        self.segment = Vec::new();
-        self.seen = HashMap::new();
+        // With a spool these bytes are still to be saved.
+        if self.spool.is_none() {
+            self.segment = Vec::new();
+            self.seen = HashMap::new();
+        }
     }
 
     /// An error of the output, which the calls above had nobody to tell.
@@ -278,12 +372,16 @@ impl Recorder {
 
     pub(crate) fn finish(mut self) -> io::Result<Recorded> {
         self.write_segment();
-        match self.error {
-            Some(error) => Err(error),
-            None => {
-                Ok(Recorded { output: self.out.finish()?, unfaithful: self.unfaithful, records_count: self.position })
-            }
+        if let Some(error) = self.error {
+            return Err(error);
         }
+        let archive = self.verbatim.map(|spool| spool.into_inner().map_err(io::IntoInnerError::into_error));
+        Ok(Recorded {
+            output: self.out.finish()?,
+            unfaithful: self.unfaithful,
+            archive: archive.transpose()?,
+            records_count: self.position,
+        })
     }
 
     fn write_segment(&mut self) {
@@ -326,7 +424,7 @@ impl Recorder {
     fn write_line(&mut self) {
         self.line.extend_from_slice(format!(",\"position\":{}}}\n", self.position).as_bytes());
         self.position += 1;
-        if self.error.is_none() && self.unfaithful.is_none() {
+        if self.error.is_none() && self.unfaithful.is_none() && self.verbatim.is_none() {
             self.error = self.out.write_all(&self.line).err();
         }
     }
@@ -474,6 +572,25 @@ struct Record {
 /// Any [`AssembleError`]; what was written until then is part of the archive, or a damaged file.
 pub fn assemble<F: Read>(
     tar_split: impl Read,
+    open_file: impl FnMut(&[u8], u64) -> io::Result<F>,
+    out: &mut impl Write,
+) -> Result<u64, AssembleError> {
+    assemble_records(tar_split, None, open_file, out)
+}
+
+/// Opens a file of an archive in the tree that it was extracted to.
+///
+/// # Errors
+/// Those of [`Root::open_file`], and `InvalidData` for a name that no entry can have.
+pub fn open_in(tree: &Root, name: &[u8]) -> io::Result<File> {
+    let path = EntryPath::clean(name).map_err(|_| io::ErrorKind::InvalidData)?;
+    tree.open_file(&path).map(File::from)
+}
+
+/// As [`assemble`], of the first `count` records only: a recording that still grows has no end yet.
+fn assemble_records<F: Read>(
+    tar_split: impl Read,
+    count: Option<u64>,
     mut open_file: impl FnMut(&[u8], u64) -> io::Result<F>,
     out: &mut impl Write,
 ) -> Result<u64, AssembleError> {
@@ -482,7 +599,7 @@ pub fn assemble<F: Read>(
     let mut payload = Vec::new();
     let mut copy = vec![0; COPY_BYTES];
     let mut written = 0;
-    for position in 0.. {
+    for position in 0..count.unwrap_or(u64::MAX) {
         line.clear();
         let n = (&mut records)
             .take(LINE_BYTES + 1)

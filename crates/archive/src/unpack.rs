@@ -19,7 +19,8 @@ use crate::compress::Decoder;
 use crate::hash::HashingReader;
 use crate::limits::Limits;
 use crate::prefetch::Prefetch;
-use crate::tar::Reader;
+use crate::root::Root;
+use crate::tar::{EntryPath, Reader};
 use crate::tarsplit::{Recorded, Recorder};
 
 /// A blob that became a tree.
@@ -34,6 +35,20 @@ pub struct Unpacked {
     pub applied: Applied,
     /// What the archive held besides the contents of its files, if that was recorded.
     pub tar_split: Option<Recorded>,
+}
+
+/// What became of an archive that came by once, and cannot be read again.
+#[derive(Debug)]
+pub struct Received {
+    /// The sha256 of the uncompressed archive, all of it.
+    pub diff_id: DiffId,
+    /// Bytes of the uncompressed archive.
+    pub unpacked_bytes: u64,
+    /// What was done to the tree. `None`: the archive needs the layers below it, and the tree is to be thrown away. The
+    /// archive is then in the recorder's spool.
+    pub applied: Option<Applied>,
+    /// What the archive held besides the contents of its files; the archive itself, if those cannot give it back.
+    pub recorded: Recorded,
 }
 
 /// Why a blob could not be unpacked.
@@ -94,6 +109,44 @@ pub fn unpack(
     })
 }
 
+/// Makes a layer of a blob in the empty directory `root`, in one pass: whatever the archive asks for, it can be given
+/// back afterwards, from the tree and the recording or, where that cannot be, from the recorder's spool. Only there is
+/// anything written twice.
+///
+/// # Errors
+/// [`UnpackError`], but never [`ApplyError::NeedsBase`].
+pub fn receive(
+    blob: impl Read + Send,
+    compression: Compression,
+    root: BorrowedFd<'_>,
+    limits: &Limits,
+    recorder: Recorder,
+) -> Result<Received, UnpackError> {
+    thread::scope(|scope| {
+        let decoder = Decoder::new(blob, compression, limits).map_err(|source| UnpackError::Decoder { source })?;
+        let ahead = Prefetch::spawn(scope, HashingReader::new(decoder));
+        let mut reader = Reader::new(ahead, limits).with_recorder(recorder);
+        let applied = match apply(&mut reader, root, ApplyStyle::Layer, limits) {
+            // The entry that asked for it has consumed no data, so nothing was lost.
+            Err(ApplyError::NeedsBase { .. }) => {
+                let tree = Root::new(root);
+                let tree = tree.map_err(|source| ApplyError::Io { op: "open", path: EntryPath::root(), source })?;
+                reader.preserve(&tree).map_err(ApplyError::from)?;
+                None
+            }
+            applied => Some(applied?),
+        };
+        let finished = reader.finish().map_err(ApplyError::from)?;
+        let (_, hashed) = finished.inner.join().finish();
+        Ok(Received {
+            diff_id: DiffId::from_bytes(hashed.sha256),
+            unpacked_bytes: hashed.size_bytes,
+            applied,
+            recorded: finished.recorded.expect("because the reader was given a recorder"),
+        })
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use std::io::Write;
@@ -101,10 +154,8 @@ mod tests {
     use std::os::fd::AsFd;
 
     use super::*;
-    use crate::Root;
     use crate::compress::Encoder;
-    use crate::tar::EntryPath;
-    use crate::tarsplit::{Output, assemble};
+    use crate::tarsplit::{Output, assemble, open_in};
     use crate::testing::*;
 
     fn compressed(bytes: &[u8], compression: Compression) -> Vec<u8> {
@@ -152,11 +203,7 @@ mod tests {
             let Output::Memory(tar_split) = recorded.output else { panic!("asked for memory") };
             let tree = Root::new(&root).unwrap();
             let mut again = Vec::new();
-            let open_file = |name: &[u8], _| {
-                let path = EntryPath::clean(name).map_err(io::Error::other)?;
-                tree.open_file(&path).map(std::fs::File::from)
-            };
-            assemble(tar_split.as_slice(), open_file, &mut again).unwrap();
+            assemble(tar_split.as_slice(), |name, _| open_in(&tree, name), &mut again).unwrap();
             assert!(again == tar, "{compression:?}");
         }
     }
@@ -193,5 +240,60 @@ mod tests {
         let limits = Limits::default();
         let error = unpack(Endless, Compression::None, root.as_fd(), ApplyStyle::Layer, &limits, None).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::InvalidInput);
+    }
+
+    /// Receives an archive and gives it back, from the spool if it is there.
+    fn there_and_back(tar: &[u8]) -> (Received, Vec<u8>) {
+        let place = Place::new();
+        let root = open(&place.root());
+        let limits = Limits::default();
+        let recorder = Recorder::in_memory().with_spool(tempfile::tempfile().unwrap());
+        let blob = compressed(tar, Compression::Gzip);
+        let mut received = receive(blob.as_slice(), Compression::Gzip, root.as_fd(), &limits, recorder).unwrap();
+        let mut back = Vec::new();
+        match &mut received.recorded.archive {
+            Some(archive) => {
+                io::Seek::rewind(archive).unwrap();
+                archive.read_to_end(&mut back).unwrap();
+            }
+            None => {
+                let Output::Memory(tar_split) = &received.recorded.output else { panic!("asked for memory") };
+                let tree = Root::new(&root).unwrap();
+                assemble(tar_split.as_slice(), |name, _| open_in(&tree, name), &mut back).unwrap();
+            }
+        }
+        (received, back)
+    }
+
+    #[test]
+    fn privileged_t18_whatever_is_received_comes_back_byte_by_byte() {
+        if skip_unprivileged() {
+            return;
+        }
+        let big = "x".repeat(300_000);
+        for (what, spooled, needs_base, items) in [
+            ("plain", false, false, vec![dir("d"), file("d/a", &big), file("e", "")]),
+            ("a file twice", true, false, vec![file("a", &big), file("b", "b"), file("a", "2"), file("c", &big)]),
+            ("other spelling", true, false, vec![file("d/a", "1"), file("./d//a", "22"), file("z", "z")]),
+            ("a file where one was", true, false, vec![file("a", "1"), dir("a"), file("a/b", "1")]),
+            (
+                "through a link that goes",
+                true,
+                false,
+                vec![symlink("l", "r"), dir("r"), file("l/a", &big), dir("l"), file("l/b", "b")],
+            ),
+            ("a link into a lower layer", true, true, vec![file("a", &big), hard_link("b", "lower"), file("c", &big)]),
+            ("first of all", true, true, vec![hard_link("b", "lower"), file("c", &big)]),
+            ("both", true, true, vec![file("a", "1"), file("a", "2"), hard_link("b", "lower"), file("c", "3")]),
+            ("aufs", false, false, vec![file(".wh..wh.plnk/1", &big), file("a", "1")]),
+        ] {
+            let mut tar = archive(&items);
+            tar.extend([7; 1000]);
+            let (received, back) = there_and_back(&tar);
+            assert!(back == tar, "{what}");
+            assert_eq!(received.recorded.archive.is_some(), spooled, "{what}");
+            assert_eq!(received.applied.is_none(), needs_base, "{what}");
+            assert_eq!(received.unpacked_bytes, tar.len() as u64, "{what}");
+        }
     }
 }

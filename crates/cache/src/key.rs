@@ -8,6 +8,13 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
 pub struct CacheKey(BlobDigest);
 
+/// As 64 hex digits, for whoever carries a key elsewhere.
+impl std::fmt::Display for CacheKey {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0.hex())
+    }
+}
+
 impl CacheKey {
     /// No other sorts before it.
     pub(crate) const LOWEST: Self = Self(BlobDigest::from_bytes([0; 32]));

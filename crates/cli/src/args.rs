@@ -86,9 +86,15 @@ pub(crate) enum Command {
     /// Remove names, and images that lost their last one
     Rmi {
         /// Image names or IDs
-        #[arg(required = true)]
+        #[arg(required_unless_present = "dangling")]
         images: Vec<String>,
+        /// Remove all images that no name points at and no other image was built on
+        #[arg(long, conflicts_with = "images")]
+        dangling: bool,
     },
+    /// Layers by the chain that they complete, as docker's layer store keeps them
+    #[command(subcommand)]
+    Layer(Layer),
     /// Run a command in an image; what it changes is thrown away
     Run(Run),
     /// Mount an image or a record on a directory
@@ -192,6 +198,12 @@ pub(crate) struct Build {
     /// Run every step, whatever is cached
     #[arg(long)]
     pub(crate) no_cache: bool,
+    /// Image that may have the results of steps that the build cache has not; may be given several times
+    #[arg(long, value_name = "IMAGE", value_parser = cache_source)]
+    pub(crate) cache_from: Vec<String>,
+    /// Say for every step where its result came from
+    #[arg(long)]
+    pub(crate) explain: bool,
     /// Write the image ID to this file
     #[arg(long, value_name = "FILE")]
     pub(crate) iidfile: Option<PathBuf>,
@@ -264,6 +276,15 @@ fn keyed(text: &str) -> Result<String, String> {
         "" => Err("the key is missing".into()),
         text if text.starts_with('=') => Err("the key before `=` is missing".into()),
         text => Ok(text.to_owned()),
+    }
+}
+
+/// An image to take steps' results from. Of BuildKit's `type=…` none is known yet.
+fn cache_source(text: &str) -> Result<String, String> {
+    match text.split_once('=') {
+        Some(_) => Err("only images that are here can be given yet, by name or ID".into()),
+        None if text.is_empty() => Err("an image name or ID is expected".into()),
+        None => Ok(text.to_owned()),
     }
 }
 
@@ -355,5 +376,89 @@ pub(crate) enum Ref {
         /// Record IDs
         #[arg(required = true)]
         ids: Vec<String>,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Layer {
+    /// Register a layer from a tar and print its chain ID
+    Register {
+        /// Chain ID of the layer to put it on [default: none]
+        #[arg(long, value_name = "CHAINID")]
+        parent: Option<String>,
+        /// The tar, plain or packed; `-` is standard input
+        #[arg(default_value = "-")]
+        file: PathBuf,
+    },
+    /// List registered layers
+    Ls,
+    /// Show a registered layer
+    Inspect {
+        /// Chain ID
+        chain: String,
+    },
+    /// Let go of a layer that was registered or committed by hand, once
+    Release {
+        /// Chain ID
+        chain: String,
+    },
+    /// Write a layer's tar, byte for byte as it was registered
+    Export {
+        /// Chain ID
+        chain: String,
+        /// File to write [default: standard output]
+        #[arg(short, long, value_name = "PATH")]
+        output: Option<PathBuf>,
+    },
+    /// Writable layers by name
+    #[command(subcommand)]
+    Rw(Rw),
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Rw {
+    /// Make a writable layer
+    Create {
+        /// Its name
+        name: String,
+        /// Chain ID of the layer to put it on [default: none]
+        #[arg(long, value_name = "CHAINID")]
+        parent: Option<String>,
+        /// Security label of its mounts (SELinux)
+        #[arg(long)]
+        label: Option<String>,
+        /// Make what every container needs (/dev/console, /etc/hosts, …) in a layer of its own below it
+        #[arg(long)]
+        init: bool,
+    },
+    /// List writable layers
+    Ls,
+    /// Mount a writable layer
+    Mount {
+        /// Its name
+        name: String,
+        /// An existing directory
+        dir: PathBuf,
+    },
+    /// Undo `ply layer rw mount`
+    Umount {
+        /// Its name
+        name: String,
+    },
+    /// List what was written to it: A added, M modified, D deleted
+    Changes {
+        /// Its name
+        name: String,
+    },
+    /// Make a layer of what was written to it, and print the chain ID
+    Commit {
+        /// Its name
+        name: String,
+    },
+    /// Remove writable layers
+    Rm {
+        /// Their names
+        #[arg(required = true)]
+        names: Vec<String>,
     },
 }

@@ -21,6 +21,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use crate::args::{self, Command, Global, Ply, Ref};
 use crate::format::{self, Column};
+use crate::layers;
 use crate::progress::Style;
 
 /// The default state directory of root.
@@ -66,6 +67,12 @@ fn check(command: &Command) -> Result<(), clap::Error> {
             }
             _ => Ok(()),
         },
+        Command::Layer(args::Layer::Export { output, .. }) if !given(output) && io::stdout().is_terminal() => {
+            wrong(ErrorKind::MissingRequiredArgument, "a tar is not for a terminal: give -o FILE, or redirect")
+        }
+        Command::Layer(args::Layer::Register { file, .. }) if file.as_os_str() == "-" && io::stdin().is_terminal() => {
+            wrong(ErrorKind::MissingRequiredArgument, "a tar is expected on standard input: give a file, or redirect")
+        }
         Command::Load(load) if !given(&load.input) && io::stdin().is_terminal() => wrong(
             ErrorKind::MissingRequiredArgument,
             "an archive is expected on standard input: give -i PATH, or redirect",
@@ -89,6 +96,10 @@ fn with_engine(engine: &Engine, global: &Global, command: Command, cancel: &Canc
                 return print_json(&loaded);
             }
             for image in loaded {
+                for moved in &image.moved {
+                    let (name, from) = (format::safe(&moved.name), moved.from.hex());
+                    eprintln!("ply: {name} was the name of image {} until now", format::short_id(&from));
+                }
                 match image.names.as_slice() {
                     [] => say(&format!("Loaded image ID: {}", image.id))?,
                     names => names.iter().try_for_each(|name| say(&format!("Loaded image: {}", format::safe(name))))?,
@@ -120,8 +131,8 @@ fn with_engine(engine: &Engine, global: &Global, command: Command, cancel: &Canc
                 return print_json(&json!({"id": id, "name": target}));
             }
         }
-        Command::Rmi { images } => {
-            let removed = engine.remove_images(&images)?;
+        Command::Rmi { images, dangling } => {
+            let removed = if dangling { engine.remove_dangling_images()? } else { engine.remove_images(&images)? };
             let rows = removed.iter().map(|one| match one {
                 RemovedImage::Name(name) => ("name", plies_engine::familiar(name)),
                 RemovedImage::Image(id) => ("image", id.to_string()),
@@ -135,6 +146,7 @@ fn with_engine(engine: &Engine, global: &Global, command: Command, cancel: &Canc
             }
             collect(engine);
         }
+        Command::Layer(layer) => return layers::run(engine, layer, json, style, cancel),
         Command::Run(run) => {
             let request = RunRequest {
                 image: run.image,
@@ -286,6 +298,8 @@ fn run_build(engine: &Engine, global: &Global, build: args::Build, cancel: &Canc
         build_args,
         labels: build.label.iter().map(label).collect(),
         no_cache: build.no_cache,
+        cache_from: build.cache_from,
+        explain: build.explain,
         executor: build.executor.executor,
         search_path: search_path(),
     };
@@ -313,7 +327,8 @@ fn images(engine: &Engine, json: bool, quiet: bool) -> anyhow::Result<ExitCode> 
         return Ok(damaged_code(damaged));
     }
     if quiet {
-        images.iter().try_for_each(|image| say(format::short_id(&image.id.hex())))?;
+        let lines = images.iter().map(|image| format!("{}\n", format::short_id(&image.id.hex())));
+        print(&lines.collect::<String>())?;
         return Ok(damaged_code(damaged));
     }
     let columns = [
@@ -427,7 +442,7 @@ fn damaged_code(count: usize) -> ExitCode {
 }
 
 /// Frees the space of what was removed. That has happened and was told: space that stays taken is no failure of it.
-fn collect(engine: &Engine) {
+pub(crate) fn collect(engine: &Engine) {
     if let Err(error) = engine.gc(false) {
         eprintln!(
             "ply: warning: space is not freed yet (ply gc): {}",
@@ -436,7 +451,7 @@ fn collect(engine: &Engine) {
     }
 }
 
-fn print_id(json: bool, id: &str) -> anyhow::Result<ExitCode> {
+pub(crate) fn print_id(json: bool, id: &str) -> anyhow::Result<ExitCode> {
     if json {
         return print_json(&json!({"id": id}));
     }
@@ -487,7 +502,7 @@ fn user_root() -> anyhow::Result<PathBuf> {
     Ok(data.join("plies"))
 }
 
-fn absolute(path: &Path) -> anyhow::Result<PathBuf> {
+pub(crate) fn absolute(path: &Path) -> anyhow::Result<PathBuf> {
     std::path::absolute(path).with_context(|| format!("resolve {}", path.display()))
 }
 
@@ -531,23 +546,23 @@ fn is_ignored(signal: i32) -> bool {
 }
 
 /// How long ago an RFC 3339 time was; empty when there is none.
-fn ago(created: Option<&str>) -> String {
+pub(crate) fn ago(created: Option<&str>) -> String {
     let Some(created) = created.and_then(|text| text.parse::<Timestamp>().ok()) else { return "N/A".into() };
     let seconds = Timestamp::now().as_second().saturating_sub(created.as_second());
     format::age(u64::try_from(seconds).unwrap_or(0))
 }
 
-fn print_json(value: &impl Serialize) -> anyhow::Result<ExitCode> {
+pub(crate) fn print_json(value: &impl Serialize) -> anyhow::Result<ExitCode> {
     say(&serde_json::to_string_pretty(value)?)?;
     Ok(ExitCode::SUCCESS)
 }
 
-fn say(line: &str) -> anyhow::Result<()> {
+pub(crate) fn say(line: &str) -> anyhow::Result<()> {
     print(&format!("{line}\n"))
 }
 
 /// Writes to standard output. A reader that has seen enough (`ply images | head`) is no failure.
-fn print(text: &str) -> anyhow::Result<()> {
+pub(crate) fn print(text: &str) -> anyhow::Result<()> {
     match io::stdout().lock().write_all(text.as_bytes()) {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
         other => other.context("write to standard output"),

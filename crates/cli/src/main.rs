@@ -6,6 +6,7 @@
 mod args;
 mod commands;
 mod format;
+mod layers;
 mod progress;
 
 use std::process::ExitCode;

@@ -1,7 +1,9 @@
 //! Requests on images that are here: list, inspect, history, tag, remove.
 
 use plies_image::{Found, ImageError, Removed};
-use plies_oci::{BlobDigest, DiffId, DocumentError, ErrorKind, ImageConfig, ImageId, Reference, ReferenceError};
+use plies_oci::{
+    BlobDigest, ChainId, DiffId, DocumentError, ErrorKind, ImageConfig, ImageId, Reference, ReferenceError,
+};
 use plies_store::{BlobError, CatalogueError, LayerError};
 use serde::Serialize;
 use serde_json::Value;
@@ -95,6 +97,14 @@ pub struct ImageDetails {
     pub summary: ImageSummary,
     /// Digests of the manifests that the image is known under.
     pub manifests: Vec<BlobDigest>,
+    /// The image that it was built on, where that is known.
+    pub parent: Option<ImageId>,
+    /// Images that were built on it.
+    pub children: Vec<ImageId>,
+    /// Whether it was built here.
+    pub built_here: bool,
+    /// Its topmost layer in the layer store.
+    pub chain_id: Option<ChainId>,
     /// Diff IDs of the layers, bottom first.
     pub diff_ids: Vec<DiffId>,
     /// The config as it is.
@@ -138,6 +148,20 @@ impl Engine {
     }
 
     fn summary(&self, image: plies_image::Image) -> Result<ImageSummary, ImagesError> {
+        // Ten thousand configs take longer to read than people wait for a list.
+        if let Some(listed) = image.row.listed
+            && self.store().content().has_file(BlobDigest::from_bytes(*image.id.as_bytes()))
+        {
+            return Ok(ImageSummary {
+                id: image.id,
+                names: image.names.iter().map(|name| familiar(name)).collect(),
+                created: listed.created,
+                platform: listed.platform,
+                layers_count: usize::try_from(listed.layers_count).unwrap_or(usize::MAX),
+                size_bytes: listed.size_bytes,
+                error: None,
+            });
+        }
         let config = self.config_of(image.id)?;
         let size_bytes = self.layer_sizes(config.diff_ids())?.into_iter().sum();
         Ok(ImageSummary {
@@ -152,7 +176,7 @@ impl Engine {
     }
 
     /// What each layer takes on disk; 0 for one that is not unpacked under its diff ID.
-    fn layer_sizes(&self, diff_ids: &[DiffId]) -> Result<Vec<u64>, ImagesError> {
+    pub(crate) fn layer_sizes(&self, diff_ids: &[DiffId]) -> Result<Vec<u64>, ImagesError> {
         let layers = self.store().layers();
         let size = |diff_id: &DiffId| Ok(layers.find_by_diff_id(*diff_id)?.map_or(0, |info| info.usage.size_bytes));
         diff_ids.iter().map(size).collect()
@@ -184,13 +208,17 @@ impl Engine {
     pub fn inspect(&self, wanted: &str) -> Result<ImageDetails, ImagesError> {
         let found = self.find_image(wanted)?;
         let config = self.config_of(found.id)?;
-        let all = self.store().read(plies_image::list)?;
-        let image = all.into_iter().find(|image| image.id == found.id);
-        let names = image.map(|image| image.names).unwrap_or_default();
+        let names = self.store().read(|rows| plies_image::names_of(rows, &found.id))?;
+        let children = self.store().read(|rows| plies_image::children(rows, &found.id))?;
+        let (parent, built_here, chain_id) = (found.row.parent, found.row.built_here, found.row.chain);
         let manifests = found.row.manifests.iter().map(|manifest| manifest.digest).collect();
         Ok(ImageDetails {
             summary: self.summary(plies_image::Image { id: found.id, row: found.row, names })?,
             manifests,
+            parent,
+            children,
+            built_here,
+            chain_id,
             diff_ids: config.diff_ids().to_vec(),
             config: serde_json::from_slice(config.document().raw()).expect("because it was parsed just now"),
         })
@@ -243,6 +271,14 @@ impl Engine {
             Ok::<_, ImageError>(found.id)
         })?;
         Ok(id)
+    }
+
+    /// Removes all images that no name points at and that no other was built on.
+    ///
+    /// # Errors
+    /// [`ImagesError`].
+    pub fn remove_dangling_images(&self) -> Result<Vec<Removed>, ImagesError> {
+        Ok(self.store().write(plies_image::prune_dangling)?)
     }
 
     /// Removes names, and images that lose their last one: all that are given, or none. One that is given twice, or as

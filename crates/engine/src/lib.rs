@@ -5,7 +5,7 @@
 //! lib.rs        Engine: a store with what requests need; opening and closing
 //! archive.rs    an image archive that a user hands in, readable at any place
 //! load.rs       archive -> images          save.rs     images -> archive
-//! images.rs     list, inspect, history, tag, remove
+//! images.rs     list, inspect, history, tag, remove     layers.rs  `ply layer`
 //! build/        Dockerfile -> graph -> solve -> image
 //! run.rs        run, mount, umount         records.rs  `ply ref`
 //! space.rs      du, tree, gc, info     prune.rs    what goes from the build cache
@@ -21,6 +21,7 @@ pub mod context;
 pub mod dockerfile;
 pub mod exec;
 mod images;
+mod layers;
 mod load;
 mod prune;
 mod records;
@@ -43,7 +44,8 @@ use plies_store::{
 
 pub use archive::{ArchiveError, Input};
 pub use images::{HistoryLine, ImageDetails, ImageSummary, ImagesError, familiar};
-pub use load::{LoadError, LoadedImage};
+pub use layers::{ChangeSummary, LayerDetails, LayerSummary, LayersError, RemovedLayerSummary, RwSummary};
+pub use load::{LoadError, LoadedImage, MovedName};
 pub use plies_image::Removed as RemovedImage;
 pub use plies_store::{Canceled, DriverKind, TransferError, progress};
 pub use prune::{PruneError, PruneRow, PruneSummary};

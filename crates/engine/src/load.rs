@@ -2,13 +2,14 @@
 
 use std::io::{self, Read};
 
-use plies_image::{ImageError, ImageRow, ManifestRow};
+use plies_image::{ChainLayer, ImageError, ManifestRow, NewImage};
 use plies_oci::{
     BlobDigest, ChainId, Compression, Descriptor, DiffId, DocumentError, ErrorKind, ImageConfig, ImageId, Index,
     Manifest, MediaClass, MediaType, Platform, Reference, classify, limits,
 };
 use plies_store::{
-    CatalogueError, CommitError, Expected, IngestError, LayerBlob, LayerSource, Lease, Resource, Taken, TransferError,
+    CatalogueError, CommitError, Expected, IngestError, LayerBlob, LayerSource, Lease, Resource, SnapshotId, Taken,
+    TransferError,
 };
 use serde::{Deserialize, Serialize};
 
@@ -244,6 +245,18 @@ pub struct LoadedImage {
     pub id: ImageId,
     /// The names that it was given, as short as docker prints them.
     pub names: Vec<String>,
+    /// Those of them that other images had until now.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub moved: Vec<MovedName>,
+}
+
+/// A name that was taken from an image.
+#[derive(Debug, Clone, Serialize)]
+pub struct MovedName {
+    /// The name.
+    pub name: String,
+    /// The image that had it.
+    pub from: ImageId,
 }
 
 /// An image that an archive offers, checked as far as documents go.
@@ -253,6 +266,15 @@ struct Candidate {
     manifest: Option<Manifest>,
     config: ImageConfig,
     layers: Vec<LayerSource<'static>>,
+}
+
+/// An image whose blobs and layers are here.
+struct ReadyImage {
+    manifest: ManifestRow,
+    snapshot: Option<SnapshotId>,
+    layers: Vec<ChainLayer>,
+    /// What its layers take on disk.
+    size_bytes: u64,
 }
 
 /// An OCI layout's marker file.
@@ -308,22 +330,35 @@ impl Engine {
             }
             // All images of an archive appear at once.
             self.store().write(|tx| {
-                for (candidate, (manifest, row)) in candidates.iter().zip(&ready) {
-                    let row = ImageRow { added_at: tx.now(), ..row.clone() };
-                    plies_image::put(tx, candidate.config.id(), &row)?;
+                let mut loaded = Vec::new();
+                for (candidate, ready) in candidates.iter().zip(&ready) {
+                    let id = plies_image::put(
+                        tx,
+                        &NewImage {
+                            config: &candidate.config,
+                            manifests: vec![ready.manifest.clone()],
+                            snapshot: ready.snapshot,
+                            layers: Some(&ready.layers),
+                            size_bytes: ready.size_bytes,
+                            built_here: false,
+                        },
+                    )?;
+                    let mut moved = Vec::new();
                     for name in &candidate.names {
-                        plies_image::set_name(tx, name, candidate.config.id(), Some(*manifest))?;
+                        match plies_image::named(tx, name)? {
+                            Some(before) if before != id => {
+                                moved.push(MovedName { name: name.familiar(), from: before });
+                            }
+                            _ => {}
+                        }
+                        plies_image::set_name(tx, name, id, Some(ready.manifest.digest))?;
                     }
+                    let names = candidate.names.iter().map(Reference::familiar).collect();
+                    loaded.push(LoadedImage { id, names, moved });
                 }
-                Ok::<_, ImageError>(())
-            })?;
-            Ok::<_, LoadError>(())
-        })?;
-        let loaded = |candidate: &Candidate| LoadedImage {
-            id: candidate.config.id(),
-            names: candidate.names.iter().map(Reference::familiar).collect(),
-        };
-        Ok(candidates.iter().map(loaded).collect())
+                Ok::<_, LoadError>(loaded)
+            })
+        })
     }
 
     /// Keeps the blobs and layers of one image, held by `lease`.
@@ -334,11 +369,16 @@ impl Engine {
         lease: &Lease,
         progress: &dyn Progress,
         cancel: &Cancel,
-    ) -> Result<(BlobDigest, ImageRow), LoadError> {
-        let Taken { blobs, snapshot, .. } = self
-            .transfer(lease, progress, cancel)
-            .take_layers(&candidate.layers, &[])
-            .map_err(|source| LoadError::Layer { path: path.to_owned(), source })?;
+    ) -> Result<ReadyImage, LoadError> {
+        let failed = |source| LoadError::Layer { path: path.to_owned(), source };
+        let Taken { blobs, snapshot, layers } =
+            self.transfer(lease, progress, cancel).take_layers(&candidate.layers, &[]).map_err(failed)?;
+        let chain = plies_image::chain_layers(self.store(), candidate.config.diff_ids(), &layers);
+        let mut size_bytes = 0;
+        for layer in &layers {
+            let info = self.store().layers().info(*layer).map_err(|error| failed(error.into()))?;
+            size_bytes += info.usage.size_bytes;
+        }
         let config = candidate.config.document().raw();
         let manifest = match &candidate.manifest {
             Some(manifest) => manifest.clone(),
@@ -351,13 +391,8 @@ impl Engine {
         };
         let layer_blobs: Vec<BlobDigest> = blobs.iter().map(|blob| blob.digest).collect();
         self.keep_documents(&manifest, config, &layer_blobs, lease)?;
-        let row = ImageRow {
-            config_bytes: config.len() as u64,
-            manifests: vec![manifest_row(&manifest)],
-            snapshot,
-            added_at: self.store().now(),
-        };
-        Ok((manifest.document().digest(), row))
+        let layers = chain.map_err(|error| failed(error.into()))?;
+        Ok(ReadyImage { manifest: manifest_row(&manifest), snapshot, layers, size_bytes })
     }
 
     /// Keeps an image's documents as blobs, and writes down what the manifest needs.

@@ -102,8 +102,8 @@ pub enum RunError {
         /// Where.
         dir: PathBuf,
     },
-    /// The record is mounted.
-    #[error("the record is mounted on {}: unmount it first", dir.display())]
+    /// The record, or the writable layer, is mounted.
+    #[error("it is mounted on {}: unmount it first", dir.display())]
     RecordMounted {
         /// Where.
         dir: PathBuf,
@@ -294,6 +294,12 @@ impl Engine {
     /// # Errors
     /// [`RunError`].
     pub fn mount(&self, wanted: &str, dir: &Path, rw: bool) -> Result<(), RunError> {
+        let (dir, key) = self.free_place(dir)?;
+        self.with_lease(&format!("mount {wanted}"), |lease| self.mount_held(wanted, &dir, key, rw, lease))
+    }
+
+    /// A directory that can be mounted on, and its key.
+    fn free_place(&self, dir: &Path) -> Result<(PathBuf, Vec<u8>), RunError> {
         let dir = dir.canonicalize().map_err(|source| RunError::Directory { dir: dir.to_owned(), source })?;
         // The state directory may have been named by a link.
         let root = self.store().root();
@@ -308,7 +314,25 @@ impl Engine {
             }
             self.forget_mount(&key)?;
         }
-        self.with_lease(&format!("mount {wanted}"), |lease| self.mount_held(wanted, &dir, key, rw, lease))
+        Ok((dir, key))
+    }
+
+    /// As [`Engine::mount`], of an active that somebody else holds, with a security label for the mount.
+    pub(crate) fn mount_writable(&self, active: ActiveId, label: Option<&str>, dir: &Path) -> Result<(), RunError> {
+        let (dir, key) = self.free_place(dir)?;
+        self.check_not_mounted(active)?;
+        self.mount_what(Mount::Record(active), label, &dir, key)
+    }
+
+    /// Where an active is mounted by a process that has ended since.
+    pub(crate) fn mounted_on(&self, active: ActiveId) -> Result<Option<PathBuf>, RunError> {
+        for (key, row) in self.store().read(|rows| rows.all(&MOUNTS))? {
+            let dir = PathBuf::from(OsString::from_vec(key));
+            if row.what == Mount::Record(active) && !is_over(&dir, &row, &Place::here()?) {
+                return Ok(Some(dir));
+            }
+        }
+        Ok(None)
     }
 
     fn mount_held(&self, wanted: &str, dir: &Path, key: Vec<u8>, rw: bool, lease: &Lease) -> Result<(), RunError> {
@@ -325,6 +349,11 @@ impl Engine {
                 Mount::Scratch(snapshots.prepare(tree, lease, ActiveOptions { volatile: false })?)
             }
         };
+        self.mount_what(what, None, dir, key)
+    }
+
+    fn mount_what(&self, what: Mount, label: Option<&str>, dir: &Path, key: Vec<u8>) -> Result<(), RunError> {
+        let snapshots = self.store().snapshots();
         // Held before it is mounted: a crash in between leaves a hold that the next gc sees to be for nothing, rather
         // than a mount whose layers are collected under it.
         let owner = owner(&key);
@@ -338,7 +367,9 @@ impl Engine {
         })?;
         let mounted = match what {
             Mount::View(snapshot) => snapshots.view(snapshot, Attach::At(dir)),
-            Mount::Record(active) | Mount::Scratch(active) => snapshots.mount_active(active, Attach::At(dir)),
+            Mount::Record(active) | Mount::Scratch(active) => {
+                snapshots.mount_active_labelled(active, label, Attach::At(dir))
+            }
         };
         match mounted {
             Ok(mounted) => Ok(mounted.keep()?),
@@ -372,13 +403,7 @@ impl Engine {
 
     /// Fails if a mutable record is mounted by a process that has ended since: nobody else may write to it or seal it.
     pub(crate) fn check_not_mounted(&self, active: ActiveId) -> Result<(), RunError> {
-        for (key, row) in self.store().read(|rows| rows.all(&MOUNTS))? {
-            let dir = PathBuf::from(OsString::from_vec(key));
-            if row.what == Mount::Record(active) && !is_over(&dir, &row, &Place::here()?) {
-                return Err(RunError::RecordMounted { dir });
-            }
-        }
-        Ok(())
+        self.mounted_on(active)?.map_or(Ok(()), |dir| Err(RunError::RecordMounted { dir }))
     }
 
     /// Forgets mounts that are not there any more, as after a restart of the machine.

@@ -1,13 +1,14 @@
 //! `ply save`: images into an archive.
 //!
 //! An image that was loaded goes out with the manifest and the blobs that it came with, byte for byte. One that was
-//! built gets a manifest and compressed blobs here, from its layers, and keeps them.
+//! built gets a manifest and compressed blobs here, from its layers, and keeps them. `ply layer export` goes the same way.
 
 use std::collections::BTreeMap;
 use std::collections::hash_map::RandomState;
 use std::fs::File;
 use std::hash::{BuildHasher as _, Hasher as _};
 use std::io::{self, BufWriter, Read, Write};
+use std::os::fd::AsFd as _;
 use std::os::unix::fs::FileTypeExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -15,7 +16,7 @@ use std::time::Duration;
 use plies_archive::compress;
 use plies_archive::hash::HashingReader;
 use plies_archive::tar::{self, Entry, EntryKind, EntryPath, Timestamp, WriteError};
-use plies_image::{Found, ImageError, ImageRow};
+use plies_image::{Found, ImageError, LayerStoreError};
 use plies_oci::{
     BlobDigest, Compression, Descriptor, DiffId, DocumentError, ErrorKind, ImageConfig, ImageId, Index, Manifest,
     MediaClass, MediaType, Reference, classify,
@@ -129,6 +130,9 @@ pub enum SaveError {
         #[source]
         source: WriteError,
     },
+    /// The layer store.
+    #[error(transparent)]
+    Layers(#[from] LayerStoreError),
     /// Keeping a document.
     #[error("keep a document")]
     Ingest(#[from] IngestError),
@@ -180,6 +184,7 @@ impl SaveError {
             Self::Layer { source, .. } => source.kind(),
             Self::Write { .. } => ErrorKind::Unavailable,
             Self::Archive { source, .. } => source.kind(),
+            Self::Layers(source) => source.kind(),
             Self::Ingest(source) => source.kind(),
             Self::Commit(source) => source.kind(),
             Self::Catalogue(source) => source.kind(),
@@ -244,7 +249,8 @@ impl Engine {
         match (format, output) {
             (SaveFormat::OciDirectory, Output::Path(dir)) => self.save_directory(&images, dir, &sink(dir))?,
             (_, Output::Path(path)) if !STDOUT_PATHS.iter().any(|stdout| path == Path::new(stdout)) => {
-                self.save_file(&images, format, path, &sink(path))?;
+                let sink = sink(path);
+                save_file(path, &sink, |file| self.save_tar(&images, format, file, &sink).map(drop))?;
             }
             (_, Output::Path(_) | Output::Stdout) => {
                 let sink = sink(Path::new("<standard output>"));
@@ -282,34 +288,42 @@ impl Engine {
         let manifest = Manifest::build(&config_descriptor, &layers);
         let layer_blobs: Vec<BlobDigest> = blobs.iter().map(|blob| blob.digest).collect();
         self.keep_documents(&manifest, raw, &layer_blobs, lease)?;
-        let row = ImageRow { manifests: vec![manifest_row(&manifest)], ..found.row.clone() };
-        self.store().write(|tx| plies_image::put(tx, found.id, &row))?;
+        self.store().write(|tx| plies_image::add_manifest(tx, found.id, &manifest_row(&manifest)))?;
         Ok((manifest, config))
     }
 
-    /// Writes an archive into a file, which is replaced when the new one is whole.
-    fn save_file(&self, images: &[Saved], format: SaveFormat, path: &Path, sink: &Sink<'_>) -> Result<(), SaveError> {
-        let path = resolve(path).map_err(sink.failed())?;
-        let old = match std::fs::metadata(&path) {
-            Ok(meta) => Some(meta),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
-            Err(error) => return Err(sink.failed()(error)),
-        };
-        if old.as_ref().is_some_and(|meta| !meta.is_file()) {
-            // Putting a file in its place would leave whoever reads it waiting, and the machine without a device.
-            let file = open_patiently(&path, sink.cancel).map_err(|source| match sink.cancel.is_canceled() {
-                true => Canceled.into(),
-                false => sink.failed()(source),
-            })?;
-            return self.save_tar(images, format, &file, sink).map(drop);
-        }
-        let dir = directory_of(&path);
-        let partial = Partial::create(dir).map_err(sink.failed())?;
-        if let Some(old) = old {
-            partial.file.set_permissions(old.permissions()).map_err(sink.failed())?;
-        }
-        self.save_tar(images, format, &partial.file, sink)?;
-        partial.publish(&path).and_then(|()| sync_directory(dir)).map_err(sink.failed())
+    /// Writes a registered layer's tar, byte for byte.
+    ///
+    /// # Errors
+    /// [`SaveError`]; a file is then not there.
+    pub fn export_layer(
+        &self,
+        wanted: &str,
+        output: &Output,
+        progress: &dyn Progress,
+        cancel: &Cancel,
+    ) -> Result<(), SaveError> {
+        self.with_lease("layer export", |lease| {
+            let layers = self.layer_store()?;
+            let layer = layers.get(layers.find(wanted)?)?;
+            let transfer = self.transfer(lease, progress, cancel);
+            let task = Task::start(progress, &format!("export layer {}", layer.chain_id()), None);
+            let sink = |path: &Path| Sink { path: path.to_owned(), task: &task, cancel };
+            match output {
+                Output::Path(path) if !STDOUT_PATHS.iter().any(|stdout| path == Path::new(stdout)) => {
+                    save_file(path, &sink(path), |file| Ok(layers.export(&layer, file, &transfer)?))?;
+                }
+                Output::Path(_) | Output::Stdout => {
+                    // The locked handle would look for line ends in every byte.
+                    let stdout = io::stdout().as_fd().try_clone_to_owned();
+                    let stdout = File::from(stdout.map_err(sink(Path::new("<standard output>")).failed())?);
+                    layers.export(&layer, stdout, &transfer)?;
+                }
+            }
+            task.end(Outcome::Done);
+            layers.release(layer)?;
+            Ok(())
+        })
     }
 
     /// Writes an OCI layout into a directory, or adds to the one that is there. Blobs come before the index that names
@@ -529,6 +543,35 @@ fn merge_entries(old: Vec<Descriptor>, new: Vec<Descriptor>) -> Vec<Descriptor> 
     let known: Vec<BlobDigest> = entries.iter().map(|entry| entry.digest).collect();
     entries.extend(new.into_iter().filter(|new| name_of(new).is_some() || !known.contains(&new.digest)));
     entries
+}
+
+/// Writes a file, which is replaced when the new one is whole.
+fn save_file(
+    path: &Path,
+    sink: &Sink<'_>,
+    write: impl FnOnce(&File) -> Result<(), SaveError>,
+) -> Result<(), SaveError> {
+    let path = resolve(path).map_err(sink.failed())?;
+    let old = match std::fs::metadata(&path) {
+        Ok(meta) => Some(meta),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+        Err(error) => return Err(sink.failed()(error)),
+    };
+    if old.as_ref().is_some_and(|meta| !meta.is_file()) {
+        // Putting a file in its place would leave whoever reads it waiting, and the machine without a device.
+        let file = open_patiently(&path, sink.cancel).map_err(|source| match sink.cancel.is_canceled() {
+            true => Canceled.into(),
+            false => sink.failed()(source),
+        })?;
+        return write(&file);
+    }
+    let dir = directory_of(&path);
+    let partial = Partial::create(dir).map_err(sink.failed())?;
+    if let Some(old) = old {
+        partial.file.set_permissions(old.permissions()).map_err(sink.failed())?;
+    }
+    write(&partial.file)?;
+    partial.publish(&path).and_then(|()| sync_directory(dir)).map_err(sink.failed())
 }
 
 /// Where a path leads, whether something is there or not: a link is written through, not replaced.

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ops::ControlFlow;
 
 use plies_cache::CacheError;
+use plies_image::LayerStoreError;
 use plies_oci::ErrorKind;
 use plies_store::{
     BlobError, CatalogueError, GcError, GcMode, LayerError, LayerId, Resource, SnapshotError, UsageError, UsageKind,
@@ -43,6 +44,9 @@ pub enum SpaceError {
     /// Snapshots.
     #[error("read snapshots")]
     Snapshots(#[from] SnapshotError),
+    /// The layer store.
+    #[error(transparent)]
+    LayerStore(#[from] LayerStoreError),
     /// Collecting.
     #[error("collect")]
     Gc(#[from] GcError),
@@ -65,6 +69,7 @@ impl SpaceError {
             Self::Blobs(source) => source.kind(),
             Self::Layers(source) => source.kind(),
             Self::Snapshots(source) => source.kind(),
+            Self::LayerStore(source) => source.kind(),
             Self::Gc(source) => source.kind(),
             Self::Cache(source) => source.kind(),
             Self::Catalogue(source) => source.kind(),
@@ -275,18 +280,24 @@ impl Engine {
             ControlFlow::Continue(())
         })?;
         let records = self.records()?;
+        let writable = self.layer_store()?.list_rw()?;
         // Before the totals are read, which are of what was measured last.
         for info in actives {
             let active = info.id.to_string();
             let users: Vec<_> = records.iter().filter(|record| record.active.as_ref() == Some(&active)).collect();
+            let named = writable.iter().find(|rw| rw.active == info.id);
             rows.push(SpaceRow {
                 kind: "active",
                 id: info.id.to_string(),
                 size_bytes: self.active_bytes(&info),
-                users_count: Some(users.len()),
-                description: users.first().map_or_else(String::new, |record| {
-                    format!("record {} {}", &record.id[..12], record.description).trim_end().to_owned()
-                }),
+                users_count: Some(users.len() + usize::from(named.is_some())),
+                description: match (users.first(), named) {
+                    (Some(record), _) => {
+                        format!("record {} {}", &record.id[..12], record.description).trim_end().to_owned()
+                    }
+                    (None, Some(rw)) => format!("writable layer {}", rw.name),
+                    (None, None) => String::new(),
+                },
                 error: None,
             });
         }
@@ -333,6 +344,11 @@ impl Engine {
                     error: Some(chain(&error)),
                 }),
             }
+        }
+        // What an image or a record stands on is theirs, whoever has registered it as well.
+        for info in self.layer_store()?.list()? {
+            let name = || format!("registered layer {}", &info.chain_id.hex()[..12]);
+            users.entry(info.layer).or_insert_with(|| (1, name()));
         }
         Ok(users)
     }
@@ -403,6 +419,8 @@ impl Engine {
     /// [`SpaceError`].
     pub fn gc(&self, dry_run: bool) -> Result<GcSummary, SpaceError> {
         self.forget_dead_mounts()?;
+        // References of processes that were killed end here.
+        self.layer_store()?;
         let report = self.store().gc(if dry_run { GcMode::DryRun } else { GcMode::Run })?;
         let collected = report.collected.into_iter().map(|one| {
             let (kind, id) = match one.resource {

@@ -315,6 +315,11 @@ impl<'a> Content<'a> {
         commit_all(self.store, ingests, lease)
     }
 
+    /// Whether a blob's file is there, of its size or not: one look at the directory, for lists of many.
+    pub fn has_file(&self, digest: BlobDigest) -> bool {
+        blob_path(self.store, digest).exists()
+    }
+
     /// Whether a blob is there and what is known of it; does not look at the disk.
     ///
     /// # Errors

@@ -427,15 +427,28 @@ impl Stage {
         self.root.as_ref().expect("because only the store makes stages without a tree, and fills them itself").as_fd()
     }
 
-    /// A new file for the gzipped tar-split of what is unpacked; making it says that there is one.
+    /// A new file for the gzipped tar-split of what is unpacked, to write and read; making it says that there is one.
     ///
     /// # Errors
     /// [`LayerError::File`].
     pub fn tar_split_file(&mut self) -> Result<File, LayerError> {
         let path = self.dir.join(TAR_SPLIT);
-        let file = File::create(&path).at("create", path)?;
+        let file = File::options().read(true).write(true).create_new(true).open(&path).at("create", path)?;
         self.tar_split = true;
         Ok(file)
+    }
+
+    /// Gives the tar-split file up: it cannot give the archive back.
+    pub(crate) fn forget_tar_split(&mut self) -> Result<(), LayerError> {
+        self.tar_split = false;
+        let path = self.dir.join(TAR_SPLIT);
+        Ok(fs::remove_file(&path).at("remove", path)?)
+    }
+
+    /// The tar-split that was written, from its start.
+    pub(crate) fn read_tar_split(&self) -> Result<File, LayerError> {
+        let path = self.dir.join(TAR_SPLIT);
+        Ok(File::open(&path).at("open", path)?)
     }
 
     /// Nothing more will be written.

@@ -21,7 +21,7 @@ use std::path::{Path, PathBuf};
 use std::sync::PoisonError;
 
 use plies_archive::tar::EntryPath;
-use plies_archive::{DirIndex, Implied, SealError, Usage};
+use plies_archive::{Change, DirIndex, Implied, SealError, Usage};
 use plies_oci::{BlobDigest, ChainId, DiffId, ErrorKind, Sha256Hasher};
 use rustix::io::Errno;
 use rustix::mount::{MoveMountFlags, OpenTreeFlags, UnmountFlags, move_mount, open_tree};
@@ -425,13 +425,27 @@ impl<'a> Snapshots<'a> {
     /// [`SnapshotError::InUse`], [`SnapshotError::Stale`], [`SnapshotError::Sealed`],
     /// [`SnapshotError::Mount`].
     pub fn mount_active(&self, id: ActiveId, attach: Attach<'_>) -> Result<Mounted, SnapshotError> {
+        self.mount_active_labelled(id, None, attach)
+    }
+
+    /// As [`Snapshots::mount_active`], with one security label for all that the mount shows: SELinux's `context=`. A
+    /// kernel that knows no labels refuses one.
+    ///
+    /// # Errors
+    /// As [`Snapshots::mount_active`].
+    pub fn mount_active_labelled(
+        &self,
+        id: ActiveId,
+        label: Option<&str>,
+        attach: Attach<'_>,
+    ) -> Result<Mounted, SnapshotError> {
         let claim = Claim::take(self.store, id)?;
         let hold = Hold::take(self.store, id.into())?;
         let row = self.usable(id)?;
         let lowers = self.lowers(row.base)?;
         let scratch = self.scratch()?;
         let upper = self.claimed_upper(id, &row, &lowers)?;
-        let tree = self.store.inner.driver.mount(&lowers, &upper, &scratch)?;
+        let tree = self.store.inner.driver.mount(&lowers, &upper, label, &scratch)?;
         Mounted::attach(self.store, tree, attach, scratch, hold, Some(claim))
     }
 
@@ -631,6 +645,18 @@ impl<'a> Snapshots<'a> {
             Ok::<_, SnapshotError>(tx.put_active(id, &row)?)
         })?;
         Ok(usage)
+    }
+
+    /// What was written to an active, path by path and sorted. It may be mounted meanwhile; what is written while the
+    /// list is made is in it or not.
+    ///
+    /// # Errors
+    /// [`SnapshotError::NotFound`], [`SnapshotError::Stale`], [`SnapshotError::Sealed`], [`SnapshotError::File`].
+    pub fn changes(&self, id: ActiveId) -> Result<Vec<Change>, SnapshotError> {
+        let _hold = Hold::take(self.store, id.into())?;
+        let row = self.usable(id)?;
+        let lowers = self.lowers(row.base)?;
+        self.store.inner.driver.changes(&lowers, &self.upper_of(id, row.volatile), &self.scratch()?)
     }
 
     /// The upper directory itself, for whoever wants to know what was changed. (With the native

@@ -7,16 +7,20 @@
 use std::collections::VecDeque;
 use std::fmt;
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, BufWriter, Read, Write};
 use std::num::NonZero;
 use std::os::fd::AsFd as _;
+use std::os::unix::fs::FileExt as _;
 use std::sync::{Mutex, PoisonError};
 
 use plies_archive::compress::{self, DecodeError};
 use plies_archive::hash::{HashingReader, HashingWriter};
-use plies_archive::tar::{self, EntryPath};
+use plies_archive::tar;
 use plies_archive::tarsplit::{self, AssembleError, Recorder};
-use plies_archive::{ApplyError, ApplyStyle, DiffError, Limits, Root, UnpackError, Unpacked, layer_to_tar, unpack};
+use plies_archive::{
+    ApplyError, ApplyStyle, DiffError, Limits, Received, Root, UnpackError, Unpacked, diff_trees, layer_to_tar,
+    receive, unpack,
+};
 use plies_oci::{BlobDigest, ChainId, Compression, Descriptor, DiffId, ErrorKind, MediaType};
 use serde::{Deserialize, Serialize};
 
@@ -24,8 +28,8 @@ use crate::cancel::canceled_inside;
 use crate::catalogue::{CatalogueError, Row, Rows, Table, Tx};
 use crate::progress::{Outcome, Progress, Task, Watched};
 use crate::{
-    ActiveOptions, Attach, BlobError, Cancel, Canceled, CommitError, Expected, FinishedStage, Ingest, IngestError,
-    LayerContents, LayerError, LayerId, Lease, SnapshotError, SnapshotId, Store,
+    ActiveId, ActiveOptions, Attach, BlobError, Cancel, Canceled, CommitError, Expected, FinishedStage, Ingest,
+    IngestError, LayerContents, LayerError, LayerId, Lease, Mounted, SnapshotError, SnapshotId, Store,
 };
 
 // Named for the crate that they began in. Which blobs hold a layer's tar, both ways, as we found it ourselves: memory,
@@ -48,6 +52,9 @@ impl Row for LayerBlobRow {
 impl Row for DiffIdRow {
     const VERSION: u8 = 1;
 }
+
+/// Buffer in front of a pipe between two threads: as much as a pipe holds (pipe(7)).
+const PIPE_BYTES: usize = 64 << 10;
 
 /// Threads that take in layers at once, at most: beyond that they wait for the disk, and each holds buffers and a
 /// decompressor's window.
@@ -126,6 +133,24 @@ pub enum TransferError {
         #[source]
         source: DiffError,
     },
+    /// What was written to an active could not be read.
+    #[error("read the changes in active {active}")]
+    Changes {
+        /// The active.
+        active: ActiveId,
+        /// Why.
+        #[source]
+        source: DiffError,
+    },
+    /// A file of our own in the run directory.
+    #[error("{op} a scratch file")]
+    Scratch {
+        /// What was tried.
+        op: &'static str,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
     /// Beginning a blob.
     #[error("begin a blob")]
     Ingest(#[from] IngestError),
@@ -157,7 +182,8 @@ impl TransferError {
             Self::DiffIdMismatch { .. } | Self::Changed { .. } | Self::Gone { .. } => ErrorKind::DataLoss,
             Self::Read { source, .. } => DecodeError::kind_of(source),
             Self::Base { source, .. } | Self::Snapshot(source) => source.kind(),
-            Self::Diff { source, .. } => source.kind(),
+            Self::Diff { source, .. } | Self::Changes { source, .. } => source.kind(),
+            Self::Scratch { .. } => ErrorKind::Unavailable,
             Self::Assemble { source, .. } => source.kind(),
             Self::Ingest(source) => source.kind(),
             Self::Commit(source) => source.kind(),
@@ -211,6 +237,21 @@ pub struct Taken {
     pub layers: Vec<LayerId>,
     /// All of them on top of what they were taken onto; `None` for the empty tree.
     pub snapshot: Option<SnapshotId>,
+}
+
+/// A layer that came as a tar.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ReceivedLayer {
+    /// The digest of its tar.
+    pub diff_id: DiffId,
+    /// The chain that it completes.
+    pub chain_id: ChainId,
+    /// The layer.
+    pub layer: LayerId,
+    /// It on top of those below.
+    pub snapshot: SnapshotId,
+    /// Bytes of its tar.
+    pub tar_bytes: u64,
 }
 
 /// A blob that holds a layer.
@@ -440,6 +481,9 @@ impl Transfer<'_> {
         if unpacked.applied.opaque_root {
             return Ok(WorkedLayer::NeedsBase);
         }
+        if unpacked.tar_split.is_none_or(|recorded| recorded.unfaithful.is_some()) {
+            stage.forget_tar_split()?;
+        }
         let contents = LayerContents {
             diff_id: Some(offer.diff_id),
             chain_id: None,
@@ -582,6 +626,159 @@ impl Transfer<'_> {
         Ok(layer)
     }
 
+    /// Takes in one layer from a stream that comes by once, to stand on the layers `below`, which end the chain `parent`:
+    /// unpacked, recorded and hashed in one pass, and no blob is kept. Only where the layer's tree could not give its
+    /// tar back, or needs the layers below it, is the tar kept as well, assembled from what was unpacked until then.
+    ///
+    /// A layer that is here already is read to the end all the same, since its digest is only known then; what was
+    /// unpacked goes.
+    ///
+    /// # Errors
+    /// [`TransferError`]; then nothing of it is visible.
+    pub fn receive_layer(
+        &self,
+        stream: impl Read + Send,
+        compression: Compression,
+        below: &[LayerId],
+        parent: Option<ChainId>,
+    ) -> Result<ReceivedLayer, TransferError> {
+        let Self { lease, limits, cancel, progress } = *self;
+        let task = Task::start(progress, "receive layer", None);
+        let layers = self.store().layers();
+        let mut stage = layers.stage()?;
+        let recorder = Recorder::new(tarsplit::Output::File(stage.tar_split_file()?)).with_spool(self.scratch_file()?);
+        let stream = Watched { inner: stream, task: Some(&task), cancel };
+        let received = receive(stream, compression, stage.root(), limits, recorder);
+        let Received { diff_id, unpacked_bytes: tar_bytes, applied, recorded } = received.map_err(|source| {
+            if canceled_inside(&source) {
+                return Canceled.into();
+            }
+            TransferError::Unpack { digest: "from a stream".to_owned(), source }
+        })?;
+        let chain_id = ChainId::extend(parent, diff_id);
+        let done = |layer, snapshot| ReceivedLayer { diff_id, chain_id, layer, snapshot, tar_bytes };
+        let source = match (applied, recorded.archive) {
+            (Some(applied), None) if !applied.opaque_root => {
+                debug_assert!(recorded.unfaithful.is_none(), "an archive that no tree gives back is spooled");
+                let known = match layers.hold_by_diff_id(diff_id, lease)? {
+                    None => layers.hold_by_chain(chain_id, lease)?,
+                    found => found,
+                };
+                let layer = match known {
+                    Some(layer) => {
+                        // A row whose files are gone is no layer to build on.
+                        layers.root(layer)?;
+                        layer
+                    }
+                    None => {
+                        let (usage, index) = (applied.usage, applied.index);
+                        let contents = LayerContents { diff_id: Some(diff_id), chain_id: None, usage, index };
+                        let published = layers.publish(lease, vec![stage.finish(contents)])?;
+                        *published.first().expect("because one stage makes one layer")
+                    }
+                };
+                let stack: Vec<LayerId> = below.iter().copied().chain([layer]).collect();
+                match self.store().snapshots().ensure(&stack, lease) {
+                    Ok(snapshot) => {
+                        task.end(Outcome::Done);
+                        return Ok(done(layer, snapshot));
+                    }
+                    Err(SnapshotError::NeedsBase { layer: at, .. }) if at == layer => {}
+                    Err(other) => return Err(other.into()),
+                }
+                let blob = self.make_blob(diff_id, Some(layer), Compression::None, None)?;
+                let open = || Err(io::ErrorKind::NotFound.into());
+                self.plain_source(blob.digest, tar_bytes, diff_id, chain_id, Box::new(open))
+            }
+            (_, archive) => {
+                let archive = match archive {
+                    Some(archive) => archive,
+                    // It hides all that is below it, which was seen only when it was all here.
+                    None => {
+                        let mut archive = BufWriter::new(self.scratch_file()?);
+                        let root = Root::new(stage.root()).map_err(|error| self.reading("of a stage", error))?;
+                        let open = |name: &[u8], _| tarsplit::open_in(&root, name);
+                        tarsplit::assemble(stage.read_tar_split()?, open, &mut archive)
+                            .map_err(|source| TransferError::Assemble { layer: stage.id(), source })?;
+                        archive.into_inner().map_err(|error| scratch("write")(error.into_error()))?
+                    }
+                };
+                drop(stage);
+                // The digest of a plain blob is its diff ID.
+                let digest = BlobDigest::from_bytes(*diff_id.as_bytes());
+                let open = move || {
+                    let file = archive.try_clone()?;
+                    Ok(Box::new(FromStart { file, offset: 0 }) as Box<dyn Read + Send>)
+                };
+                self.plain_source(digest, tar_bytes, diff_id, chain_id, Box::new(open))
+            }
+        };
+        task.end(Outcome::Done);
+        let taken = self.take_layers(&[source], below)?;
+        let (layer, snapshot) = taken.layers.first().zip(taken.snapshot).expect("because one layer was offered");
+        Ok(done(*layer, snapshot))
+    }
+
+    fn plain_source<'s>(
+        &self,
+        digest: BlobDigest,
+        size_bytes: u64,
+        diff_id: DiffId,
+        chain_id: ChainId,
+        open: Box<dyn Fn() -> io::Result<Box<dyn Read + Send + 's>> + Send + Sync + 's>,
+    ) -> LayerSource<'s> {
+        LayerSource { digest: Some(digest), size_bytes, compression: Compression::None, diff_id, chain_id, open }
+    }
+
+    /// A file that nobody sees and that goes with its last handle.
+    fn scratch_file(&self) -> Result<File, TransferError> {
+        use rustix::fs::{Mode, OFlags};
+        let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+        let file = rustix::fs::open(self.store().run_dir(), flags, Mode::from_raw_mode(0o600));
+        file.map(File::from).map_err(|errno| scratch("make")(errno.into()))
+    }
+
+    /// Makes a layer of what was written to an active, which stays as it is: the changes as against the tree below it,
+    /// to stand on the layers `below`, which end the chain `parent`.
+    ///
+    /// # Errors
+    /// [`TransferError`]; [`SnapshotError::InUse`] while the active is mounted by this process.
+    pub fn receive_changes(
+        &self,
+        active: ActiveId,
+        below: &[LayerId],
+        parent: Option<ChainId>,
+    ) -> Result<ReceivedLayer, TransferError> {
+        let snapshots = self.store().snapshots();
+        let base = match snapshots.active(active)?.base {
+            Some(base) => Some(snapshots.view(base, Attach::Detached)?),
+            None => None,
+        };
+        let mounted = snapshots.mount_active(active, Attach::Detached)?;
+        let (reader, writer) = io::pipe().map_err(scratch("make"))?;
+        let received = std::thread::scope(|scope| {
+            let (lower, upper) = (base.as_ref().map(|base| base.root()), mounted.root());
+            let writing = scope.spawn(move || {
+                let mut tar = tar::Writer::new(BufWriter::with_capacity(PIPE_BYTES, writer));
+                diff_trees(lower, upper, &mut tar)?;
+                let mut out = tar.finish()?;
+                out.flush().map_err(|source| DiffError::Write(tar::WriteError::Write { source }))
+            });
+            let received = self.receive_layer(reader, Compression::None, below, parent);
+            match writing.join().expect("because it does not panic") {
+                Ok(()) => received,
+                // Whoever receives says that the tar ends too early; or stopped reading for a reason of its own.
+                Err(source) => match &received {
+                    Err(TransferError::Unpack { .. }) | Ok(_) => Err(TransferError::Changes { active, source }),
+                    Err(_) => received,
+                },
+            }
+        });
+        mounted.unmount()?;
+        base.map_or(Ok(()), Mounted::unmount)?;
+        received
+    }
+
     /// The diff ID of a layer; its tar is written into a hash if nobody knows it yet.
     ///
     /// # Errors
@@ -641,11 +838,7 @@ impl Transfer<'_> {
     fn assemble(&self, layer: LayerId, recording: impl Read, tar: &mut impl Write) -> Result<(), TransferError> {
         let root = self.store().layers().root(layer)?;
         let root = Root::new(root.as_fd()).map_err(|error| self.reading(&layer.to_string(), error))?;
-        let open = |name: &[u8], _| {
-            let path = EntryPath::clean(name).map_err(|_| io::ErrorKind::InvalidData)?;
-            Ok(File::from(root.open_file(&path)?))
-        };
-        let assembled = tarsplit::assemble(recording, open, tar);
+        let assembled = tarsplit::assemble(recording, |name, _| tarsplit::open_in(&root, name), tar);
         assembled.map(drop).map_err(|source| match canceled_inside(&source) {
             true => Canceled.into(),
             false => TransferError::Assemble { layer, source },
@@ -717,6 +910,24 @@ impl Transfer<'_> {
             return Canceled.into();
         }
         TransferError::Read { digest: digest.to_owned(), source }
+    }
+}
+
+fn scratch(op: &'static str) -> impl FnOnce(io::Error) -> TransferError {
+    move |source| TransferError::Scratch { op, source }
+}
+
+/// A file read by position: other handles of it have places of their own.
+struct FromStart {
+    file: File,
+    offset: u64,
+}
+
+impl Read for FromStart {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let n = self.file.read_at(buffer, self.offset)?;
+        self.offset += n as u64;
+        Ok(n)
     }
 }
 

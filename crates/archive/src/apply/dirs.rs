@@ -110,6 +110,7 @@ pub(super) struct Dirs {
     depth_max: u64,
     replaced: bool,
     displaced: Option<EntryPath>,
+    tell_before_displacing: bool,
 }
 
 impl Dirs {
@@ -151,6 +152,7 @@ impl Dirs {
             depth_max: limits.path_depth,
             replaced: false,
             displaced: None,
+            tell_before_displacing: false,
         })
     }
 
@@ -243,18 +245,35 @@ impl Dirs {
             return Ok(());
         };
         let kind = sys::kind(&stat);
+        let ours = self.style == ApplyStyle::Layer || self.is_added(node, name);
+        let had_content = ours && kind == FileType::RegularFile && stat.st_size > 0;
+        if self.tell_before_displacing && (had_content || self.is_way(node, name, kind)) {
+            return Err(ApplyError::Displaces { path: self.path(node).join(name) });
+        }
         match kind {
             FileType::Directory => tree::remove(outer, name),
             _ => rustix::fs::unlinkat(outer, name, AtFlags::empty()),
         }
         .map_err(|error| failed(self, error))?;
-        let ours = self.style == ApplyStyle::Layer || self.is_added(node, name);
-        let had_content = ours && kind == FileType::RegularFile && stat.st_size > 0;
         self.replaced |= ours || kind == FileType::Directory;
         if self.forget(node, name, kind) || had_content {
             self.displaced = Some(self.path(node).join(name));
         }
         Ok(())
+    }
+
+    /// Whether to fail with [`ApplyError::Displaces`] before content of this archive goes, instead of saying so after.
+    pub(super) fn tell_before_displacing(&mut self, tell: bool) {
+        self.tell_before_displacing = tell;
+    }
+
+    /// Whether a path of the archive led through a name, a directory's or a link's.
+    fn is_way(&self, node: Node, name: &[u8], kind: FileType) -> bool {
+        match kind {
+            FileType::Directory => self.child(node, name).is_some(),
+            FileType::Symlink => self.followed.contains(&(node, name.into())),
+            _ => false,
+        }
     }
 
     /// A path at which this archive put content that is no longer there, if that happened since

@@ -35,6 +35,7 @@ use rustix::io::Errno;
 use self::dirs::{Dirs, EPOCH, IMPLIED_MODE, Missing, Node, Origin, ROOT};
 use crate::index::{DirIndex, Implied, Usage};
 use crate::limits::{LimitExceeded, Limits};
+use crate::root::Root;
 use crate::sys::{self, Subject};
 use crate::tar::{Device, Entry, EntryKind, EntryPath, Reader, SparseRun, TarError, Timestamp};
 use crate::tarsplit::Unfaithful;
@@ -95,6 +96,13 @@ pub enum ApplyError {
         path: EntryPath,
         /// What for.
         why: BaseNeed,
+    },
+    /// The archive is about to take away content that it put there itself, and whoever records it wants to save it
+    /// first. [`apply`] deals with it.
+    #[error("{path} is about to be replaced")]
+    Displaces {
+        /// What goes.
+        path: EntryPath,
     },
     /// A directory to make a layer in holds something already.
     #[error("the directory to apply a layer in is not empty")]
@@ -186,6 +194,7 @@ impl ApplyError {
             Self::Tar(error) => error.kind(),
             Self::Refused { .. } => ErrorKind::InvalidInput,
             Self::NeedsBase { .. } | Self::NotEmpty => ErrorKind::FailedPrecondition,
+            Self::Displaces { .. } => ErrorKind::Internal,
             Self::Limit(_) => ErrorKind::Limit,
             Self::Io { .. } => ErrorKind::Unavailable,
         }
@@ -201,8 +210,8 @@ fn refuse(path: &EntryPath, why: Refusal) -> ApplyError {
 }
 
 /// Applies what is left in `reader` to the tree at `root`, to the end of its entries; the caller
-/// finishes the reader. Marks the reader's recording as unfaithful when the tree will not hold
-/// all content that went by.
+/// finishes the reader. When the tree will not hold all content that went by, the reader preserves
+/// the archive in its spool, or without one its recording is marked as unfaithful.
 ///
 /// # Errors
 /// [`ApplyError`]. The tree is then half done. [`ApplyError::NeedsBase`] asks for another try
@@ -214,10 +223,28 @@ pub fn apply<R: Read>(
     limits: &Limits,
 ) -> Result<Applied, ApplyError> {
     let mut applier = Applier::new(root, style, limits)?;
+    let tree = Root::new(root).map_err(|source| ApplyError::Io { op: "open", path: EntryPath::root(), source })?;
     while let Some(entry) = reader.next_entry()? {
-        applier.entry(&entry, reader)?;
-        if let Some(why) = applier.take_unfaithful() {
-            reader.mark_unfaithful(why);
+        if reader.must_preserve() {
+            reader.preserve(&tree)?;
+        }
+        applier.dirs.tell_before_displacing(reader.can_preserve());
+        match applier.entry(&entry, reader) {
+            // Nothing was displaced yet, and no data consumed: the entry can be begun again.
+            Err(ApplyError::Displaces { path }) => {
+                reader.mark_unfaithful(Unfaithful::Replaced { path });
+                reader.preserve(&tree)?;
+                applier.dirs.tell_before_displacing(false);
+                applier.entries -= 1;
+                applier.entry(&entry, reader)?;
+            }
+            result => result?,
+        }
+        if let Some(path) = applier.dirs.take_displaced() {
+            reader.mark_unfaithful(Unfaithful::Replaced { path });
+        }
+        if std::mem::take(&mut applier.not_extracted) {
+            reader.keep_data();
         }
     }
     applier.finish()
@@ -269,7 +296,8 @@ struct Applier {
     dirs: Dirs,
     style: ApplyStyle,
     usage: Usage,
-    not_extracted: Option<EntryPath>,
+    /// The current entry has content that no tree gets, such as AUFS's own files.
+    not_extracted: bool,
     entries: u64,
     xattrs_left_out: u64,
     devices_left_out: u64,
@@ -289,17 +317,11 @@ impl Applier {
             dirs,
             style,
             usage: Usage::default(),
-            not_extracted: None,
+            not_extracted: false,
             entries: 0,
             xattrs_left_out: 0,
             devices_left_out: 0,
         })
-    }
-
-    /// Content of the archive that the tree does not hold, or no longer where its path leads.
-    fn take_unfaithful(&mut self) -> Option<Unfaithful> {
-        let replaced = self.dirs.take_displaced().map(|path| Unfaithful::Replaced { path });
-        replaced.or(self.not_extracted.take().map(|path| Unfaithful::NotExtracted { path }))
     }
 
     fn entry(&mut self, entry: &Entry, data: &mut dyn Data) -> Result<(), ApplyError> {
@@ -310,9 +332,7 @@ impl Applier {
             return Err(refuse(path, Refusal::Reserved));
         }
         if meaning == Meaning::Ignored {
-            if matches!(entry.kind, EntryKind::File { size_bytes: 1.., .. }) {
-                self.not_extracted = Some(path.clone());
-            }
+            self.not_extracted = true;
             return Ok(());
         }
         if entry.uid == u32::MAX || entry.gid == u32::MAX {

@@ -1091,22 +1091,34 @@ fn privileged_displaced_content_is_told_to_the_recorder() {
     if skip_unprivileged() {
         return;
     }
-    let unfaithful = |items: &[Item]| {
+    let displaced = |items: &[Item]| {
         let place = Place::new();
         let mut applier = Applier::new(open(&place.root()).as_fd(), Layer, &Limits::default()).unwrap();
-        items.iter().find_map(|item| {
+        let found = items.iter().find_map(|item| {
             applier.entry(&item.entry, &mut Bytes { bytes: item.data.clone(), at: 0, step: 9 }).unwrap();
-            applier.take_unfaithful()
-        })
+            applier.dirs.take_displaced()
+        });
+        // Told beforehand, nothing goes.
+        let place = Place::new();
+        let mut applier = Applier::new(open(&place.root()).as_fd(), Layer, &Limits::default()).unwrap();
+        applier.dirs.tell_before_displacing(true);
+        let told = items.iter().find_map(|item| {
+            match applier.entry(&item.entry, &mut Bytes { bytes: item.data.clone(), at: 0, step: 9 }) {
+                Err(ApplyError::Displaces { path }) => Some(path),
+                result => result.map(|()| None).unwrap(),
+            }
+        });
+        assert_eq!(told, found);
+        assert_eq!(applier.dirs.take_displaced(), None);
+        found
     };
-    let replaced = |raw: &str| Some(Unfaithful::Replaced { path: path(raw) });
-    assert_eq!(unfaithful(&[file("a", "1"), dir("a")]), replaced("a"));
-    assert_eq!(unfaithful(&[file("a", "1"), file("a/b", "1")]), replaced("a"));
-    assert_eq!(unfaithful(&[file("d/a", "1"), symlink("d", "e")]), replaced("d"));
+    let replaced = |raw: &str| Some(path(raw));
+    assert_eq!(displaced(&[file("a", "1"), dir("a")]), replaced("a"));
+    assert_eq!(displaced(&[file("a", "1"), file("a/b", "1")]), replaced("a"));
+    assert_eq!(displaced(&[file("d/a", "1"), symlink("d", "e")]), replaced("d"));
     // The path that the archive used no longer leads to the file.
-    assert_eq!(unfaithful(&[symlink("l", "/"), file("l/a", "1"), dir("l")]), replaced("l"));
-    assert_eq!(unfaithful(&[symlink("l", "/"), dir("l"), file("a", "1")]), None);
-    assert_eq!(unfaithful(&[file("a", ""), fifo("a"), file("a", "1"), hard_link("b", "a")]), None);
-    let aufs = Unfaithful::NotExtracted { path: path(".wh..wh.plnk/1") };
-    assert_eq!(unfaithful(&[file(".wh..wh.plnk/1", "1")]), Some(aufs));
+    assert_eq!(displaced(&[symlink("l", "/"), file("l/a", "1"), dir("l")]), replaced("l"));
+    assert_eq!(displaced(&[symlink("l", "/"), dir("l"), file("a", "1")]), None);
+    assert_eq!(displaced(&[file("a", ""), fifo("a"), file("a", "1"), hard_link("b", "a")]), None);
+    assert_eq!(displaced(&[file(".wh..wh.plnk/1", "1")]), None);
 }

@@ -26,6 +26,7 @@ use super::sparse::{
     old_gnu_size, pax_map,
 };
 use crate::limits::{LimitExceeded, Limits};
+use crate::root::Root;
 use crate::tarsplit::{Recorded, Recorder, Unfaithful};
 
 /// Bytes read at once: from here on, larger reads and writes are no faster.
@@ -208,6 +209,38 @@ impl<R: Read> Reader<R> {
     pub fn mark_unfaithful(&mut self, why: Unfaithful) {
         if let Some(recorder) = &mut self.recorder {
             recorder.mark_unfaithful(why);
+        }
+    }
+
+    /// Whether the recorder has a spool that the archive can still be saved in.
+    pub fn can_preserve(&self) -> bool {
+        self.recorder.as_ref().is_some_and(Recorder::can_preserve)
+    }
+
+    /// Whether the archive must be saved before the current entry is extracted, since it takes the place of content
+    /// that only the tree has.
+    pub fn must_preserve(&self) -> bool {
+        self.recorder.as_ref().is_some_and(Recorder::must_preserve)
+    }
+
+    /// Saves the whole archive in the recorder's spool: what came until now is assembled from `tree`, to which all of it
+    /// was extracted, and what comes from now on is copied. Before any data of the current entry is consumed. Does
+    /// nothing without a spool, or when it was done before.
+    ///
+    /// # Errors
+    /// [`TarError::Record`].
+    pub fn preserve(&mut self, tree: &Root) -> Result<(), TarError> {
+        debug_assert!(self.state != State::Ended, "there is nothing left to save");
+        match &mut self.recorder {
+            Some(recorder) => recorder.preserve(tree).map_err(|source| TarError::Record { source }),
+            None => Ok(()),
+        }
+    }
+
+    /// Tells the recorder, if there is one, that the data of the current entry is not extracted anywhere.
+    pub fn keep_data(&mut self) {
+        if let Some(recorder) = &mut self.recorder {
+            recorder.keep_data();
         }
     }
 

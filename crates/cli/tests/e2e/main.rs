@@ -10,6 +10,7 @@ mod build;
 mod cache;
 mod common;
 mod crash;
+mod layers;
 mod load;
 mod lock;
 mod oracle;

@@ -11,6 +11,7 @@ pub(crate) struct HistoryEntry {
     /// RFC 3339.
     pub(crate) created: Option<String>,
     pub(crate) created_by: String,
+    pub(crate) comment: Option<String>,
     pub(crate) empty_layer: bool,
 }
 
@@ -184,6 +185,9 @@ impl Config {
             if let Some(created) = &entry.created {
                 line["created"] = created.as_str().into();
             }
+            if let Some(comment) = &entry.comment {
+                line["comment"] = comment.as_str().into();
+            }
             if entry.empty_layer {
                 line["empty_layer"] = true.into();
             }
@@ -213,7 +217,7 @@ mod tests {
             "rootfs":{"type":"layers","diff_ids":[]},"history":[{"created_by":"base","empty_layer":true}]}"#;
         let mut config = Config::from_image(&ImageConfig::parse(base).unwrap());
         config.set_env(vec!["A=3".into(), "B=2".into()]);
-        let entry = HistoryEntry { created: None, created_by: "ENV".into(), empty_layer: true };
+        let entry = HistoryEntry { created: None, created_by: "ENV".into(), comment: None, empty_layer: true };
         let bytes = config.finish(None, &[], &[entry]);
         let json: Value = serde_json::from_slice(&bytes).unwrap();
         assert_eq!(json["moby.buildkit.x"], 1);
@@ -225,7 +229,7 @@ mod tests {
     #[test]
     fn history_pairs_with_layers_even_where_the_base_tells_none() {
         let diff = |byte| plies_oci::DiffId::from_bytes([byte; 32]);
-        let entry = HistoryEntry { created: None, created_by: "COPY".into(), empty_layer: false };
+        let entry = HistoryEntry { created: None, created_by: "COPY".into(), comment: None, empty_layer: false };
         let bytes = scratch().finish(None, &[diff(1), diff(2), diff(3)], &[entry]);
         let json: Value = serde_json::from_slice(&bytes).unwrap();
         assert_eq!(json["history"], json!([{}, {}, {"created_by": "COPY"}]));

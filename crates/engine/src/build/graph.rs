@@ -642,11 +642,12 @@ fn healthcheck(check: &Healthcheck, shell: &[String]) -> serde_json::Value {
 }
 
 /// Gives planned history the times and marks that are known once the graph is solved. `made` says for a vertex when its
-/// layers were made, and nothing if it made none.
+/// layers were made, and nothing if it made none; `key` what its entry carries so that others can tell the step again.
 pub(crate) fn history(
     planned: &[PlannedHistory],
     base_created: Option<&str>,
     made: impl Fn(VertexId) -> Option<String>,
+    key: impl Fn(VertexId) -> String,
 ) -> (Vec<HistoryEntry>, Option<String>) {
     // An instruction without a layer happened when the layer before it did: a rebuild from the cache then gives the
     // same bytes.
@@ -656,7 +657,9 @@ pub(crate) fn history(
         let layer = line.vertex.and_then(&made);
         let empty_layer = layer.is_none();
         created = layer.or(created);
-        entries.push(HistoryEntry { created: created.clone(), created_by: line.created_by.clone(), empty_layer });
+        let comment = line.vertex.map(&key);
+        let (created, created_by) = (created.clone(), line.created_by.clone());
+        entries.push(HistoryEntry { created, created_by, comment, empty_layer });
     }
     (entries, created)
 }
@@ -693,9 +696,11 @@ mod tests {
         let planned =
             [line("ENV", None), line("RUN", Some(VertexId(1))), line("CMD", None), line("RUN 2", Some(VertexId(2)))];
         let made = |vertex| (vertex == VertexId(1)).then(|| "t1".to_owned());
-        let (entries, created) = history(&planned, Some("t0"), made);
+        let (entries, created) = history(&planned, Some("t0"), made, |vertex| format!("key {}", vertex.0));
         let seen: Vec<_> = entries.iter().map(|e| (e.created.as_deref().unwrap(), e.empty_layer)).collect();
         assert_eq!(seen, [("t0", true), ("t1", false), ("t1", true), ("t1", true)]);
+        let keys: Vec<_> = entries.iter().map(|e| e.comment.as_deref()).collect();
+        assert_eq!(keys, [None, Some("key 1"), None, Some("key 2")]);
         assert_eq!(created.as_deref(), Some("t1"));
     }
 }

@@ -5,8 +5,10 @@
 //! graph.rs   a Dockerfile becomes a graph of operations and a config
 //! solve.rs   operations become snapshots: from the cache, or by doing them
 //! config.rs  the image config in the making
+//! cache_from.rs  images that may have a step's result
 //! ```
 
+mod cache_from;
 mod config;
 mod graph;
 mod solve;
@@ -14,9 +16,9 @@ mod solve;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use plies_image::{ImageError, ImageRow};
-use plies_oci::{BlobDigest, DiffId, ErrorKind, ImageId, Platform, Reference};
-use plies_store::{CatalogueError, CommitError, Expected, IngestError, Lease, TransferError};
+use plies_image::{ImageError, LayerStoreError, NewImage, history_cache};
+use plies_oci::{DiffId, ErrorKind, ImageConfig, ImageId, Platform, Reference};
+use plies_store::{CatalogueError, CommitError, Expected, IngestError, LayerId, Lease, TransferError};
 use serde::Serialize;
 
 use crate::context::Tree;
@@ -53,6 +55,10 @@ pub struct BuildRequest {
     pub labels: Vec<(String, String)>,
     /// Run every step, whatever is cached.
     pub no_cache: bool,
+    /// Images that may have the results of steps that the build cache has not, in the order in which they are asked.
+    pub cache_from: Vec<String>,
+    /// Say for every step where its result came from.
+    pub explain: bool,
     /// What runs commands.
     pub executor: ExecutorChoice,
     /// Directories in which OCI runtimes are looked for.
@@ -112,6 +118,9 @@ pub enum BuildError {
     /// The solver itself.
     #[error("solve")]
     Solve(#[from] SolveError),
+    /// The layer store.
+    #[error(transparent)]
+    Layers(#[from] LayerStoreError),
     /// Keeping the config.
     #[error("keep the config")]
     Ingest(#[from] IngestError),
@@ -145,6 +154,7 @@ impl BuildError {
             Self::Image(source) => source.kind(),
             Self::Layer(source) => source.kind(),
             Self::Solve(source) => source.kind(),
+            Self::Layers(source) => source.kind(),
             Self::Ingest(source) => source.kind(),
             Self::Commit(source) => source.kind(),
             Self::Catalogue(source) => source.kind(),
@@ -193,8 +203,11 @@ impl Engine {
         let ignore = Ignore::of_context(&Tree::context(context, None), in_context)?;
         let context = Tree::context(open_context(&request.context)?, Some(ignore)).cancelable(cancel);
         let executor = exec::pick(&request.executor, self.store().run_dir(), &request.search_path)?;
+        let cache_from = cache_from::CacheFrom::open(self, &request.cache_from, &platform, progress);
         let solver = solve::Solver {
             engine: self,
+            cache_from: &cache_from,
+            explain: request.explain,
             cache: self.cache(),
             context: &context,
             executor: &*executor,
@@ -219,20 +232,30 @@ impl Engine {
         let snapshot =
             target.tree.as_ref().map(|tree| tree.extract(cancel)).transpose().map_err(SolveError::from)?.flatten();
         let made = |vertex| solved.of(vertex).made.map(crate::rfc3339);
-        let (history, created) = graph::history(&plan.history, plan.base_created.as_deref(), made);
+        let key = |vertex| format!("{}{}", history_cache::KEY_COMMENT, solved.of(vertex).key);
+        let (history, created) = graph::history(&plan.history, plan.base_created.as_deref(), made, key);
         let config = plan.config.finish(created.as_deref(), &diff_ids, &history);
-        let id = ImageId::from_bytes(*BlobDigest::of(&config).as_bytes());
+        let config = ImageConfig::parse(&config).map_err(ImageError::from)?;
+        let id = config.id();
+        let base = self.store().read(|rows| plies_image::layers_of_chain(rows, &target.base_diff_ids))?;
+        let ids: Option<Vec<LayerId>> = base.map(|base| base.iter().chain(&target.layers).copied().collect());
+        let layers = ids.map(|ids| plies_image::chain_layers(self.store(), &diff_ids, &ids)).transpose();
+        let layers = layers.map_err(LayerStoreError::from)?;
+        let size_bytes = self.layer_sizes(&diff_ids)?.into_iter().sum();
 
         let mut ingest = self.store().content().ingest_unnamed()?;
-        std::io::Write::write_all(&mut ingest, &config)
+        std::io::Write::write_all(&mut ingest, config.document().raw())
             .map_err(|source| BuildError::Read { path: "the new config".into(), source })?;
         ingest.commit(Expected::anything(), lease)?;
         if cancel.is_canceled() {
             return Err(Canceled.into());
         }
         self.store().write(|tx| {
-            let row = ImageRow { config_bytes: config.len() as u64, manifests: vec![], snapshot, added_at: tx.now() };
-            plies_image::put(tx, id, &row)?;
+            let (config, layers) = (&config, layers.as_deref());
+            plies_image::put(
+                tx,
+                &NewImage { config, manifests: vec![], snapshot, layers, size_bytes, built_here: true },
+            )?;
             for name in names {
                 plies_image::set_name(tx, name, id, None)?;
             }

@@ -18,6 +18,7 @@ use plies_cache::{Accessor, CacheError, CacheKey, ImmutableRef, KeyBuilder, Pare
 use plies_oci::{Compression, DiffId, ErrorKind, limits};
 use plies_store::{Attach, CatalogueError, LayerError, LayerId, Mounted, SnapshotError, Stamp, canceled_inside};
 
+use super::cache_from::CacheFrom;
 use super::config::DEFAULT_PATH;
 use super::graph::{CopyOp, FilesFrom, Graph, Op, RunOp, VertexId};
 use crate::context::{
@@ -204,7 +205,7 @@ pub(crate) struct Failed {
 /// The result of one vertex.
 #[derive(Debug, Clone)]
 pub(crate) struct Solved {
-    key: CacheKey,
+    pub(crate) key: CacheKey,
     /// The record of its tree; `None` is the empty one.
     pub(crate) tree: Option<ImmutableRef>,
     /// Diff IDs of the image that it stands on.
@@ -239,6 +240,10 @@ pub(crate) struct Solver<'a> {
     pub(crate) progress: &'a dyn Progress,
     pub(crate) cancel: &'a Cancel,
     pub(crate) no_cache: bool,
+    /// Images that are asked for what the cache has not.
+    pub(crate) cache_from: &'a CacheFrom,
+    /// Say for every step where its result came from.
+    pub(crate) explain: bool,
 }
 
 /// What a step made, besides what can be seen in its tree.
@@ -372,7 +377,7 @@ impl Solver<'_> {
             Op::Run { base, run } => {
                 let base = results.of(*base);
                 let key = run_key(run, &base.key);
-                self.step(base, key, name, |root, path| self.run(run, root, path, task))
+                self.step(base, key, name, task, |root, path| self.run(run, root, path, task))
             }
             Op::Directory { base, path, user } => {
                 let base = results.of(*base);
@@ -381,7 +386,7 @@ impl Solver<'_> {
                     .bytes(path.as_bytes())
                     .bytes(user.as_bytes())
                     .finish();
-                self.step(base, key, name, |root, _| {
+                self.step(base, key, name, task, |root, _| {
                     let user = self::user(root, user)?;
                     make_directory(root, path, Some(Owner { uid: user.uid, gid: user.gid }))?;
                     Ok(Made::default())
@@ -411,7 +416,7 @@ impl Solver<'_> {
                     .number(copy.unpack.into())
                     .number(copy.link.into())
                     .finish();
-                self.step(base, key, name, |root, _| {
+                self.step(base, key, name, task, |root, _| {
                     let made = self.copy(copy, &source, &selection, root)?;
                     // A context is a directory that people work in.
                     let changing =
@@ -428,12 +433,24 @@ impl Solver<'_> {
         base: &Solved,
         key: CacheKey,
         name: &str,
+        task: Option<&Task<'_>>,
         work: impl FnOnce(BorrowedFd<'_>, &Path) -> Result<Made, SolveError>,
     ) -> Result<(Solved, Outcome), SolveError> {
-        if !self.no_cache
-            && let Some(tree) = self.lookup(base, &key)?
-        {
+        let explain = |says: &str| {
+            if let Some(task) = task.filter(|_| self.explain) {
+                task.output(format!("{says}\n").as_bytes());
+            }
+        };
+        if self.no_cache {
+            explain("not looked for in the cache, as was asked for");
+        } else if let Some(tree) = self.lookup(base, &key)? {
+            explain(&format!("cached: record {}", tree.id()));
             return Ok((self.solved(base, key, tree)?, Outcome::Cached));
+        } else if let Some((solved, says)) = self.found_in_image(base, &key, name)? {
+            explain(&says);
+            return Ok((solved, Outcome::Cached));
+        } else {
+            explain(&format!("not cached: nothing is known by key {key}{}", self.cache_from.and_not_there()));
         }
         let options = RecordOptions { description: Some(short(name)), ..RecordOptions::by("build") };
         let record = self.cache.create(base.tree.as_ref(), &options)?;
@@ -462,6 +479,47 @@ impl Solver<'_> {
             layers: base.layers.iter().copied().chain(layer).collect(),
             made: layer.map(|_| row.created_at),
         })
+    }
+
+    /// Finds a step's result in an image that the user named as a source, and what to say of it.
+    fn found_in_image(
+        &self,
+        base: &Solved,
+        key: &CacheKey,
+        name: &str,
+    ) -> Result<Option<(Solved, String)>, SolveError> {
+        let mut below = base.base_diff_ids.clone();
+        for layer in &base.layers {
+            // A layer whose diff ID nobody needed yet was made here just now, and came from no image.
+            let Some(diff_id) = self.engine.store().layers().info(*layer)?.diff_id else { return Ok(None) };
+            below.push(diff_id);
+        }
+        let Some(found) = self.cache_from.find(&below, key) else { return Ok(None) };
+        let Some(diff_id) = found.diff_id else {
+            return Ok(Some((Solved { key: *key, made: None, ..base.clone() }, found.says)));
+        };
+        let options =
+            RecordOptions { description: Some(short(name)), created_at: found.created, ..RecordOptions::by("build") };
+        let tree = match self.cache.get_by_diff_id(diff_id, base.tree.as_ref(), &options) {
+            Ok(Some(tree)) => tree,
+            // The step runs then.
+            Ok(None) | Err(CacheError::NotAddressable { .. } | CacheError::Damaged { .. }) => return Ok(None),
+            Err(other) => return Err(other.into()),
+        };
+        let row = tree.row()?;
+        let State::Sealed { layer: Some(layer) } = row.state else { return Ok(None) };
+        if !self.is_whole(&row) {
+            return Ok(None);
+        }
+        self.cache.add_result(key, tree.id())?;
+        let solved = Solved {
+            key: *key,
+            tree: Some(tree),
+            base_diff_ids: base.base_diff_ids.clone(),
+            layers: base.layers.iter().copied().chain([layer]).collect(),
+            made: Some(found.created.unwrap_or(row.created_at)),
+        };
+        Ok(Some((solved, found.says)))
     }
 
     /// Finds the record that a step's key gave on this very base: the step below may have run again since, with another

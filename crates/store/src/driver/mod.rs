@@ -10,7 +10,7 @@ use std::fmt;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use plies_archive::Sealed;
+use plies_archive::{Change, Sealed};
 
 use crate::LayerId;
 use crate::snapshots::SnapshotError;
@@ -108,8 +108,17 @@ pub(crate) trait Driver: fmt::Debug + Send + Sync {
     /// A tree to read.
     fn view(&self, lowers: &[Lower], scratch: &Path) -> Result<Tree, SnapshotError>;
 
-    /// A tree to write; what is written lands in `upper`.
-    fn mount(&self, lowers: &[Lower], upper: &Upper, scratch: &Path) -> Result<Tree, SnapshotError>;
+    /// A tree to write; what is written lands in `upper`. All of it carries the security label `label`, if one is given.
+    fn mount(
+        &self,
+        lowers: &[Lower],
+        upper: &Upper,
+        label: Option<&str>,
+        scratch: &Path,
+    ) -> Result<Tree, SnapshotError>;
+
+    /// What was written to `upper`, path by path. It may be mounted meanwhile.
+    fn changes(&self, lowers: &[Lower], upper: &Upper, scratch: &Path) -> Result<Vec<Change>, SnapshotError>;
 
     /// Makes what was written a canonical layer at `target`, which does not exist yet. Until it
     /// returns, either `upper` or `target` is whole.

@@ -8,8 +8,8 @@ use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 
-use plies_archive::Sealed;
 use plies_archive::tar::EntryPath;
+use plies_archive::{Change, Sealed, UpperForm};
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat, Timespec, Timestamps};
 
 use super::{Driver, Form, Lower, Tree, Upper};
@@ -82,7 +82,22 @@ impl Driver for Native {
         Ok(Tree { root, form: Form::Directory { path: scratch.to_owned(), scratch: true } })
     }
 
-    fn mount(&self, _: &[Lower], upper: &Upper, _: &Path) -> Result<Tree, SnapshotError> {
+    fn changes(&self, lowers: &[Lower], upper: &Upper, scratch: &Path) -> Result<Vec<Change>, SnapshotError> {
+        let tree = upper.tree();
+        let root = tree::open_own(&tree)?;
+        let below = merged(lowers, scratch, Material::Link)?;
+        let changes = plies_archive::changes(root.as_fd(), Some(below.as_fd()), UpperForm::Whole);
+        drop(below);
+        tree::remove(scratch)?;
+        Ok(changes.map_err(|error| FileError::new("list changes in", &tree, io::Error::other(error)))?)
+    }
+
+    /// Files get no label: that takes a mount.
+    fn mount(&self, _: &[Lower], upper: &Upper, label: Option<&str>, _: &Path) -> Result<Tree, SnapshotError> {
+        if label.is_some() {
+            let source = io::ErrorKind::Unsupported.into();
+            return Err(SnapshotError::Mount { words: "the native driver mounts nothing to label".into(), source });
+        }
         let path = upper.tree();
         Ok(Tree { root: tree::open_own(&path)?, form: Form::Directory { path, scratch: false } })
     }

@@ -10,7 +10,7 @@ use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use plies_archive::Sealed;
+use plies_archive::{Change, Sealed, UpperForm};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::{
@@ -35,6 +35,9 @@ const MAX_LOWERS_IN_STRING: usize = 200;
 /// directories by reference, copy up metadata alone, index by inode. An upper that has such marks
 /// cannot be sealed; one that a stranger put into a layer is not followed.
 const OPTIONS: [(&str, &str); 3] = [("redirect_dir", "nofollow"), ("metacopy", "off"), ("index", "off")];
+
+/// The mount option that gives all files of a mount one security label (mount(8), `context=`).
+const LABEL: &str = "context";
 
 /// How the kernel is told the layers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -80,7 +83,13 @@ impl Overlay {
         Ok(path)
     }
 
-    fn make(&self, lowers: &[Lower], upper: Option<&Upper>, scratch: &Path) -> Result<Tree, SnapshotError> {
+    fn make(
+        &self,
+        lowers: &[Lower],
+        upper: Option<&Upper>,
+        label: Option<&str>,
+        scratch: &Path,
+    ) -> Result<Tree, SnapshotError> {
         // The uppermost first, as overlayfs counts.
         let mut trees: Vec<PathBuf> = lowers.iter().rev().map(Lower::tree).collect();
         let needed = if upper.is_some() { 1 } else { 2 };
@@ -88,8 +97,8 @@ impl Overlay {
             trees.push(self.empty(number)?);
         }
         match self.method() {
-            OverlayMethod::OptionString => by_option_string(&trees, upper, scratch),
-            method => by_fsconfig(method, &trees, upper),
+            OverlayMethod::OptionString => by_option_string(&trees, upper, label, scratch),
+            method => by_fsconfig(method, &trees, upper, label),
         }
     }
 }
@@ -118,7 +127,12 @@ fn proc_path(fd: BorrowedFd<'_>) -> String {
     format!("/proc/self/fd/{}", fd.as_raw_fd())
 }
 
-fn by_fsconfig(method: OverlayMethod, trees: &[PathBuf], upper: Option<&Upper>) -> Result<Tree, SnapshotError> {
+fn by_fsconfig(
+    method: OverlayMethod,
+    trees: &[PathBuf],
+    upper: Option<&Upper>,
+    label: Option<&str>,
+) -> Result<Tree, SnapshotError> {
     let context = fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC).map_err(|error| refused(None, error))?;
     let context = context.as_fd();
     let set_dir = |key: &str, path: &Path| -> Result<(), SnapshotError> {
@@ -133,7 +147,7 @@ fn by_fsconfig(method: OverlayMethod, trees: &[PathBuf], upper: Option<&Upper>) 
         fsconfig_set_string(context, key, value).map_err(|error| refused(Some(context), error))
     };
     set("source", "plies")?;
-    for (key, value) in OPTIONS {
+    for (key, value) in OPTIONS.into_iter().chain(label.map(|label| (LABEL, label))) {
         set(key, value)?;
     }
     for tree in trees {
@@ -170,7 +184,12 @@ fn refused(context: Option<BorrowedFd<'_>>, error: Errno) -> SnapshotError {
     SnapshotError::Mount { words: words.join("; "), source: error.into() }
 }
 
-fn by_option_string(trees: &[PathBuf], upper: Option<&Upper>, scratch: &Path) -> Result<Tree, SnapshotError> {
+fn by_option_string(
+    trees: &[PathBuf],
+    upper: Option<&Upper>,
+    label: Option<&str>,
+    scratch: &Path,
+) -> Result<Tree, SnapshotError> {
     // Held open until the kernel has resolved the paths through them.
     let mut held = Vec::new();
     let mut path_of = |path: &Path| -> Result<String, FileError> {
@@ -184,6 +203,10 @@ fn by_option_string(trees: &[PathBuf], upper: Option<&Upper>, scratch: &Path) ->
     for (key, value) in OPTIONS {
         options.push_str(&format!(",{key}={value}"));
     }
+    if let Some(label) = label {
+        // The categories of a label have commas in them.
+        options.push_str(&format!(",{LABEL}=\"{label}\""));
+    }
     let mut flags = MountFlags::empty();
     if let Some(upper) = upper {
         options.push_str(&format!(",upperdir={},workdir={}", path_of(&upper.tree())?, path_of(&upper.work())?));
@@ -194,7 +217,8 @@ fn by_option_string(trees: &[PathBuf], upper: Option<&Upper>, scratch: &Path) ->
         flags |= MountFlags::RDONLY;
     }
     make_dir(scratch)?;
-    let options = std::ffi::CString::new(options).expect("because descriptors and words have no NUL");
+    let options = std::ffi::CString::new(options)
+        .map_err(|error| SnapshotError::Mount { words: "options".into(), source: error.into() })?;
     rustix::mount::mount("plies", scratch, "overlay", flags, options.as_c_str())
         .map_err(|error| SnapshotError::Mount { words: String::new(), source: error.into() })?;
     let root = tree::open_own(scratch)?;
@@ -235,17 +259,39 @@ impl Driver for Overlay {
     }
 
     fn view(&self, lowers: &[Lower], scratch: &Path) -> Result<Tree, SnapshotError> {
-        self.make(lowers, None, scratch)
+        self.make(lowers, None, None, scratch)
     }
 
-    fn mount(&self, lowers: &[Lower], upper: &Upper, scratch: &Path) -> Result<Tree, SnapshotError> {
+    fn changes(&self, lowers: &[Lower], upper: &Upper, scratch: &Path) -> Result<Vec<Change>, SnapshotError> {
+        let tree = upper.tree();
+        let root = tree::open_own(&tree)?;
+        let list = |below: Option<BorrowedFd<'_>>| {
+            plies_archive::changes(root.as_fd(), below, UpperForm::Overlay)
+                .map_err(|error| FileError::new("list changes in", &tree, std::io::Error::other(error)).into())
+        };
+        if lowers.is_empty() {
+            return list(None);
+        }
+        let below = self.view(lowers, scratch)?;
+        let changes = list(Some(below.root.as_fd()));
+        below.end(scratch)?;
+        changes
+    }
+
+    fn mount(
+        &self,
+        lowers: &[Lower],
+        upper: &Upper,
+        label: Option<&str>,
+        scratch: &Path,
+    ) -> Result<Tree, SnapshotError> {
         // A volatile mount leaves a mark that forbids the next one, since it cannot know whether the
         // machine crashed in between. We do: the active is of this session. An ordinary work
         // directory holds nothing worth keeping either once it is unmounted.
         let work = upper.work();
         tree::remove(&work)?;
         make_dir(&work)?;
-        self.make(lowers, Some(upper), scratch)
+        self.make(lowers, Some(upper), label, scratch)
     }
 
     fn seal(&self, lowers: &[Lower], upper: &Upper, target: &Path, scratch: &Path) -> Result<Sealed, SnapshotError> {
