@@ -6,6 +6,8 @@ use std::{
     fs,
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
+    process::{Command, Output, Stdio},
+    time::Duration,
 };
 
 use plies_testkit::{
@@ -289,4 +291,31 @@ impl<'a> Context<'a> {
     pub(crate) fn build_fails(&self, more: &[OsString]) -> Ran {
         self.ply.fails(1, &self.args(more))
     }
+}
+
+/// Runs a command that waits for somebody, interrupts it once it can hear that, and gives how it ended. One that does
+/// not end is killed after half a minute: a test that hangs tells less.
+#[track_caller]
+pub(crate) fn interrupted(mut command: Command) -> Output {
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let status = format!("/proc/{}/status", child.id());
+    let hears = || {
+        let caught = fs::read_to_string(&status).unwrap_or_default();
+        let caught = caught.lines().find_map(|line| line.strip_prefix("SigCgt:")).unwrap_or_default().trim().to_owned();
+        u64::from_str_radix(&caught, 16).unwrap_or(0) & (1 << (2 - 1)) != 0
+    };
+    while !hears() && child.try_wait().unwrap().is_none() {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    // So that it waits by then, mostly; it must end either way.
+    std::thread::sleep(Duration::from_millis(500));
+    tools::run(Command::new("kill").args(["-INT", &child.id().to_string()]));
+    for _ in 0..600 {
+        if child.try_wait().unwrap().is_some() {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    drop(child.kill());
+    child.wait_with_output().unwrap()
 }
