@@ -1,8 +1,8 @@
 //! What records cost, at several sizes of a store: `cargo bench -p plies-cache --bench records [-- RECORDS...]`.
 //!
 //! ```text
-//! durable/16, /1   create + commit + finalize + release of an empty record a second, by 16 threads and by one; each waits
-//!                  until it is durable
+//! durable/16, /1   create + durable commit (`seal`: commit and finalize in one) + release of an empty record a second, by
+//!                  16 threads and by one; each waits until it is durable
 //! random           get + release a second, all records in turn at random, one thread
 //! hot              the same of one record that somebody else holds as well; cold: that nobody else holds
 //! merge            of 10 layers, found nowhere yet
@@ -47,8 +47,7 @@ fn by() -> RecordOptions {
 }
 
 fn one_record(manager: &Manager) -> RecordId {
-    let made = manager.accessor().create(None, &by()).unwrap().commit().unwrap();
-    made.finalize().unwrap();
+    let made = manager.accessor().create(None, &by()).unwrap().seal(&[], None).unwrap();
     let id = made.id();
     made.release().unwrap();
     id

@@ -475,7 +475,7 @@ impl sealed::RawRows for Tx<'_> {
     ) -> Result<(), CatalogueError> {
         let failed = |error: redb::StorageError| CatalogueError::database("scan")(error.into());
         loop {
-            let mut page: Vec<(Vec<u8>, Vec<u8>)> = Vec::with_capacity(SCAN_PAGE_ROWS);
+            let mut page: Vec<(Vec<u8>, Vec<u8>)> = Vec::new();
             {
                 let open = self.open(table)?;
                 for entry in open.range::<&[u8]>(borrow(&bounds)).map_err(failed)?.take(SCAN_PAGE_ROWS) {
