@@ -359,12 +359,12 @@ fn uses_are_written_in_heaps() {
     let written = |ids: &[RecordId]| ids.iter().filter(|id| uses(&store, **id).is_some()).count();
     let table = Table::<RecordId, plies_cache::RecordRow>::new("cache.records");
     let template = row(&cache, record(&cache, &RecordOptions::default()));
-    let ids: Vec<RecordId> = (0..5000u128).map(|n| RecordId::from_bytes((n << 64).to_be_bytes())).collect();
+    let ids: Vec<RecordId> = (0..70_000u128).map(|n| RecordId::from_bytes((n << 64).to_be_bytes())).collect();
     store.write(|tx| ids.iter().try_for_each(|id| tx.put(&table, id, &template).map(drop))).unwrap();
     for id in &ids {
         drop(cache.get(*id, &RecordOptions::default()).unwrap());
     }
-    assert!((4000..5000).contains(&written(&ids)), "{} are written", written(&ids));
+    assert!((4000..70_000).contains(&written(&ids)), "{} are written", written(&ids));
     manager.close().unwrap();
-    assert_eq!(written(&ids), 5000);
+    assert_eq!(written(&ids), 70_000);
 }
