@@ -167,11 +167,7 @@ impl Inner {
             options.apply(&mut row);
             record::replace(tx, fresh, None, Some(&row))
         });
-        if written.is_err() || won.is_some() {
-            self.live.let_go(fresh, fresh_ticket, false);
-        }
-        written?;
-        let (id, ticket) = won.unwrap_or((fresh, fresh_ticket));
+        let (id, ticket) = self.settle(written, won, (fresh, fresh_ticket))?;
         let mut made =
             ImmutableRef::new(self, id, ticket, options, holder).with_providers(providers.and(&options.providers));
         made.is_loaded();

@@ -649,8 +649,6 @@ impl Inner {
         };
         let chain_id = ChainId::extend(below.map(|(_, chain, _)| chain), diff_id);
         let blob_chain_id = extend_blob_chain(below.map(|(_, _, chain)| chain), digest, diff_id);
-        let fresh = Self::fresh_id()?;
-        let fresh_ticket = self.live.hold(fresh, &holder).map_err(|why| refused(fresh, why))?.0;
         let lease = self.store.lease(LeaseOptions::process("layer"))?;
         // The layer itself, whatever it stands on: layers are kept by diff ID.
         let layers = self.store.layers();
@@ -661,6 +659,8 @@ impl Inner {
         // A row whose files are gone is no layer to stand on: it is unpacked anew.
         let layer = layer.filter(|layer| layers.root(*layer).is_ok());
         let known = parent.map_or_else(Providers::none, |parent| parent.providers().clone()).and(&options.providers);
+        let fresh = Self::fresh_id()?;
+        let fresh_ticket = self.live.hold_again(fresh, &holder);
         let mut won: Option<(RecordId, Ticket)> = None;
         let found = self.store.write(|tx| {
             // This may run again, after a mate failed.
@@ -701,15 +701,36 @@ impl Inner {
             row.blob = Some(blob_row(descriptor, diff_id));
             record::replace(tx, fresh, None, Some(&row))
         });
-        if found.is_err() || won.is_some() {
-            self.live.let_go(fresh, fresh_ticket, false);
-        }
-        found?;
-        let (id, ticket) = won.unwrap_or((fresh, fresh_ticket));
+        let (id, ticket) = self.settle(found, won, (fresh, fresh_ticket))?;
         let mut held = ImmutableRef::new(self, id, ticket, options, holder).with_providers(known);
         lease.release()?;
         held.is_loaded();
         Ok(held)
+    }
+
+    /// After a search that found a record or made a fresh one: the hold of that one. The other is let go, and both are if
+    /// nothing came of it.
+    pub(crate) fn settle(
+        &self,
+        written: Result<(), CatalogueError>,
+        found: Option<(RecordId, Ticket)>,
+        fresh: (RecordId, Ticket),
+    ) -> Result<(RecordId, Ticket), CacheError> {
+        let let_go = |(id, ticket): (RecordId, Ticket)| {
+            self.live.let_go(id, ticket, false);
+        };
+        match (written, found) {
+            (Ok(()), None) => Ok(fresh),
+            (Ok(()), Some(found)) => {
+                let_go(fresh);
+                Ok(found)
+            }
+            (Err(error), found) => {
+                let_go(fresh);
+                found.into_iter().for_each(let_go);
+                Err(error.into())
+            }
+        }
     }
 
     fn get_by_diff_id(
@@ -743,13 +764,19 @@ impl Inner {
                 self.live.let_go(id, ticket, false);
             }
             for ((_, id), ()) in tx.prefixed(&record::BY_CHAIN, &chain_id)? {
-                let Some(row) = record::get(tx, id)? else { continue };
+                let row = match record::get(tx, id) {
+                    Ok(Some(row)) => row,
+                    // Its own trouble, and no reason for others to fail.
+                    Ok(None) | Err(CatalogueError::Damaged { .. } | CatalogueError::RowTooNew { .. }) => continue,
+                    Err(error) => return Err(error),
+                };
                 let on_parent = row.parents == below.map_or(Parents::None, |(parent, _)| Parents::Layer(parent));
                 if !on_parent || row.state == State::Lazy {
                     continue;
                 }
                 let Ok((ticket, _)) = self.live.hold(id, &holder) else { continue };
                 won = Some((id, ticket));
+                record::change(tx, id, |row| row.add_image_refs(&options.image_refs))?;
                 return Ok::<_, CatalogueError>(());
             }
             let parents = below.map_or(Parents::None, |(parent, _)| Parents::Layer(parent));
@@ -758,11 +785,7 @@ impl Inner {
             row.chain_id = Some(chain_id);
             record::replace(tx, fresh, None, Some(&row))
         });
-        if found.is_err() || won.is_some() {
-            self.live.let_go(fresh, fresh_ticket, false);
-        }
-        found?;
-        let (id, ticket) = won.unwrap_or((fresh, fresh_ticket));
+        let (id, ticket) = self.settle(found, won, (fresh, fresh_ticket))?;
         let mut held = ImmutableRef::new(self, id, ticket, options, holder);
         held.is_loaded();
         lease.release()?;

@@ -732,6 +732,29 @@ fn a_copy_onto_tmp_leaves_its_mode_alone() {
 }
 
 #[test]
+fn a_layer_that_is_here_is_found_by_its_diff_id_under_every_name_and_past_damaged_rows() {
+    let rig = Rig::new();
+    let cache = rig.open();
+    let (descriptor, providers) = remote("x");
+    let lazy = cache.get_by_blob(&descriptor, None, &RecordOptions { providers, ..by("me") }).unwrap();
+    tree(&lazy);
+    let diff_id = lazy.row().unwrap().blob.unwrap().diff_id;
+    let get = |name: &str| {
+        let options = RecordOptions { image_refs: vec![name.into()], ..by("me") };
+        cache.get_by_diff_id(diff_id, None, &options).unwrap().unwrap()
+    };
+    assert_eq!(get("first").id(), lazy.id());
+    assert_eq!(get("second").row().unwrap().image_refs, ["first", "second"]);
+    let damaged = lazy.id();
+    drop(lazy);
+    cache.spoil(damaged);
+    let other = get("third");
+    assert_ne!(other.id(), damaged, "one bad row is no reason for others to fail");
+    assert_eq!(tree(&other), tree_after(&[File("f", "x")]));
+    assert_eq!(layers_count(&cache), 1);
+}
+
+#[test]
 fn layers_are_kept_once_whatever_they_stand_on() {
     // Two chains with the same layer on top of different bases: BuildKit would have it twice.
     let rig = Rig::new();

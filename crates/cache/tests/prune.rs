@@ -276,7 +276,7 @@ fn a61_filters_choose_what_goes() {
 fn a62_what_is_reported_is_gone_with_all_that_named_it() {
     let rig = Rig::new();
     let a = rig.record(1, 10, Parents::None);
-    let b = rig.record(2, 10, Parents::Layer(a));
+    rig.record(2, 10, Parents::Layer(a));
     let mut told = 0;
     rig.control
         .prune(
@@ -301,7 +301,6 @@ fn a62_what_is_reported_is_gone_with_all_that_named_it() {
         )
         .unwrap();
     assert_eq!(told, 2);
-    let _ = b;
 }
 
 #[test]
@@ -510,7 +509,7 @@ fn damaged_rows_and_what_dead_processes_left_are_removed_like_others() {
 fn what_is_pinned_or_used_after_it_was_looked_at_stays() {
     let rig = Rig::new();
     // Two batches: what happens while the first is told, the second sees.
-    let ids: Vec<_> = (0..200).map(|name| rig.put(name, |_| ())).collect();
+    (0..200).for_each(|name| _ = rig.put(name, |_| ()));
     let order: Vec<_> = judge(&rig, &[all()]).0.into_iter().map(|judged| judged.usage.id).collect();
     let (pinned, used, held) = (order[199], order[198], order[197]);
     let mut refs = Vec::new();
@@ -530,7 +529,6 @@ fn what_is_pinned_or_used_after_it_was_looked_at_stays() {
         .unwrap();
     assert_eq!((report.removed_count, report.kept_count), (197, 3));
     assert_eq!(rig.ids().into_iter().collect::<BTreeSet<_>>(), BTreeSet::from([pinned, used, held]));
-    let _ = ids;
 }
 
 #[test]
