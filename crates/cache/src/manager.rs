@@ -663,10 +663,6 @@ impl Inner {
         let fresh_ticket = self.live.hold_again(fresh, &holder);
         let mut won: Option<(RecordId, Ticket)> = None;
         let found = self.store.write(|tx| {
-            // This may run again, after a mate failed.
-            if let Some((id, ticket)) = won.take() {
-                self.live.let_go(id, ticket, false);
-            }
             for ((_, id), ()) in tx.prefixed(&record::BY_BLOB_CHAIN, &blob_chain_id)? {
                 let row = match record::get(tx, id) {
                     Ok(Some(row)) => row,

@@ -216,7 +216,7 @@ fn put_value(tx: &mut Tx<'_>, id: RecordId, key: &str, value: Option<&Value>) ->
     }
     let Some(Value { value, index }) = value else { return tx.remove(&VALUES, &key) };
     let row = ValueRow { value: value.clone(), index: index.clone() };
-    let added = tx.put(&VALUES, &key, &row)?;
+    let added = tx.insert(&VALUES, &key, &row)?;
     if let Some(index) = &row.index {
         let key = (index.clone(), id);
         let count = tx.get(&INDEX, &key)?.unwrap_or(0);

@@ -367,11 +367,8 @@ impl Inner {
                 return Err(CacheError::WrongKind { id: mutable, wanted: "mutable" });
             };
             if let Some(partner) = committed_as {
-                // This may run again, after a mate failed; the partner is the same then.
-                if won.is_none() {
-                    let (ticket, _) = self.live.hold(partner, holder).map_err(|why| refused(partner, why))?;
-                    won = Some((partner, ticket));
-                }
+                let (ticket, _) = self.live.hold(partner, holder).map_err(|why| refused(partner, why))?;
+                won = Some((partner, ticket));
                 return Ok(());
             }
             let committed = RecordRow {

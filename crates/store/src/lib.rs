@@ -137,16 +137,15 @@ impl Store {
         self.inner.catalogue.read(read)
     }
 
-    /// Runs `change` in a write transaction and returns when it is durable. Concurrent writers share
-    /// a commit. `change` leaves nothing if it fails, and may run more than once: it must compute
-    /// its result from the transaction each time.
+    /// Runs `change` in a write transaction and returns when it is durable. Others see what it changed
+    /// a little earlier; concurrent writers share a commit. `change` leaves nothing if it fails.
     ///
     /// # Errors
     /// What `change` returns, or [`CatalogueError`].
     ///
     /// # Panics
     /// If called from within such a closure.
-    pub fn write<T, E: From<CatalogueError>>(&self, change: impl FnMut(&mut Tx<'_>) -> Result<T, E>) -> Result<T, E> {
+    pub fn write<T, E: From<CatalogueError>>(&self, change: impl FnOnce(&mut Tx<'_>) -> Result<T, E>) -> Result<T, E> {
         self.inner.catalogue.write(Urgency::Durable, &|| self.inner.now(), change)
     }
 
@@ -157,7 +156,7 @@ impl Store {
     /// What `change` returns, or [`CatalogueError`].
     pub fn write_lazily<T, E: From<CatalogueError>>(
         &self,
-        change: impl FnMut(&mut Tx<'_>) -> Result<T, E>,
+        change: impl FnOnce(&mut Tx<'_>) -> Result<T, E>,
     ) -> Result<T, E> {
         self.inner.catalogue.write(Urgency::Lazy, &|| self.inner.now(), change)
     }

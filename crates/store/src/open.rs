@@ -308,6 +308,7 @@ impl Inner {
     }
 
     fn end_session(&mut self) -> Result<(), CatalogueError> {
+        self.catalogue.flush()?;
         let begun = self.session.get_mut().map_or(None, |session| session.take()).is_some();
         if !begun || *self.unclean.get_mut() {
             return Ok(());
@@ -417,7 +418,7 @@ fn create_catalogue(path: &Path, options: &OpenOptions) -> Result<(), OpenError>
     let database = Catalogue::builder(options.cache_bytes)
         .create(&new)
         .map_err(|error| CatalogueError::database("create")(error.into()))?;
-    let catalogue = Catalogue::new(database, &new);
+    let catalogue = Catalogue::new(database, &new).map_err(|error| CatalogueError::database("create")(error.into()))?;
     catalogue.write(Urgency::Durable, &Stamp::default, |tx| {
         tx.put(&META, &META_SCHEMA.to_owned(), &SCHEMA)?;
         tx.put(&META, &META_CLEAN.to_owned(), &1)?;

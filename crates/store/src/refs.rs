@@ -34,7 +34,7 @@ impl Tx<'_> {
         key: &K,
         held: Resource,
     ) -> Result<(), CatalogueError> {
-        if !self.put(table, key, &())? {
+        if !self.insert(table, key, &())? {
             return Ok(());
         }
         let count = count_of(self, held)?;
@@ -65,7 +65,7 @@ impl Tx<'_> {
                     self.put(&LOOSE, &held, &())?;
                 }
             }
-            count => drop(self.put(&REFS, &held, &(count - 1))?),
+            count => self.put(&REFS, &held, &(count - 1))?,
         }
         Ok(true)
     }

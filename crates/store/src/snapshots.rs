@@ -310,7 +310,7 @@ impl<'a> Snapshots<'a> {
     }
 
     /// As [`Snapshots::prepare`], held by whatever `also` has hold it, in the transaction in which the active appears. The
-    /// caller holds the base meanwhile. `also` may run more than once.
+    /// caller holds the base meanwhile.
     ///
     /// # Errors
     /// As [`Snapshots::prepare`], and what `also` returns; then nothing has happened.
@@ -510,7 +510,7 @@ impl<'a> Snapshots<'a> {
 
     /// As [`Snapshots::seal_on_the_way`], unless nothing was written: then there is no layer, and the active can be
     /// used on. `also` runs in the transaction in which the layer appears (or, without one, in one of its own), so that
-    /// whoever names it appears with it, and holds it; it may run more than once. The caller holds the active meanwhile.
+    /// whoever names it appears with it, and holds it. The caller holds the active meanwhile.
     ///
     /// # Errors
     /// As [`Snapshots::seal`], and what `also` returns; then nothing has happened.

@@ -326,7 +326,7 @@ pub(crate) fn unhold_chain(
     match tx.get(&HOLDS, &key)? {
         None => return Ok(None),
         Some(0 | 1) => drop(tx.remove(&HOLDS, &key)?),
-        Some(count) => drop(tx.put(&HOLDS, &key, &(count - 1))?),
+        Some(count) => tx.put(&HOLDS, &key, &(count - 1))?,
     }
     remove_unused(tx, chain).map(Some)
 }

@@ -2,24 +2,21 @@ use std::fmt;
 use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, ThreadId};
 
-use redb::{Durability, WriteTransaction};
-
+use super::view::{Base, Changes, View};
 use super::{CatalogueError, ReadTx, Tx};
 use crate::Stamp;
 
-/// Members of one commit. More would lengthen the wait of the first and what one failure makes
-/// run again, and save no further syncs worth having (512 at 0.4 ms each is 0.2 s of syncs).
-const MAX_MEMBERS: usize = 512;
+/// Rows that lazy writes may leave in memory. More are written down by whoever put them: some 4 MB of rows of 200
+/// bytes, 30 ms of writing on the slowest day, and far more than a build's worth of holds and stamps.
+const PENDING_ROWS_MAX: usize = 16_384;
 
-/// From this size of the file on, every durable commit also writes which pages are in use, so that an
-/// open after a kill need not read the whole file to find out. Measured with redb 4.5 over a million
-/// rows (1 GiB): 1 ms instead of 0.7 s with the file in the page cache, and several seconds from a
-/// disk; but half as many durable commits a second from one thread, as the list is 64 KiB long. What
-/// is smaller is read in less than 0.2 s, and has its checksums verified by it.
+/// From this size of the file on, every commit also writes which pages are in use, so that an open after a kill need
+/// not read the whole file to find out. Measured with redb 4.5 over a million rows (1 GiB): 1 ms instead of 0.7 s with
+/// the file in the page cache, and several seconds from a disk; but half as many commits a second from one thread, as
+/// the list is 64 KiB long. What is smaller is read in less than 0.2 s, and has its checksums verified by it.
 const QUICK_REPAIR_FROM_BYTES: u64 = 256 << 20;
 
 /// When a write must be safe from a power failure.
@@ -31,111 +28,77 @@ pub(crate) enum Urgency {
     Lazy,
 }
 
-/// The database, its gate, and the commit that is being gathered.
+/// The database, and what is not in it yet.
 pub(crate) struct Catalogue {
     db: redb::Database,
     path: PathBuf,
     /// [`QUICK_REPAIR_FROM_BYTES`], but for tests.
     quick_repair_from_bytes: u64,
-    /// Whoever holds it may run a closure or commit. Never taken inside a closure.
-    gate: Mutex<Option<Gathering>>,
-    /// Writers on their way to the gate: while there are any, the commit can wait for them.
-    coming: AtomicUsize,
+    /// Whoever holds it may run a closure. Never taken inside a closure.
+    gate: Mutex<()>,
     /// The thread that is running its closure, to turn a write within a write into a panic
     /// instead of a deadlock.
     running: Mutex<Option<ThreadId>>,
+    /// A leaf, held for a few instructions or the merge of one closure's changes.
+    state: Mutex<State>,
+    /// A flush has ended.
+    flushed: Condvar,
 }
 
-/// A write transaction that at least one closure has run in.
-struct Gathering {
-    txn: WriteTransaction,
-    urgency: Urgency,
-    members: usize,
-    outcome: Arc<Outcome>,
-}
-
-/// What became of a commit: its members wait here.
-#[derive(Default)]
-struct Outcome {
-    verdict: Mutex<Option<Verdict>>,
-    reached: Condvar,
-}
-
-#[derive(Clone)]
-enum Verdict {
-    Committed,
-    /// A mate failed: run again.
-    Aborted,
-    Failed(CatalogueError),
+struct State {
+    view: View,
+    /// Somebody is writing `view.flushing` down.
+    is_flushing: bool,
+    /// Closures whose changes are in the view, and those whose changes are durable.
+    published: u64,
+    durable: u64,
+    /// A flush failed: nothing was written since, and nothing will be.
+    failed: Option<CatalogueError>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // A closure's panic is caught before it could poison anything, and what a panic in the
-    // database leaves behind is judged by the database.
+    // A closure that panics has changed nothing that others see, and nothing panics while holding the state.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-impl Outcome {
-    fn reach(&self, verdict: Verdict) {
-        *lock(&self.verdict) = Some(verdict);
-        self.reached.notify_all();
-    }
+/// Notes who runs a closure, until it is done or panics.
+struct Running<'a>(&'a Mutex<Option<ThreadId>>);
 
-    fn wait(&self) -> Verdict {
-        let mut verdict = lock(&self.verdict);
-        loop {
-            if let Some(verdict) = &*verdict {
-                return verdict.clone();
-            }
-            verdict = self.reached.wait(verdict).unwrap_or_else(PoisonError::into_inner);
-        }
+impl<'a> Running<'a> {
+    fn note(running: &'a Mutex<Option<ThreadId>>) -> Self {
+        *lock(running) = Some(thread::current().id());
+        Self(running)
     }
 }
 
-impl Gathering {
-    /// Commits for all members. A panic inside the database must not leave them waiting.
-    fn commit(mut self, quick_repair: bool) {
-        let outcome = Arc::clone(&self.outcome);
-        let result = catch_unwind(AssertUnwindSafe(move || {
-            if self.urgency == Urgency::Lazy {
-                // What may be lost: stamps, and holds of processes that a crash ends as well.
-                self.txn
-                    .set_durability(Durability::None)
-                    .map_err(|error| CatalogueError::database("set durability")(error.into()))?;
-            }
-            self.txn.set_two_phase_commit(true);
-            self.txn.set_quick_repair(quick_repair);
-            self.txn.commit().map_err(|error| CatalogueError::database("commit")(error.into()))
-        }));
-        match result {
-            Ok(Ok(())) => outcome.reach(Verdict::Committed),
-            Ok(Err(error)) => outcome.reach(Verdict::Failed(error)),
-            Err(panic) => {
-                let broken = redb::Error::Corrupted("the database panicked during the commit".to_owned());
-                outcome.reach(Verdict::Failed(CatalogueError::database("commit")(broken)));
-                resume_unwind(panic)
-            }
-        }
-    }
-
-    fn abort(self) {
-        // An abort that fails leaves a database that refuses further writes, which the members
-        // find out when they run again.
-        let _ = self.txn.abort();
-        self.outcome.reach(Verdict::Aborted);
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        *lock(self.0) = None;
     }
 }
 
 impl Catalogue {
-    pub(crate) fn new(db: redb::Database, path: &Path) -> Self {
-        Self {
+    pub(crate) fn new(db: redb::Database, path: &Path) -> Result<Self, redb::DatabaseError> {
+        let base = Base::begin(&db).map_err(|error| match error {
+            redb::TransactionError::Storage(error) => redb::DatabaseError::Storage(error),
+            error => redb::DatabaseError::Storage(redb::StorageError::Corrupted(error.to_string())),
+        })?;
+        let base = Arc::new(base);
+        Ok(Self {
             db,
             path: path.to_owned(),
             quick_repair_from_bytes: QUICK_REPAIR_FROM_BYTES,
-            gate: Mutex::new(None),
-            coming: AtomicUsize::new(0),
+            gate: Mutex::new(()),
             running: Mutex::new(None),
-        }
+            state: Mutex::new(State {
+                view: View { base, flushing: Arc::default(), pending: Arc::default() },
+                is_flushing: false,
+                published: 0,
+                durable: 0,
+                failed: None,
+            }),
+            flushed: Condvar::new(),
+        })
     }
 
     pub(crate) fn builder(cache_bytes: usize) -> redb::Builder {
@@ -145,14 +108,16 @@ impl Catalogue {
     }
 
     pub(crate) fn open(path: &Path, cache_bytes: usize) -> Result<Self, redb::DatabaseError> {
-        Ok(Self::new(Self::builder(cache_bytes).open(path)?, path))
+        Self::new(Self::builder(cache_bytes).open(path)?, path)
     }
 
     pub(crate) fn read<T, E: From<CatalogueError>>(&self, read: impl FnOnce(&ReadTx) -> Result<T, E>) -> Result<T, E> {
-        read(&ReadTx::begin(&self.db)?)
+        let view = lock(&self.state).view.clone();
+        read(&ReadTx::new(view))
     }
 
-    /// Runs `change` in a transaction and returns once it is committed; see the module.
+    /// Runs `change` over everything that was changed before, and returns once what it changed is as safe as asked for;
+    /// see the module.
     ///
     /// # Panics
     /// If called from within a closure of this catalogue, and with the panic of `change`.
@@ -160,79 +125,122 @@ impl Catalogue {
         &self,
         urgency: Urgency,
         now: &dyn Fn() -> Stamp,
-        mut change: impl FnMut(&mut Tx<'_>) -> Result<T, E>,
+        change: impl FnOnce(&mut Tx<'_>) -> Result<T, E>,
     ) -> Result<T, E> {
-        let me = thread::current().id();
-        assert!(*lock(&self.running) != Some(me), "a write inside a write would wait for itself");
-        let mut again = false;
+        assert!(*lock(&self.running) != Some(thread::current().id()), "a write inside a write would wait for itself");
+        let gate = lock(&self.gate);
+        let view = {
+            let state = lock(&self.state);
+            state.failed.clone().map_or(Ok(()), Err)?;
+            state.view.clone()
+        };
+        let mut tx = Tx::new(&view, now());
+        let running = Running::note(&self.running);
+        let result = change(&mut tx)?;
+        drop(running);
+        let (changes, must_last) = tx.finish();
+        if changes.rows() == 0 && !must_last {
+            return Ok(result);
+        }
+        let traceless = view.traceless(&changes)?;
+        let View { base, flushing, pending } = view;
+        // Else the pending changes would be copied for the sake of our own view.
+        drop(pending);
+        let (number, waiting) = {
+            let mut state = lock(&self.state);
+            state.failed.clone().map_or(Ok(()), Err)?;
+            if changes.rows() > 0 {
+                let is_as_it_was = Arc::ptr_eq(&state.view.base, &base) && Arc::ptr_eq(&state.view.flushing, &flushing);
+                let pending = Arc::make_mut(&mut state.view.pending);
+                pending.extend(&changes);
+                if is_as_it_was {
+                    traceless.iter().for_each(|(table, key)| pending.forget(table, key));
+                }
+                state.published += 1;
+            }
+            (state.published, state.view.pending.rows())
+        };
+        drop(gate);
+        if urgency == Urgency::Durable || waiting > PENDING_ROWS_MAX {
+            self.flush_up_to(number)?;
+        }
+        Ok(result)
+    }
+
+    /// Writes down whatever is not yet.
+    pub(crate) fn flush(&self) -> Result<(), CatalogueError> {
+        let published = lock(&self.state).published;
+        self.flush_up_to(published)
+    }
+
+    /// Returns when the changes of the first `number` closures are durable. One writes for all who wait; who comes
+    /// meanwhile waits for the next time, together with others.
+    fn flush_up_to(&self, number: u64) -> Result<(), CatalogueError> {
+        let mut state = lock(&self.state);
         loop {
-            self.coming.fetch_add(1, Ordering::SeqCst);
-            let mut gate = lock(&self.gate);
-            self.coming.fetch_sub(1, Ordering::SeqCst);
-            let mut gathering = match gate.take() {
-                Some(gathering) => gathering,
-                None => Gathering {
-                    txn: self
-                        .db
-                        .begin_write()
-                        .map_err(|error| CatalogueError::database("begin write")(error.into()))?,
-                    urgency: Urgency::Lazy,
-                    members: 0,
-                    outcome: Arc::default(),
-                },
+            if state.durable >= number {
+                return Ok(());
+            }
+            if let Some(error) = &state.failed {
+                return Err(error.clone());
+            }
+            if state.is_flushing {
+                state = self.flushed.wait(state).unwrap_or_else(PoisonError::into_inner);
+                continue;
+            }
+            state.is_flushing = true;
+            let changes = std::mem::take(&mut state.view.pending);
+            state.view.flushing = Arc::clone(&changes);
+            let published = state.published;
+            drop(state);
+
+            // A panic inside the database must not leave the others waiting.
+            let written = catch_unwind(AssertUnwindSafe(|| self.commit(&changes)));
+
+            state = lock(&self.state);
+            state.is_flushing = false;
+            state.view.flushing = Arc::default();
+            let (failed, panic) = match written {
+                Ok(Ok(base)) => {
+                    state.view.base = Arc::new(base);
+                    state.durable = published;
+                    (None, None)
+                }
+                Ok(Err(error)) => (Some(error), None),
+                Err(panic) => {
+                    let broken = redb::Error::Corrupted("the database panicked during the commit".to_owned());
+                    (Some(CatalogueError::database("commit")(broken)), Some(panic))
+                }
             };
-
-            let mut tx = Tx::new(&gathering.txn, now());
-            *lock(&self.running) = Some(me);
-            let result = catch_unwind(AssertUnwindSafe(|| change(&mut tx)));
-            *lock(&self.running) = None;
-            let wrote = tx.wrote();
-
-            if !matches!(result, Ok(Ok(_))) {
-                if wrote || gathering.members == 0 {
-                    gathering.abort();
-                } else {
-                    self.leave(&mut gate, gathering, false);
-                }
-                drop(gate);
-                match result {
-                    Ok(error) => return error,
-                    Err(panic) => resume_unwind(panic),
-                }
+            if let Some(error) = failed {
+                // As a crash would have it: what was not written down never was.
+                state.view.pending = Arc::default();
+                state.failed = Some(error);
             }
-
-            if !wrote && gathering.members == 0 {
-                gathering.abort();
-                drop(gate);
-                return result.expect("because a panic was handled above");
-            }
-            gathering.members += 1;
-            if wrote && urgency == Urgency::Durable {
-                gathering.urgency = Urgency::Durable;
-            }
-            let outcome = Arc::clone(&gathering.outcome);
-            // Whoever was aborted for another's sake once does not wait for others again.
-            self.leave(&mut gate, gathering, again);
-            drop(gate);
-            match outcome.wait() {
-                Verdict::Committed => return result.expect("because a panic was handled above"),
-                Verdict::Aborted => again = true,
-                Verdict::Failed(error) => return Err(error.into()),
+            self.flushed.notify_all();
+            if let Some(panic) = panic {
+                drop(state);
+                resume_unwind(panic)
             }
         }
     }
 
-    /// Leaves the commit to the next writer if one is coming, else commits. The next writer counted
-    /// itself before it came to the gate, so it will pass here and do the same.
-    fn leave(&self, gate: &mut MutexGuard<'_, Option<Gathering>>, gathering: Gathering, now: bool) {
-        if now || gathering.members >= MAX_MEMBERS || self.coming.load(Ordering::SeqCst) == 0 {
-            // A file that cannot be asked is dealt with as a large one: that is right for all.
-            let is_large = || fs::metadata(&self.path).map_or(true, |file| file.len() >= self.quick_repair_from_bytes);
-            let quick_repair = gathering.urgency == Urgency::Durable && is_large();
-            gathering.commit(quick_repair);
-        } else {
-            **gate = Some(gathering);
-        }
+    fn commit(&self, changes: &Changes) -> Result<Base, CatalogueError> {
+        let mut txn = self.db.begin_write().map_err(|error| CatalogueError::database("begin write")(error.into()))?;
+        changes.apply(&txn)?;
+        // A file that cannot be asked is dealt with as a large one: that is right for all.
+        let is_large = fs::metadata(&self.path).map_or(true, |file| file.len() >= self.quick_repair_from_bytes);
+        txn.set_two_phase_commit(true);
+        txn.set_quick_repair(is_large);
+        txn.commit().map_err(|error| CatalogueError::database("commit")(error.into()))?;
+        Base::begin(&self.db).map_err(|error| CatalogueError::database("begin read")(error.into()))
+    }
+}
+
+impl Drop for Catalogue {
+    fn drop(&mut self) {
+        // Whoever cares for the error flushed before.
+        let _ = self.flush();
     }
 }
 
@@ -244,7 +252,11 @@ impl fmt::Debug for Catalogue {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::{AtomicBool, AtomicU32};
+    use std::io;
+    use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+    use redb::StorageBackend;
+    use redb::backends::FileBackend;
 
     use super::super::{Rows as _, Table};
     use super::*;
@@ -253,14 +265,18 @@ mod tests {
 
     fn catalogue(dir: &tempfile::TempDir) -> Catalogue {
         let path = dir.path().join("db");
-        Catalogue::new(Catalogue::builder(1 << 20).create(&path).unwrap(), &path)
+        Catalogue::new(Catalogue::builder(1 << 20).create(&path).unwrap(), &path).unwrap()
     }
 
     fn write<T>(
         catalogue: &Catalogue,
-        change: impl FnMut(&mut Tx<'_>) -> Result<T, CatalogueError>,
+        change: impl FnOnce(&mut Tx<'_>) -> Result<T, CatalogueError>,
     ) -> Result<T, CatalogueError> {
         catalogue.write(Urgency::Durable, &Stamp::default, change)
+    }
+
+    fn write_lazily(catalogue: &Catalogue, number: u64) {
+        catalogue.write(Urgency::Lazy, &Stamp::default, |tx| tx.put(&NUMBERS, &number, &0)).unwrap()
     }
 
     fn refused() -> CatalogueError {
@@ -272,99 +288,151 @@ mod tests {
         rows.unwrap().into_iter().map(|(number, _)| number).collect()
     }
 
-    /// Lets a closure run until another writer is on its way, so that the two share a commit.
-    fn until_somebody_comes(catalogue: &Catalogue) {
-        while catalogue.coming.load(Ordering::SeqCst) == 0 {
+    /// What a test does to the disk, and sees of it.
+    #[derive(Debug, Default)]
+    struct Disk {
+        syncs: AtomicUsize,
+        fails: AtomicBool,
+        /// A sync waits while it is held.
+        is_stuck: Mutex<()>,
+    }
+
+    #[derive(Debug)]
+    struct DiskBackend(FileBackend, Arc<Disk>);
+
+    impl StorageBackend for DiskBackend {
+        fn len(&self) -> io::Result<u64> {
+            self.0.len()
+        }
+
+        fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
+            self.0.read(offset, out)
+        }
+
+        fn set_len(&self, len: u64) -> io::Result<()> {
+            self.0.set_len(len)
+        }
+
+        fn sync_data(&self) -> io::Result<()> {
+            self.1.syncs.fetch_add(1, Ordering::SeqCst);
+            let _stuck = lock(&self.1.is_stuck);
+            if self.1.fails.load(Ordering::SeqCst) {
+                return Err(io::Error::from_raw_os_error(5));
+            }
+            self.0.sync_data()
+        }
+
+        fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+            self.0.write(offset, data)
+        }
+
+        fn close(&self) -> io::Result<()> {
+            self.0.close()
+        }
+    }
+
+    fn on_a_disk(dir: &tempfile::TempDir) -> (Catalogue, Arc<Disk>) {
+        let path = dir.path().join("db");
+        let file = fs::File::options().read(true).write(true).create(true).truncate(false).open(&path).unwrap();
+        let disk = Arc::new(Disk::default());
+        let backend = DiskBackend(FileBackend::new(file).unwrap(), Arc::clone(&disk));
+        let db = Catalogue::builder(1 << 20).create_with_backend(backend).unwrap();
+        (Catalogue::new(db, &path).unwrap(), disk)
+    }
+
+    fn wait_until(happens: impl Fn() -> bool) {
+        while !happens() {
             thread::yield_now();
         }
     }
 
     #[test]
-    fn concurrent_writers_share_a_commit() {
+    fn nobody_waits_for_the_disk_who_need_not_and_the_others_share_its_time() {
         let dir = tempfile::tempdir().unwrap();
-        let catalogue = &catalogue(&dir);
-        let began = AtomicU32::new(0);
+        let (catalogue, disk) = on_a_disk(&dir);
+        let catalogue = &catalogue;
+        let before = disk.syncs.load(Ordering::SeqCst);
+        write(catalogue, |tx| tx.put(&NUMBERS, &0, &0)).unwrap();
+        let of_one = disk.syncs.load(Ordering::SeqCst) - before;
+        assert!(of_one > 0);
+
+        let stuck = lock(&disk.is_stuck);
         thread::scope(|scope| {
-            scope.spawn(|| {
-                write(catalogue, |tx| {
-                    began.store(1, Ordering::SeqCst);
-                    until_somebody_comes(catalogue);
-                    tx.put(&NUMBERS, &1, &0)
+            let first = scope.spawn(|| write(catalogue, |tx| tx.put(&NUMBERS, &1, &0)));
+            wait_until(|| disk.syncs.load(Ordering::SeqCst) > before + of_one);
+            // Its changes are on the way, and seen by those who read and write.
+            assert_eq!(all(catalogue), [0, 1]);
+            write_lazily(catalogue, 2);
+            let others: Vec<_> = (3..11)
+                .map(|number| {
+                    scope.spawn(move || {
+                        write(catalogue, |tx| {
+                            assert!(tx.contains(&NUMBERS, &1)? && tx.contains(&NUMBERS, &2)?);
+                            tx.put(&NUMBERS, &number, &0)
+                        })
+                    })
                 })
-                .unwrap();
-            });
-            while began.load(Ordering::SeqCst) == 0 {
-                thread::yield_now();
-            }
-            write(catalogue, |tx| {
-                // The mate's row is there for us, and for nobody else yet: one commit for both.
-                assert!(tx.contains(&NUMBERS, &1)?);
-                assert_eq!(all(catalogue), [0; 0]);
-                tx.put(&NUMBERS, &2, &0)
-            })
-            .unwrap();
+                .collect();
+            wait_until(|| lock(&catalogue.state).published == 11);
+            assert_eq!(all(catalogue), (0..11).collect::<Vec<_>>());
+            assert!(!first.is_finished() && others.iter().all(|other| !other.is_finished()));
+            drop(stuck);
+            first.join().unwrap().unwrap();
+            others.into_iter().for_each(|other| other.join().unwrap().unwrap());
         });
-        assert_eq!(all(catalogue), [1, 2]);
+        // The first, the one that was stuck, and the eight together.
+        assert_eq!(disk.syncs.load(Ordering::SeqCst) - before, 3 * of_one);
+        assert_eq!(all(catalogue), (0..11).collect::<Vec<_>>());
     }
 
     #[test]
-    fn a_failing_mate_leaves_nothing_and_the_others_run_again() {
+    fn a_sync_that_fails_acknowledges_nothing_and_leaves_what_was_durable() {
+        let dir = tempfile::tempdir().unwrap();
+        let (catalogue, disk) = on_a_disk(&dir);
+        write(&catalogue, |tx| tx.put(&NUMBERS, &0, &0)).unwrap();
+        write_lazily(&catalogue, 1);
+        disk.fails.store(true, Ordering::SeqCst);
+        let error = write(&catalogue, |tx| tx.put(&NUMBERS, &2, &0)).unwrap_err();
+        assert_eq!(error.kind(), plies_oci::ErrorKind::Unavailable);
+        disk.fails.store(false, Ordering::SeqCst);
+        assert_eq!(all(&catalogue), [0]);
+        for urgency in [Urgency::Durable, Urgency::Lazy] {
+            let again = catalogue.write(urgency, &Stamp::default, |tx| tx.put(&NUMBERS, &3, &0));
+            assert_eq!(again.unwrap_err().kind(), plies_oci::ErrorKind::Unavailable, "{urgency:?}");
+        }
+        assert!(catalogue.flush().is_err());
+        drop(catalogue);
+        let reopened = Catalogue::open(&dir.path().join("db"), 1 << 20).unwrap();
+        assert!(!all(&reopened).contains(&3));
+        assert!(all(&reopened).contains(&0));
+    }
+
+    #[test]
+    fn a_closure_that_fails_or_panics_has_changed_nothing() {
         for panics in [false, true] {
             let dir = tempfile::tempdir().unwrap();
             let catalogue = &catalogue(&dir);
-            let runs = AtomicU32::new(0);
-            thread::scope(|scope| {
-                let good = scope.spawn(|| {
-                    write(catalogue, |tx| {
-                        if runs.fetch_add(1, Ordering::SeqCst) == 0 {
-                            until_somebody_comes(catalogue);
-                        }
-                        tx.put(&NUMBERS, &1, &0)
-                    })
-                });
-                while runs.load(Ordering::SeqCst) == 0 {
-                    thread::yield_now();
-                }
+            write_lazily(catalogue, 1);
+            let bad = thread::scope(|scope| {
                 let bad = scope.spawn(|| {
                     write(catalogue, |tx| {
                         tx.put(&NUMBERS, &2, &0)?;
+                        tx.remove(&NUMBERS, &1)?;
+                        assert_eq!(tx.all(&NUMBERS)?, [(2, 0)]);
                         assert!(!panics, "on purpose");
                         Err::<(), _>(refused())
                     })
                 });
-                match bad.join() {
-                    Ok(result) => assert!(!panics && result.is_err()),
-                    Err(_) => assert!(panics),
-                }
-                assert!(good.join().unwrap().unwrap(), "it was not there when it ran again");
+                bad.join()
             });
-            assert_eq!(runs.load(Ordering::SeqCst), 2);
+            match bad {
+                Ok(result) => assert!(!panics && result.is_err()),
+                Err(_) => assert!(panics),
+            }
             assert_eq!(all(catalogue), [1]);
             write(catalogue, |tx| tx.put(&NUMBERS, &3, &0)).unwrap();
             assert_eq!(all(catalogue), [1, 3]);
         }
-    }
-
-    #[test]
-    fn a_mate_that_fails_before_it_writes_disturbs_nobody() {
-        let dir = tempfile::tempdir().unwrap();
-        let catalogue = &catalogue(&dir);
-        let runs = AtomicU32::new(0);
-        thread::scope(|scope| {
-            let good = scope.spawn(|| {
-                write(catalogue, |tx| {
-                    runs.fetch_add(1, Ordering::SeqCst);
-                    until_somebody_comes(catalogue);
-                    tx.put(&NUMBERS, &1, &0)
-                })
-            });
-            while runs.load(Ordering::SeqCst) == 0 {
-                thread::yield_now();
-            }
-            scope.spawn(|| assert!(write(catalogue, |_| Err::<(), _>(refused())).is_err()));
-            good.join().unwrap().unwrap();
-        });
-        assert_eq!((runs.load(Ordering::SeqCst), all(catalogue)), (1, vec![1]));
     }
 
     #[test]
@@ -394,13 +462,48 @@ mod tests {
     }
 
     #[test]
+    fn a_view_stays_as_it_was_while_others_write_and_write_down() {
+        let dir = tempfile::tempdir().unwrap();
+        let catalogue = &catalogue(&dir);
+        write(catalogue, |tx| tx.put(&NUMBERS, &1, &0)).unwrap();
+        write_lazily(catalogue, 2);
+        let seen: Result<_, CatalogueError> = catalogue.read(|rows| {
+            write_lazily(catalogue, 3);
+            write(catalogue, |tx| {
+                tx.put(&NUMBERS, &4, &0)?;
+                tx.remove(&NUMBERS, &1)
+            })?;
+            Ok((rows.all(&NUMBERS)?, rows.rows_count(&NUMBERS)?))
+        });
+        assert_eq!(seen.unwrap(), (vec![(1, 0), (2, 0)], 2));
+        assert_eq!(all(catalogue), [2, 3, 4]);
+    }
+
+    #[test]
     fn a_lazy_write_is_visible_at_once_and_kept_by_a_clean_close() {
         let dir = tempfile::tempdir().unwrap();
         let first = catalogue(&dir);
-        first.write(Urgency::Lazy, &Stamp::default, |tx| tx.put(&NUMBERS, &7, &0)).unwrap();
+        write_lazily(&first, 7);
         assert_eq!(all(&first), [7]);
         drop(first);
         assert_eq!(all(&Catalogue::open(&dir.path().join("db"), 1 << 20).unwrap()), [7]);
+    }
+
+    #[test]
+    fn lazy_writes_do_not_gather_without_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let catalogue = catalogue(&dir);
+        let fill = |from: u64, count: usize| {
+            let written: Result<(), CatalogueError> = catalogue.write(Urgency::Lazy, &Stamp::default, |tx| {
+                (from..).take(count).try_for_each(|number| tx.put(&NUMBERS, &number, &0))
+            });
+            written.unwrap();
+        };
+        fill(0, PENDING_ROWS_MAX);
+        assert_eq!(lock(&catalogue.state).view.pending.rows(), PENDING_ROWS_MAX);
+        fill(PENDING_ROWS_MAX as u64, 1);
+        assert_eq!(lock(&catalogue.state).view.pending.rows(), 0);
+        assert_eq!(all(&catalogue).len(), PENDING_ROWS_MAX + 1);
     }
 
     #[test]
@@ -410,7 +513,7 @@ mod tests {
             let mut catalogue = catalogue(&dir);
             catalogue.quick_repair_from_bytes = from_bytes;
             write(&catalogue, |tx| tx.put(&NUMBERS, &7, &0)).unwrap();
-            catalogue.write(Urgency::Lazy, &Stamp::default, |tx| tx.put(&NUMBERS, &8, &0)).unwrap();
+            write_lazily(&catalogue, 8);
             // What a kill would leave.
             let killed = dir.path().join("killed");
             fs::copy(dir.path().join("db"), &killed).unwrap();
@@ -418,7 +521,7 @@ mod tests {
             let saw_repair = Arc::clone(&repaired);
             let mut builder = Catalogue::builder(1 << 20);
             builder.set_repair_callback(move |_| saw_repair.store(true, Ordering::SeqCst));
-            let opened = Catalogue::new(builder.open(&killed).unwrap(), &killed);
+            let opened = Catalogue::new(builder.open(&killed).unwrap(), &killed).unwrap();
             assert_eq!(repaired.load(Ordering::SeqCst), repairs);
             assert_eq!(all(&opened), [7]);
         }

@@ -1,22 +1,26 @@
 //! The catalogue: every row the store knows, in one embedded database (redb), behind typed tables
 //! and a group commit.
 //!
-//! One write transaction is open at a time. [`Catalogue::write`] runs the caller's closure in it,
-//! in the caller's own thread; if others are waiting at the gate, the transaction stays open for
-//! them, and whoever finds nobody behind commits for all. So N concurrent writers share one sync,
-//! and a lone writer waits for nothing. A closure that fails or panics after it wrote takes the
-//! whole transaction down: its caller gets the error, and its mates run their closures again
-//! (which is why a closure may be called more than once).
+//! A write runs the caller's closure in the caller's own thread, one closure at a time. What it changes
+//! is kept in memory at first: over the database lie the changes that are just being written to it, and
+//! over those the ones that wait (`view`). So whoever reads or writes next sees them at once, and a
+//! closure that fails or panics has changed nothing. Whoever needs their changes durable writes down all
+//! that wait, in one commit, unless somebody is at it; then they wait for that one to end, and one of
+//! them writes for all who came meanwhile. So N concurrent writers share a sync, a lone one waits for
+//! nothing, no closure and no reader ever waits for the disk, and what was put and removed again before
+//! anybody needed it never reaches the disk.
 //!
-//! Crash behaviour: a commit is atomic and, unless lazy, durable when `write` returns. Commits are
+//! Crash behaviour: a commit is atomic, and holds all closures up to one, none after it. Commits are
 //! two-phase, because the data is attacker-chosen and so is, in part, the moment of a crash. A lazy
-//! write is visible at once and durable with the next one that is not. An open after a kill reads the
-//! file once, to find the pages in use; a large file has them written down with each commit instead.
+//! write is visible at once and durable with the next one that is not. If a commit fails, everything
+//! that was not durable is gone, as after a crash, and all later writes fail. An open after a kill reads
+//! the file once, to find the pages in use; a large file has them written down with each commit instead.
 
 mod batch;
 mod key;
 pub(crate) mod schema;
 mod table;
+mod view;
 
 use std::sync::Arc;
 

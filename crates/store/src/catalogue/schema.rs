@@ -291,8 +291,8 @@ impl Tx<'_> {
         match (row.diff_id, row.chain_id) {
             (_, Some(chain_id)) => self.put(&LAYERS_BY_CHAIN, &(chain_id, id), &())?,
             (Some(diff_id), None) => self.put(&LAYERS_BY_DIFF, &(diff_id, id), &())?,
-            (None, None) => false,
-        };
+            (None, None) => {}
+        }
         if let LayerKind::Squash(list) = row.kind {
             self.put(&SQUASHES, &list, &id)?;
         }
@@ -366,7 +366,7 @@ impl Tx<'_> {
             self.remove_ref(&EDGES, &edge, edge.1)?;
         }
         // A snapshot has no bytes of its own.
-        if !matches!(resource, Resource::Snapshot(_)) && self.put(&TRASH, &resource, &size_bytes)? {
+        if !matches!(resource, Resource::Snapshot(_)) && self.insert(&TRASH, &resource, &size_bytes)? {
             self.count(Kind::Trash, Some(TotalRow::one(size_bytes, 0)), None)?;
         }
         Ok(Some(size_bytes))

@@ -2,15 +2,11 @@ use std::fmt;
 use std::marker::PhantomData;
 use std::ops::{Bound, ControlFlow};
 
-use redb::{ReadableDatabase as _, ReadableTable as _, ReadableTableMetadata as _, TableDefinition, TableError};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use super::view::{Changes, RawBounds, RawVisit, View};
 use super::{CatalogueError, Key, KeyReader, PrefixOf};
-
-/// How many rows a scan inside a write transaction takes at a time, so that the table is not held
-/// open while the caller's closure looks into other rows.
-const SCAN_PAGE_ROWS: usize = 256;
 
 /// What a table keeps under a key: postcard after one byte of version.
 pub trait Row: Serialize + DeserializeOwned {
@@ -60,13 +56,6 @@ impl<K, V> fmt::Debug for Table<K, V> {
     }
 }
 
-type RawReadTable = redb::ReadOnlyTable<&'static [u8], &'static [u8]>;
-type Raw = TableDefinition<'static, &'static [u8], &'static [u8]>;
-
-fn raw(name: &'static str) -> Raw {
-    TableDefinition::new(name)
-}
-
 fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
@@ -109,9 +98,6 @@ fn after_prefix(prefix: &[u8]) -> Bound<Vec<u8>> {
     }
     Bound::Unbounded
 }
-
-type RawBounds = (Bound<Vec<u8>>, Bound<Vec<u8>>);
-type RawVisit<'f> = dyn FnMut(&[u8], &[u8]) -> Result<ControlFlow<()>, CatalogueError> + 'f;
 
 mod sealed {
     use super::{CatalogueError, RawBounds, RawVisit};
@@ -328,21 +314,12 @@ fn scan_within<K: Key, V: Row>(
 /// A consistent view of the whole catalogue. Writers do not wait for it, nor it for them; but while
 /// it lives, pages that writers replace stay in the file, so keep it short.
 pub struct ReadTx {
-    txn: redb::ReadTransaction,
+    view: View,
 }
 
 impl ReadTx {
-    pub(super) fn begin(db: &redb::Database) -> Result<Self, CatalogueError> {
-        let txn = db.begin_read().map_err(|error| CatalogueError::database("begin read")(error.into()))?;
-        Ok(Self { txn })
-    }
-
-    fn open(&self, table: &'static str) -> Result<Option<RawReadTable>, CatalogueError> {
-        match self.txn.open_table(raw(table)) {
-            Ok(table) => Ok(Some(table)),
-            Err(TableError::TableDoesNotExist(_)) => Ok(None),
-            Err(error) => Err(CatalogueError::database("open table")(error.into())),
-        }
+    pub(super) fn new(view: View) -> Self {
+        Self { view }
     }
 }
 
@@ -354,57 +331,43 @@ impl fmt::Debug for ReadTx {
 
 impl sealed::RawRows for ReadTx {
     fn raw_get(&self, table: &'static str, key: &[u8]) -> Result<Option<Vec<u8>>, CatalogueError> {
-        let Some(table) = self.open(table)? else { return Ok(None) };
-        let value = table.get(key).map_err(|error| CatalogueError::database("get")(error.into()))?;
-        Ok(value.map(|value| value.value().to_vec()))
+        self.view.get(None, table, key)
     }
 
     fn raw_scan(&self, table: &'static str, bounds: RawBounds, visit: &mut RawVisit<'_>) -> Result<(), CatalogueError> {
-        let Some(table) = self.open(table)? else { return Ok(()) };
-        let failed = |error: redb::StorageError| CatalogueError::database("scan")(error.into());
-        for entry in table.range::<&[u8]>(borrow(&bounds)).map_err(failed)? {
-            let (key, value) = entry.map_err(failed)?;
-            if visit(key.value(), value.value())?.is_break() {
-                break;
-            }
-        }
-        Ok(())
+        self.view.scan(None, table, &bounds, visit)
     }
 
     fn raw_len(&self, table: &'static str) -> Result<u64, CatalogueError> {
-        let Some(table) = self.open(table)? else { return Ok(0) };
-        table.len().map_err(|error| CatalogueError::database("count")(error.into()))
+        self.view.len(None, table)
     }
 }
 
 impl Rows for ReadTx {}
 
-fn borrow(bounds: &RawBounds) -> (Bound<&[u8]>, Bound<&[u8]>) {
-    (bounds.0.as_ref().map(Vec::as_slice), bounds.1.as_ref().map(Vec::as_slice))
-}
-
-/// A write transaction, as the closure given to [`crate::Store::write`] sees it: its own changes
-/// and those of the mates that ran before it in the same commit.
+/// A write transaction, as the closure given to [`crate::Store::write`] sees it: its own changes, over
+/// those of all that ran before it.
 pub struct Tx<'a> {
-    txn: &'a redb::WriteTransaction,
+    view: &'a View,
+    changes: Changes,
     now: crate::Stamp,
-    wrote: bool,
+    must_last: bool,
 }
 
 impl<'a> Tx<'a> {
-    pub(super) fn new(txn: &'a redb::WriteTransaction, now: crate::Stamp) -> Self {
-        Self { txn, now, wrote: false }
+    pub(super) fn new(view: &'a View, now: crate::Stamp) -> Self {
+        Self { view, changes: Changes::default(), now, must_last: false }
     }
 
-    /// Whether this closure changed anything.
-    pub(super) fn wrote(&self) -> bool {
-        self.wrote
+    /// What the closure changed, and whether it counts as a change even if that is nothing.
+    pub(super) fn finish(self) -> (Changes, bool) {
+        (self.changes, self.must_last)
     }
 
-    /// Counts as a change though nothing is put: the commit happens, and if this is a durable write,
-    /// what lazy ones did before is durable with it.
+    /// Counts as a change though nothing is put: if this is a durable write, what lazy ones did before is
+    /// durable with it.
     pub(crate) fn must_last(&mut self) {
-        self.wrote = true;
+        self.must_last = true;
     }
 
     /// The moment at which the closure began, by the store's clock.
@@ -412,21 +375,24 @@ impl<'a> Tx<'a> {
         self.now
     }
 
-    fn open(&self, table: &'static str) -> Result<redb::Table<'_, &'static [u8], &'static [u8]>, CatalogueError> {
-        self.txn.open_table(raw(table)).map_err(|error| CatalogueError::database("open table")(error.into()))
+    /// Puts `row` under `key`, whether or not there was one before.
+    ///
+    /// # Errors
+    /// None today: a change meets the database when it is written down. [`CatalogueError`] all the same, as of the
+    /// other changes.
+    pub fn put<K: Key, V: Row>(&mut self, table: &Table<K, V>, key: &K, row: &V) -> Result<(), CatalogueError> {
+        self.changes.set(table.name, key.to_bytes(), Some(encode_row(row)));
+        Ok(())
     }
 
-    /// Puts `row` under `key`; true if there was none before.
+    /// As [`Tx::put`]; true if there was no row before. Costs a look.
     ///
     /// # Errors
     /// [`CatalogueError::Database`].
-    pub fn put<K: Key, V: Row>(&mut self, table: &Table<K, V>, key: &K, row: &V) -> Result<bool, CatalogueError> {
-        self.wrote = true;
-        let mut open = self.open(table.name)?;
-        let before = open
-            .insert(key.to_bytes().as_slice(), encode_row(row).as_slice())
-            .map_err(|error| CatalogueError::database("put")(error.into()))?;
-        Ok(before.is_none())
+    pub fn insert<K: Key, V: Row>(&mut self, table: &Table<K, V>, key: &K, row: &V) -> Result<bool, CatalogueError> {
+        let is_new = !self.contains(table, key)?;
+        self.put(table, key, row)?;
+        Ok(is_new)
     }
 
     /// Removes and returns the row under `key`.
@@ -434,11 +400,11 @@ impl<'a> Tx<'a> {
     /// # Errors
     /// [`CatalogueError`].
     pub fn take<K: Key, V: Row>(&mut self, table: &Table<K, V>, key: &K) -> Result<Option<V>, CatalogueError> {
-        self.wrote = true;
-        let key = key.to_bytes();
-        let mut open = self.open(table.name)?;
-        let before = open.remove(key.as_slice()).map_err(|error| CatalogueError::database("remove")(error.into()))?;
-        before.map(|before| decode_row(table.name, &key, before.value())).transpose()
+        let before = self.get(table, key)?;
+        if before.is_some() {
+            self.changes.set(table.name, key.to_bytes(), None);
+        }
+        Ok(before)
     }
 
     /// Removes the row under `key` without decoding it; true if there was one.
@@ -446,11 +412,11 @@ impl<'a> Tx<'a> {
     /// # Errors
     /// [`CatalogueError::Database`].
     pub fn remove<K: Key, V: Row>(&mut self, table: &Table<K, V>, key: &K) -> Result<bool, CatalogueError> {
-        self.wrote = true;
-        let mut open = self.open(table.name)?;
-        let before =
-            open.remove(key.to_bytes().as_slice()).map_err(|error| CatalogueError::database("remove")(error.into()))?;
-        Ok(before.is_some())
+        let was_there = self.contains(table, key)?;
+        if was_there {
+            self.changes.set(table.name, key.to_bytes(), None);
+        }
+        Ok(was_there)
     }
 }
 
@@ -462,41 +428,15 @@ impl fmt::Debug for Tx<'_> {
 
 impl sealed::RawRows for Tx<'_> {
     fn raw_get(&self, table: &'static str, key: &[u8]) -> Result<Option<Vec<u8>>, CatalogueError> {
-        let table = self.open(table)?;
-        let value = table.get(key).map_err(|error| CatalogueError::database("get")(error.into()))?;
-        Ok(value.map(|value| value.value().to_vec()))
+        self.view.get(Some(&self.changes), table, key)
     }
 
-    fn raw_scan(
-        &self,
-        table: &'static str,
-        mut bounds: RawBounds,
-        visit: &mut RawVisit<'_>,
-    ) -> Result<(), CatalogueError> {
-        let failed = |error: redb::StorageError| CatalogueError::database("scan")(error.into());
-        loop {
-            let mut page: Vec<(Vec<u8>, Vec<u8>)> = Vec::new();
-            {
-                let open = self.open(table)?;
-                for entry in open.range::<&[u8]>(borrow(&bounds)).map_err(failed)?.take(SCAN_PAGE_ROWS) {
-                    let (key, value) = entry.map_err(failed)?;
-                    page.push((key.value().to_vec(), value.value().to_vec()));
-                }
-            }
-            for (key, value) in &page {
-                if visit(key, value)?.is_break() {
-                    return Ok(());
-                }
-            }
-            match page.pop() {
-                Some((last, _)) if page.len() + 1 == SCAN_PAGE_ROWS => bounds.0 = Bound::Excluded(last),
-                _ => return Ok(()),
-            }
-        }
+    fn raw_scan(&self, table: &'static str, bounds: RawBounds, visit: &mut RawVisit<'_>) -> Result<(), CatalogueError> {
+        self.view.scan(Some(&self.changes), table, &bounds, visit)
     }
 
     fn raw_len(&self, table: &'static str) -> Result<u64, CatalogueError> {
-        self.open(table)?.len().map_err(|error| CatalogueError::database("count")(error.into()))
+        self.view.len(Some(&self.changes), table)
     }
 }
 
