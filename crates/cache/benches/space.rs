@@ -1,8 +1,8 @@
 //! How long disk usage and prune take, by the number of records: `cargo bench -p plies-cache --bench space [-- COUNT…]`.
 //!
 //! Records are rows in chains of ten, each with a blob of its own that costs 100 bytes and is a row as well: nothing is
-//! unpacked, so what is measured is the catalogue. While it is pruned, somebody else writes; how long that takes is how
-//! long anything is locked.
+//! unpacked, so what is measured is the catalogue. While it is pruned, two others write: one waits until it is durable, and
+//! so for the disk, the other does not: how long that one waits is how long anything is locked.
 #![allow(missing_docs, clippy::unwrap_used)]
 
 use std::sync::Arc;
@@ -38,8 +38,20 @@ fn main() {
     let counts: Vec<u64> = std::env::args().filter_map(|arg| arg.parse().ok()).collect();
     let counts = if counts.is_empty() { vec![1_000, 10_000, 100_000] } else { counts };
     println!(
-        "{:>9} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9}",
-        "records", "make", "du", "du again", "dry run", "half", "per s", "with gc", "all", "p99 wait", "max wait"
+        "{:>9} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9}",
+        "records",
+        "make",
+        "du",
+        "du again",
+        "dry run",
+        "half",
+        "per s",
+        "with gc",
+        "all",
+        "p99 sync",
+        "max sync",
+        "p99 lock",
+        "max lock"
     );
     for count in counts {
         measure(count);
@@ -77,25 +89,27 @@ fn measure(count: u64) {
     let stop = AtomicBool::new(false);
     let began = Instant::now();
     let mut rows = Duration::ZERO;
-    let (with_gc, removed, mut waits) = std::thread::scope(|scope| {
-        let other = scope.spawn(|| {
-            let mut waits = Vec::new();
-            while !stop.load(Ordering::SeqCst) {
-                let at = waits.len() as u64;
-                waits.push(timed(|| store.write(|tx| tx.put(&OTHERS, &(at % 64), &at)).unwrap()).0);
-                std::thread::sleep(Duration::from_micros(500));
-            }
-            waits
-        });
+    // What another thread waits, again and again, for its own work to be done.
+    let others = |work: &(dyn Fn(u64) + Sync)| {
+        let mut waits = Vec::new();
+        while !stop.load(Ordering::SeqCst) {
+            waits.push(timed(|| work(waits.len() as u64)).0);
+            std::thread::sleep(Duration::from_micros(500));
+        }
+        waits.sort();
+        waits
+    };
+    let (with_gc, removed, waits, lazy_waits) = std::thread::scope(|scope| {
+        let durable = scope.spawn(|| others(&|at| store.write(|tx| tx.put(&OTHERS, &(at % 64), &at)).unwrap()));
+        let lazy = scope.spawn(|| others(&|at| store.write_lazily(|tx| tx.put(&OTHERS, &(at % 64), &at)).unwrap()));
         let report = control.prune(&half, &mut |_| rows = began.elapsed(), &Cancel::new()).unwrap();
         let with_gc = began.elapsed();
         stop.store(true, Ordering::SeqCst);
-        (with_gc, report.removed_count, other.join().unwrap())
+        (with_gc, report.removed_count, durable.join().unwrap(), lazy.join().unwrap())
     });
-    waits.sort();
     let (all, _) = timed(|| control.prune(&[PruneOptions::default()], &mut |_| (), &Cancel::new()).unwrap());
     println!(
-        "{count:>9} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9.0} {:>9} {:>9} {:>9} {:>9}",
+        "{count:>9} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9.0} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9}",
         ms(make),
         ms(first),
         ms(again),
@@ -106,6 +120,8 @@ fn measure(count: u64) {
         ms(all),
         ms(waits[waits.len() * 99 / 100]),
         ms(waits[waits.len() - 1]),
+        ms(lazy_waits[lazy_waits.len() * 99 / 100]),
+        ms(lazy_waits[lazy_waits.len() - 1]),
     );
 }
 

@@ -33,6 +33,9 @@ use crate::{CacheError, RecordId};
 /// for longer than the 5 ms that they should have to wait.
 const BATCH: usize = 32;
 
+/// Records that are gone before the caller is told of them: they share a sync. At 100 µs each that is every 50 ms.
+const TOLD_AT_ONCE: usize = 512;
+
 /// Says which records an image store keeps as well: those are shared, and removing them frees nothing.
 pub trait SharedChecker: Send + Sync {
     /// Whether a record with these layers (diff IDs, bottom first) is somebody else's too. Not asked about records
@@ -223,10 +226,20 @@ impl Controller {
         let inner = &*self.inner;
         let mut report = inner.one_prune(|| {
             let mut run = Run::begin(inner, rules, cancel)?;
-            for rule in 0..rules.len() {
-                run.apply(rule, &mut |batch| run_batch(inner, batch, on_removed))?;
-            }
-            Ok::<_, CacheError>(run.report())
+            let mut gone = Vec::with_capacity(TOLD_AT_ONCE);
+            let mut tell = |gone: &mut Vec<PrunedRecord>| {
+                inner.store.sync()?;
+                gone.drain(..).for_each(|record| on_removed(&record));
+                Ok::<_, CacheError>(())
+            };
+            let applied = (0..rules.len()).try_for_each(|rule| {
+                run.apply(rule, &mut |batch| {
+                    run_batch(inner, batch, &mut gone)?;
+                    if gone.len() < TOLD_AT_ONCE { Ok(()) } else { tell(&mut gone) }
+                })
+            });
+            tell(&mut gone)?;
+            applied.map(|()| run.report())
         })?;
         report.collected = Some(inner.store.gc(GcMode::Run)?);
         Ok(report)
@@ -621,11 +634,7 @@ enum Did {
     Left(Reason),
 }
 
-fn run_batch(
-    inner: &Inner,
-    batch: &mut Batch<'_>,
-    on_removed: &mut dyn FnMut(&PrunedRecord),
-) -> Result<(), CacheError> {
+fn run_batch(inner: &Inner, batch: &mut Batch<'_>, gone: &mut Vec<PrunedRecord>) -> Result<(), CacheError> {
     let mut condemned = Condemned { inner, ids: Vec::with_capacity(batch.chosen.len()) };
     let survey = batch.survey;
     let ids = |at: u32| {
@@ -644,14 +653,17 @@ fn run_batch(
     let pending: Vec<usize> =
         (0..batch.chosen.len()).filter(|at| batch.chosen[*at].outcome == Outcome::Pending).collect();
     let at = |index: &usize| batch.chosen[*index].at;
-    let all = inner.store.write(|tx| pending.iter().map(|index| remove_one(inner, tx, survey, at(index))).collect());
+    // Durable before anybody is told, and before the bytes go.
+    let all =
+        inner.store.write_lazily(|tx| pending.iter().map(|index| remove_one(inner, tx, survey, at(index))).collect());
     let did: Vec<Result<Did, CacheError>> = match all {
         Ok(did) => Vec::into_iter(did).map(Ok).collect(),
         Err(error @ CatalogueError::Database { .. }) => return Err(error.into()),
         // One of them cannot be removed. By themselves, the others can.
-        Err(_) => {
-            pending.iter().map(|index| Ok(inner.store.write(|tx| remove_one(inner, tx, survey, at(index)))?)).collect()
-        }
+        Err(_) => pending
+            .iter()
+            .map(|index| Ok(inner.store.write_lazily(|tx| remove_one(inner, tx, survey, at(index)))?))
+            .collect(),
     };
     drop(condemned);
     for (index, did) in pending.into_iter().zip(did) {
@@ -659,7 +671,7 @@ fn run_batch(
         chosen.outcome = match did {
             Ok(Did::Removed(usage)) => {
                 let (rule, freed_bytes) = (batch.rule, chosen.freed_bytes);
-                on_removed(&PrunedRecord { usage: *usage, rule, freed_bytes });
+                gone.push(PrunedRecord { usage: *usage, rule, freed_bytes });
                 Outcome::Gone
             }
             Ok(Did::WasGone) => Outcome::Gone,

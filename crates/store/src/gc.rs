@@ -383,10 +383,7 @@ fn run(store: &Store, rounds: u64) -> Result<GcReport, GcError> {
         }
         if report.collected.len() > before || !report.leases.is_empty() {
             // The point of no return: from here no crash brings back the rows of the bytes that go.
-            store.write(|tx| {
-                tx.must_last();
-                Ok::<_, CatalogueError>(())
-            })?;
+            store.sync()?;
         }
         match remove_bytes(store, &bytes) {
             // One directory that does not go keeps nothing else from going.

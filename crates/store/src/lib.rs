@@ -161,6 +161,14 @@ impl Store {
         self.inner.catalogue.write(Urgency::Lazy, &|| self.inner.now(), change)
     }
 
+    /// Returns when what was changed so far is durable, lazily or not.
+    ///
+    /// # Errors
+    /// [`CatalogueError::Database`].
+    pub fn sync(&self) -> Result<(), CatalogueError> {
+        self.inner.catalogue.flush()
+    }
+
     /// Makes a lease.
     ///
     /// # Errors

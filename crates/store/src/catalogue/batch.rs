@@ -138,8 +138,8 @@ impl Catalogue {
         let running = Running::note(&self.running);
         let result = change(&mut tx)?;
         drop(running);
-        let (changes, must_last) = tx.finish();
-        if changes.rows() == 0 && !must_last {
+        let changes = tx.finish();
+        if changes.rows() == 0 {
             return Ok(result);
         }
         let traceless = view.traceless(&changes)?;
@@ -149,15 +149,13 @@ impl Catalogue {
         let (number, waiting) = {
             let mut state = lock(&self.state);
             state.failed.clone().map_or(Ok(()), Err)?;
-            if changes.rows() > 0 {
-                let is_as_it_was = Arc::ptr_eq(&state.view.base, &base) && Arc::ptr_eq(&state.view.flushing, &flushing);
-                let pending = Arc::make_mut(&mut state.view.pending);
-                pending.extend(&changes);
-                if is_as_it_was {
-                    traceless.iter().for_each(|(table, key)| pending.forget(table, key));
-                }
-                state.published += 1;
+            let is_as_it_was = Arc::ptr_eq(&state.view.base, &base) && Arc::ptr_eq(&state.view.flushing, &flushing);
+            let pending = Arc::make_mut(&mut state.view.pending);
+            pending.extend(&changes);
+            if is_as_it_was {
+                traceless.iter().for_each(|(table, key)| pending.forget(table, key));
             }
+            state.published += 1;
             (state.published, state.view.pending.rows())
         };
         drop(gate);

@@ -351,23 +351,16 @@ pub struct Tx<'a> {
     view: &'a View,
     changes: Changes,
     now: crate::Stamp,
-    must_last: bool,
 }
 
 impl<'a> Tx<'a> {
     pub(super) fn new(view: &'a View, now: crate::Stamp) -> Self {
-        Self { view, changes: Changes::default(), now, must_last: false }
+        Self { view, changes: Changes::default(), now }
     }
 
-    /// What the closure changed, and whether it counts as a change even if that is nothing.
-    pub(super) fn finish(self) -> (Changes, bool) {
-        (self.changes, self.must_last)
-    }
-
-    /// Counts as a change though nothing is put: if this is a durable write, what lazy ones did before is
-    /// durable with it.
-    pub(crate) fn must_last(&mut self) {
-        self.must_last = true;
+    /// What the closure changed.
+    pub(super) fn finish(self) -> Changes {
+        self.changes
     }
 
     /// The moment at which the closure began, by the store's clock.
