@@ -190,11 +190,11 @@ fn check(cases: &[Case]) {
         for is_pulled in [false, true] {
             let (rig, origin, other) = (Rig::with_driver(driver), Rig::with_driver(driver), Rig::with_driver(driver));
             let (cache, origin_cache) = (rig.open(), origin.open());
+            let origin = is_pulled.then_some(&origin_cache);
+            let mut builder = Builder { cache: &cache, origin, known: BTreeMap::new(), made: BTreeMap::new() };
             for (name, expr, expected) in cases {
                 let context = format!("{name}, {driver:?}, pulled: {is_pulled}");
                 eprintln!("{context}");
-                let origin = is_pulled.then_some(&origin_cache);
-                let mut builder = Builder { cache: &cache, origin, known: BTreeMap::new(), made: BTreeMap::new() };
                 let built = builder.build(expr);
                 let expected = of_ops(expected);
                 shown(built.as_ref()).assert_same(&expected, &context);
@@ -204,6 +204,7 @@ fn check(cases: &[Case]) {
                     .assert_same(&expected, &format!("{context}, imported"));
                 copies.close();
             }
+            drop(builder);
             assert_sound(&cache);
             assert_idle(&cache);
             rig.assert_no_warnings();
