@@ -2,8 +2,10 @@
 //!
 //! Overlayfs leaves marks that its own next mount understands but that mean nothing to another
 //! stack: handles of origins and counters in attributes, whiteouts of names that only existed meanwhile,
-//! opaque directories, directories in which nothing changed after all. Sealing takes one walk, which also tells explicit directories
-//! from implied ones and counts what the layer costs. No file is read or copied.
+//! opaque directories, files and directories about which nothing changed after all. Sealing takes one walk, which also tells
+//! explicit directories from implied ones and counts what the layer costs. No file is copied, and none is read but those
+//! that look in every way, to the nanosecond, as in the lower tree: what a `chmod -R` that changes nothing leaves, or a
+//! file that was moved away and back.
 //!
 //! The directory must be unmounted and nobody else may use it. Sealing again what was sealed, over
 //! the same lower tree, gives the same layer. After a crash the directory is half sealed; uppers of
@@ -17,6 +19,7 @@ use plies_oci::ErrorKind;
 use rustix::fs::{AtFlags, FileType, Mode, Stat};
 use rustix::io::Result as SysResult;
 
+use crate::diff::is_same_file;
 use crate::index::{DirIndex, Implied, Usage};
 use crate::sys::{self, Subject};
 use crate::tar::EntryPath;
@@ -252,6 +255,12 @@ impl Seal {
             frame.whiteouts = true;
         } else {
             self.clean(subject, &path)?;
+            // Of several names that are one file, this one may be all that the layer has of it.
+            if stat.st_nlink == 1 && self.is_as_below(name, &stat).map_err(at())? {
+                frame.changed = true;
+                rustix::fs::unlinkat(self.upper.here(), name, AtFlags::empty()).map_err(at())?;
+                return Ok(None);
+            }
         }
         frame.needed = true;
         let stat = sys::stat_at(self.upper.here(), name).map_err(at())?;
@@ -259,6 +268,14 @@ impl Seal {
             self.sealed.usage.add(&stat);
         }
         Ok(None)
+    }
+
+    /// Whether a name shows what the lower tree shows there: it was copied up, and nothing came of it.
+    fn is_as_below(&self, name: &[u8], stat: &Stat) -> SysResult<bool> {
+        match (self.lower.here(), self.lower.stat(name)?) {
+            (Some(lower), Some(below)) => is_same_file(&below, (lower, name), stat, (self.upper.here(), name)),
+            _ => Ok(false),
+        }
     }
 
     /// Removes what overlayfs keeps for itself, the opaque mark aside, whose value it gives.

@@ -1,12 +1,13 @@
 //! A record's layers as blobs, bottom first, as an image or a remote cache lists them.
 //!
 //! A record has at most one blob of its own: the one that it came from, or else the first that was made of it. Its chain
-//! IDs go by that one. The same tar in another compression is a *variant*: it belongs to the layer (or, as long as that
-//! was not unpacked, to the blob that it was made from), so that records which share a layer share its variants too.
+//! IDs go by that one. The same tar in another compression is a *variant*: it belongs to the layer, so that records which
+//! share a layer share its variants too. As long as that was not unpacked, it belongs to the records that list it: would
+//! it belong to the blob that it was made of, two could keep each other, and counts never take a ring.
 //!
 //! ```text
 //! record --holds--> layer --edge--> blob (gzip), variant (zstd), ..
-//! lazy record --holds--> blob (gzip) --edge--> variant (zstd)
+//! lazy record --holds--> blob (gzip), variant (zstd), ..
 //! ```
 //!
 //! Blobs are made before rows name them. All rows of one request change in one transaction at its end; what was made
@@ -480,7 +481,7 @@ impl Inner {
     }
 }
 
-/// Has a variant live as long as what it is one of.
+/// Has a variant live as long as the layer, or else as the record.
 fn keep_variant(tx: &mut Tx<'_>, part: &Part, variant: BlobDigest) -> Result<(), CatalogueError> {
     // One that is still to be fetched needs no keeping.
     if !tx.has(variant)? {
@@ -493,7 +494,7 @@ fn keep_variant(tx: &mut Tx<'_>, part: &Part, variant: BlobDigest) -> Result<(),
         Some((own, _)) if own != variant && tx.has(own)? => {
             // It may have come for another record.
             hold_blob(tx, part.record)?;
-            tx.add_edge(own, variant)
+            tx.hold(&record::owner(part.record), variant)
         }
         _ => Ok(()),
     }

@@ -316,7 +316,9 @@ impl Inner {
                     if row.state == State::Lazy {
                         row.state = State::Sealed { layer: Some(layer) };
                     }
-                })
+                })?;
+                // It may have come with the layer.
+                hold_blob(tx, id)
             })?;
             return Ok(lease.release()?);
         }

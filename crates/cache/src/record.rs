@@ -361,6 +361,8 @@ pub(crate) fn replace(
     match after {
         Some(row) => tx.put(&RECORDS, &id, row).map(drop),
         None => {
+            // Also what its row does not say: variants of its blob.
+            tx.unhold_all(&owner(id))?;
             tx.remove(&USES, &id)?;
             crate::metadata::forget(tx, id)?;
             crate::solver::forget(tx, id)?;
@@ -391,7 +393,6 @@ pub(crate) fn remove(tx: &mut Tx<'_>, id: RecordId) -> Result<bool, CatalogueErr
         Ok(Some(before)) => replace(tx, id, Some(&before), None).map(|()| true),
         // A row that does not decode cannot say what it stood on or held; its holds are under its own name.
         Err(CatalogueError::Damaged { .. } | CatalogueError::RowTooNew { .. }) => {
-            tx.unhold_all(&owner(id))?;
             replace(tx, id, None, None).map(|()| true)
         }
         Err(error) => Err(error),

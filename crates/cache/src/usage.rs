@@ -742,7 +742,7 @@ fn what_is_kept(
 ) -> Result<Lists, CatalogueError> {
     let mut kept: Vec<(u32, u32)> = Vec::new();
     let mut trees: Vec<(SnapshotId, u32)> = Vec::new();
-    let (mut next, mut blobs) = (0, false);
+    let mut next = 0;
     scan_holds(rows, |owner, held| {
         let id = owner.as_str().strip_prefix("record:").filter(|id| id.len() == RecordId::DIGITS);
         let Some(id) = id.and_then(RecordId::lowest_with) else { return ControlFlow::Continue(()) };
@@ -751,48 +751,29 @@ fn what_is_kept(
         let Some(node) = nodes.get_mut(next).filter(|node| node.id == id) else { return ControlFlow::Continue(()) };
         match (held, sizes.place(held)) {
             (Resource::Snapshot(snapshot), _) => trees.push((snapshot, short(next))),
-            (_, Some(place)) => {
-                blobs |= matches!(held, Resource::Blob(_));
-                kept.push((shown(nodes, short(next)), place));
-            }
+            (_, Some(place)) => kept.push((shown(nodes, short(next)), place)),
             (_, None) => node.note(|| format!("{held}, which it needs, is gone")),
         }
         ControlFlow::Continue(())
     })?;
-    if blobs || !trees.is_empty() {
+    if !trees.is_empty() {
         trees.sort_unstable();
-        let mut keepers_of_blobs: Vec<(u32, u32)> = Vec::new();
-        if blobs {
-            let is_blob = |place: u32| (place as usize) < sizes.blobs.len();
-            keepers_of_blobs.extend(kept.iter().filter(|(_, place)| is_blob(*place)).map(|(at, place)| (*place, *at)));
-            keepers_of_blobs.sort_unstable();
-        }
         let mut is_own = vec![false; sizes.len()];
         kept.iter().for_each(|(_, place)| is_own[*place as usize] = true);
         // Layers that a tree needs, by tree.
         let mut needed: Vec<(u32, u32)> = Vec::new();
         scan_edges(rows, |from, to| {
-            let Some(place) = sizes.place(to) else { return ControlFlow::Continue(()) };
-            match from {
-                Resource::Snapshot(snapshot) => {
-                    let first = trees.partition_point(|(tree, _)| *tree < snapshot);
-                    let keepers = trees[first..].iter().take_while(|(tree, _)| *tree == snapshot);
-                    for (_, at) in keepers {
-                        if is_own_stack(stacks, snapshot, *at) {
-                            kept.push((*at, place));
-                        } else {
-                            needed.push((*at, place));
-                        }
-                    }
+            let (Resource::Snapshot(snapshot), Some(place)) = (from, sizes.place(to)) else {
+                return ControlFlow::Continue(());
+            };
+            let first = trees.partition_point(|(tree, _)| *tree < snapshot);
+            let keepers = trees[first..].iter().take_while(|(tree, _)| *tree == snapshot);
+            for (_, at) in keepers {
+                if is_own_stack(stacks, snapshot, *at) {
+                    kept.push((*at, place));
+                } else {
+                    needed.push((*at, place));
                 }
-                // The variants of a blob go with it.
-                Resource::Blob(_) if matches!(to, Resource::Blob(_)) => {
-                    let Some(from) = sizes.place(from) else { return ControlFlow::Continue(()) };
-                    let first = keepers_of_blobs.partition_point(|(blob, _)| *blob < from);
-                    let keepers = keepers_of_blobs[first..].iter().take_while(|(blob, _)| *blob == from);
-                    kept.extend(keepers.map(|(_, at)| (*at, place)));
-                }
-                _ => {}
             }
             ControlFlow::Continue(())
         })?;

@@ -349,7 +349,6 @@ fn every_byte_is_counted_once_however_many_records_keep_it() {
 fn variants_of_a_blob_and_what_only_a_whole_tree_needs_count_too() {
     let rig = Rig::new();
     let (first, variant) = (blob(&rig.store, "first"), blob(&rig.store, "a variant of it"));
-    rig.store.write(|tx| tx.add_edge(first, variant)).unwrap();
     let own = layer(&rig.store, 100, Some(diff_id(101)));
     let below = rig.record(1, 40, Parents::None);
     let State::Sealed { layer: Some(lowest) } =
@@ -368,6 +367,7 @@ fn variants_of_a_blob_and_what_only_a_whole_tree_needs_count_too() {
         row.blob = Some(blob_row(first, diff_id(101)));
         row.snapshot = Some(snapshot);
     });
+    rig.store.write(|tx| tx.hold(&Owner::new("record", above), variant)).unwrap();
     assert_eq!(rig.row(above).size_bytes, 100 + 5 + 15 + 7, "the layer below is its parent's");
     assert_eq!(rig.row(below).size_bytes, 40);
     // A record of an older Plies has nothing but a stack.

@@ -74,6 +74,41 @@ fn private_xattrs(root: &Path) -> Vec<String> {
 }
 
 #[test]
+fn privileged_what_was_copied_up_and_did_not_change_goes() {
+    if skip_unprivileged() {
+        return;
+    }
+    let note = |path: &Path| {
+        rustix::fs::setxattr(path, "user.note", b"n", rustix::fs::XattrFlags::empty()).unwrap();
+    };
+    let items = ["moved", "mode", "written", "noted", "linked"].map(|name| file(&format!("d/{name}"), "same"));
+    let items = [vec![dir("d")], items.to_vec()].concat();
+    let step = Step::over(&items);
+    step.run(|root| {
+        let at = |name: &str| root.join("d").join(name);
+        fs::rename(at("moved"), root.join("away")).unwrap();
+        fs::rename(root.join("away"), at("moved")).unwrap();
+        let mode = fs::metadata(at("mode")).unwrap().permissions();
+        fs::set_permissions(at("mode"), mode).unwrap();
+        let was = fs::metadata(at("written")).unwrap().modified().unwrap();
+        fs::write(at("written"), b"else").unwrap();
+        fs::File::options().write(true).open(at("written")).unwrap().set_modified(was).unwrap();
+        note(&at("noted"));
+        fs::hard_link(at("linked"), at("linked2")).unwrap();
+    });
+    assert_eq!(shape(&step.upper), ["d/", "d/linked=same", "d/linked2==d/linked", "d/noted=same", "d/written=else"]);
+
+    // Where nothing else is left, the directory goes as well.
+    let step = Step::over(&items);
+    step.run(|root| {
+        let path = root.join("d/mode");
+        let mode = fs::metadata(&path).unwrap().permissions();
+        fs::set_permissions(path, mode).unwrap();
+    });
+    assert_eq!(shape(&step.upper), [""; 0]);
+}
+
+#[test]
 fn privileged_directories_on_the_way_to_a_change_are_implied() {
     if skip_unprivileged() {
         return;

@@ -458,6 +458,33 @@ fn wildcards_and_patterns() {
     }
 }
 
+/// `TestChecksumIncludeSymlink` of BuildKit's.
+#[test]
+fn patterns_and_wildcards_hold_behind_links_in_the_middle() {
+    let lines = ["data/d0/d1/d2/foo=abc", "data/symlink-to-d0->d0", "mnt/data->../data"];
+    let root = tree(&lines);
+    let ask = |path, wild: bool| {
+        let ask = at(path).only(&["**/foo"]);
+        if wild { ask.wild() } else { ask }.of(root.path()).unwrap()
+    };
+    for (path, through, wild) in [
+        ("data/d0", "mnt/data/d0", false),
+        ("data/d0", "mnt/data/d0", true),
+        ("data/d*", "mnt/data/d*", true),
+        ("data/d0/d1/d2", "mnt/data/d0/d1/d2", false),
+        ("data/d0/d1/d2", "mnt/data/d0/d1/d2", true),
+        ("data/d0/d1/d*", "mnt/data/d0/d1/d*", true),
+        ("data/d0/d*/d2", "mnt/data/d0/d*/d2", true),
+        ("data/d0/d*/d2", "mnt/data/symlink-to-d0/d*/d2", true),
+    ] {
+        assert_ne!(ask(path, wild), ContentDigest::of_nothing(), "{path}");
+        assert_eq!(ask(path, wild), ask(through, wild), "{path} and {through}");
+    }
+    let other = tree(&["data/d0/d1/d2/foo=other", lines[1], lines[2]]);
+    let ask = at("mnt/data/symlink-to-d0/d*/d2").only(&["**/foo"]).wild();
+    assert_ne!(ask.of(root.path()).unwrap(), ask.of(other.path()).unwrap());
+}
+
 #[test]
 fn links_in_a_filtered_directory_are_not_followed_with_a_slash_either() {
     let with = tree(&["d/l->../x", "d/broken->no", "d/f=1", "x=1"]);

@@ -2,15 +2,15 @@
 
 use std::collections::BTreeSet;
 use std::ffi::CStr;
-use std::fs::{self, File};
-use std::io::{self, Read};
+use std::fs;
+use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 
 use plies_archive::tar::EntryPath;
-use plies_archive::{Change, Sealed, UpperForm};
-use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat, Timespec, Timestamps};
+use plies_archive::{Change, Sealed, UpperForm, same_file};
+use rustix::fs::{AtFlags, FileType, Mode, Stat, Timespec, Timestamps};
 
 use super::{Driver, Form, Lower, Tree, Upper};
 use crate::error::{At as _, FileError};
@@ -18,9 +18,6 @@ use crate::layers::read_index_at;
 use crate::open::make_dir;
 use crate::snapshots::SnapshotError;
 use crate::tree::{self, Material, MergeLayer, Metadata};
-
-/// Compared at a time when two files look the same but may not be.
-const COMPARE_CHUNK_BYTES: usize = 128 << 10;
 
 /// Written when the copy was whole: what changes later gets a later inode change time, which programs
 /// cannot set.
@@ -66,7 +63,7 @@ impl Driver for Native {
     fn prepare(&self, lowers: &[Lower], upper: &Upper) -> Result<(), SnapshotError> {
         merged(lowers, &upper.tree(), Material::Copy)?;
         let marker = upper.dir.join(MARKER);
-        File::create(&marker).at("create", marker)?;
+        fs::File::create(&marker).at("create", marker)?;
         Ok(())
     }
 
@@ -229,43 +226,12 @@ impl Compare {
         if !moved && change_time(stat) < self.prepared {
             return Ok(true);
         }
-        match tree::file_type(stat) {
-            FileType::RegularFile => {
-                let open = |dir| {
-                    rustix::fs::openat(dir, name, OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())
-                };
-                let (was, is) = (open(before)?, open(after)?);
-                Ok(Metadata::of(&was)? == Metadata::of(&is)? && same_bytes(File::from(was), File::from(is))?)
-            }
-            FileType::Symlink => {
-                let target = |dir| rustix::fs::readlinkat(dir, name, Vec::new());
-                Ok(target(before)? == target(after)?)
-            }
-            _ => Ok(true),
-        }
+        // Of a file with several names, one may be new.
+        Ok(stat.st_nlink == 1 && same_file((before.as_fd(), name.to_bytes()), (after.as_fd(), name.to_bytes()))?)
     }
 }
 
 fn is_absent(code: i32) -> bool {
     use rustix::io::Errno;
     [Errno::NOENT, Errno::NOTDIR, Errno::LOOP].iter().any(|errno| errno.raw_os_error() == code)
-}
-
-fn same_bytes(mut a: File, mut b: File) -> io::Result<bool> {
-    if a.metadata()?.len() != b.metadata()?.len() {
-        return Ok(false);
-    }
-    let (mut from_a, mut from_b) = (vec![0; COMPARE_CHUNK_BYTES], vec![0; COMPARE_CHUNK_BYTES]);
-    loop {
-        let n = a.read(&mut from_a)?;
-        if n == 0 {
-            return Ok(true);
-        }
-        match b.read_exact(&mut from_b[..n]) {
-            Ok(()) if from_a[..n] == from_b[..n] => {}
-            Ok(()) => return Ok(false),
-            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(false),
-            Err(error) => return Err(error),
-        }
-    }
 }
