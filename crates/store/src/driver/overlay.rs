@@ -67,8 +67,8 @@ impl Overlay {
     }
 
     /// Whether this process may make overlay mounts.
-    pub(crate) fn is_available() -> bool {
-        fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC).is_ok()
+    pub(crate) fn check() -> io::Result<()> {
+        Ok(fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC).map(drop)?)
     }
 
     fn method(&self) -> OverlayMethod {
