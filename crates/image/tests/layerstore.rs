@@ -7,6 +7,8 @@ mod common;
 use std::fs;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd as _};
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
 use std::sync::{Arc, Barrier};
 use std::time::{Duration, UNIX_EPOCH};
@@ -15,7 +17,7 @@ use common::{Open, Rig, diff_id, tar};
 use plies_archive::ChangeKind;
 use plies_image::{LayerRef, LayerStore, LayerStoreError, LayerStoreOptions, NewRwLayer, RemovedLayer, RwRef};
 use plies_oci::{ChainId, Compression, ErrorKind};
-use plies_store::{Attach, DriverKind, LeaseId, Mounted, OpenError, OpenOptions, Store, Table, WaitPolicy};
+use plies_store::{Attach, DriverKind, IdMaps, LeaseId, Mounted, OpenError, OpenOptions, Store, Table, WaitPolicy};
 use plies_testkit::tar::{Member, archive};
 use plies_testkit::tools;
 use rustix::thread::CapabilitySet;
@@ -565,6 +567,79 @@ fn e19_a_mount_label_is_the_kernels_to_take() {
     } else {
         assert_eq!(kind(mounted), ErrorKind::Unavailable, "without SELinux it is refused, not left out");
     }
+}
+
+#[test]
+fn e19_a_mount_shows_mapped_owners_and_changes_have_those_on_disk() {
+    if !tools::privileged() {
+        return;
+    }
+    let range = |text: &str| vec![text.parse().unwrap()];
+    let ids = IdMaps::new(range("0:100000:65536"), range("0:200000:65536")).unwrap();
+    let base = archive(&[
+        Member::dir("d").owner(0, 0),
+        Member::file("d/old", "old").owner(5, 6),
+        Member::file("root", "root's").owner(0, 0),
+    ]);
+    let rig = Rig { driver: DriverKind::Overlay, ..Rig::new() };
+    let shown_on = rig.dir.path().join("shown");
+    fs::create_dir(&shown_on).unwrap();
+    for dir in [rig.dir.path(), &shown_on] {
+        fs::set_permissions(dir, fs::Permissions::from_mode(0o755)).unwrap();
+    }
+    let owner = |path: PathBuf| {
+        let stat = fs::symlink_metadata(path).unwrap();
+        (stat.uid(), stat.gid())
+    };
+    let chain = {
+        let open = rig.open();
+        let parent = open.chain(&[base, archive(&[Member::file("d/second", "2").owner(7, 8)])]);
+        let mut init = |root: std::os::fd::BorrowedFd<'_>| fs::write(path_of(&root).join(".init"), "made");
+        let new = NewRwLayer { ids: Some(ids.clone()), init: Some(&mut init), ..new_rw(Some(parent.chain_id())) };
+        let made = open.layers.create_rw("c", new, &open.lease).unwrap();
+        open.layers.hold(&parent, "user").unwrap();
+        assert_eq!(made.info().ids, Some(ids.clone()));
+        parent.chain_id()
+    };
+    // What it was made with is known to the next process.
+    let open = rig.open();
+    let made = open.layers.get_rw("c").unwrap();
+    for turn in 0..2 {
+        let mounted = open.layers.mount_rw(&made, Attach::At(&shown_on)).unwrap();
+        let there = [(".init", 0, 0), ("d/old", 5, 6), ("root", 0, 0), ("", 0, 0), ("d/second", 7, 8)];
+        for (name, uid, gid) in &there[..there.len() - turn] {
+            assert_eq!(owner(shown_on.join(name)), (100_000 + uid, 200_000 + gid), "{name}, turn {turn}");
+        }
+        if turn == 0 {
+            // As the mapped root, who owns and may change only what shows as its own.
+            let script = "echo new > d/new && echo more >> root && rm d/second && mkdir e && ! echo x >> d/old";
+            let mut shell = std::process::Command::new("sh");
+            shell.args(["-c", script]).current_dir(&shown_on).uid(100_000).gid(200_000);
+            tools::run(&mut shell);
+            fs::write(shown_on.join("nobodys"), "").unwrap_err();
+        }
+        mounted.unmount().unwrap();
+    }
+    let upper = open.store().root().join(format!("active/{}/fs", made.info().active));
+    for name in ["d/new", "root", "e"] {
+        assert_eq!(owner(upper.join(name)), (0, 0), "{name} on disk");
+    }
+    let changes: Vec<String> =
+        open.layers.changes(&made).unwrap().iter().map(|change| format!("{:?} {}", change.kind, change.path)).collect();
+    assert_eq!(changes, ["Modified /d", "Added /d/new", "Deleted /d/second", "Added /e", "Modified /root"]);
+    let committed = open.layers.commit_rw(&made, &open.transfer()).unwrap();
+    assert_eq!(committed.info().parent, Some(chain));
+    let plain = rw(&open, "plain", Some(committed.chain_id()));
+    let mounted = open.layers.mount_rw(&plain, Attach::Detached).unwrap();
+    for (name, expected) in [("d/new", (0, 0)), ("d/old", (5, 6)), ("root", (0, 0))] {
+        assert_eq!(owner(path_of(&mounted.root()).join(name)), expected, "{name}, committed");
+    }
+    assert_eq!(read(&mounted, "root").as_deref(), Some("root'smore\n"));
+    mounted.unmount().unwrap();
+
+    let native = Rig { driver: DriverKind::Native, ..Rig::new() }.open();
+    let made = native.layers.create_rw("c", NewRwLayer { ids: Some(ids), ..new_rw(None) }, &native.lease).unwrap();
+    assert_eq!(kind(native.layers.mount_rw(&made, Attach::Detached)), ErrorKind::Unavailable, "refused, not left out");
 }
 
 #[test]

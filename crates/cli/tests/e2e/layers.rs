@@ -223,6 +223,32 @@ fn a_writable_layer_is_mounted_changed_committed_and_removed() {
     assert_eq!(Shape::of(&ply).unfinished, Vec::<PathBuf>::new());
 }
 
+#[test]
+fn a_writable_layer_is_mounted_with_other_owners() {
+    use std::os::unix::fs::MetadataExt as _;
+    let Some(ply) = store() else { return };
+    let parent = register(&ply, &archive(&[Member::dir("etc"), Member::file("etc/f", "x").owner(3, 4)]), None);
+    ply.ok(args!["layer", "rw", "create", "box", "--parent", parent, "--init", "--uid-map", "0:100000:65536"]);
+    let listed = ply.json(args!["layer", "rw", "ls"]);
+    assert_eq!(
+        (&listed[0]["uid_map"], &listed[0]["gid_map"]),
+        (&json!(["0:100000:65536"]), &json!(["0:100000:65536"]))
+    );
+    let dir = ply.scratch().dir("box");
+    ply.ok(args!["layer", "rw", "mount", "box", dir]);
+    for (name, uid, gid) in [("etc/f", 100_003, 100_004), (".dockerenv", 100_000, 100_000), ("etc", 100_000, 100_000)] {
+        let stat = fs::metadata(dir.join(name)).unwrap();
+        assert_eq!((stat.uid(), stat.gid()), (uid, gid), "{name}");
+    }
+    ply.ok(args!["layer", "rw", "umount", "box"]);
+    assert_eq!(ply.ok(args!["layer", "rw", "changes", "box"]).stdout, "");
+    for bad in [&["--uid-map", "0:1"][..], &["--uid-map", "1:1:1"], &["--gid-map", "0:5:10", "--gid-map", "9:30:1"]] {
+        let bad: Vec<std::ffi::OsString> = bad.iter().map(Into::into).collect();
+        ply.fails(2, &[args!["layer", "rw", "create", "bad"], &bad].concat());
+    }
+    assert_eq!(ply.json(args!["layer", "rw", "ls"]).as_array().unwrap().len(), 1);
+}
+
 /// What the layer store shows.
 fn shown(ply: &Ply) -> String {
     let strip = |mut value: serde_json::Value| {
