@@ -75,7 +75,8 @@ pub(crate) fn with_user_namespace<T>(set_up: impl FnOnce(Pid) -> io::Result<T>) 
         Ok(_) => Err(io::Error::other("the kernel makes no user namespace")),
         Err(error) => Err(error.into()),
     };
-    drop(releases);
+    // Said, not only hung up: a child that another thread forks meanwhile has a copy of this end, and we have one of its.
+    let _ = rustix::io::write(&releases, &[0]);
     rustix::io::retry_on_intr(|| waitpid(Some(child), WaitOptions::empty()))?;
     set_up
 }
