@@ -249,7 +249,7 @@ impl Accessor {
     /// one. `None` if the layer is not here.
     ///
     /// # Errors
-    /// [`CacheError::NotAddressable`] if the parent has no chain; those of finalizing it.
+    /// [`CacheError::NotAddressable`] if a tar of the parent's layers is not known yet; those of finalizing it.
     #[track_caller]
     pub fn get_by_diff_id(
         &self,
@@ -740,7 +740,7 @@ impl Inner {
             None => None,
             Some(parent) => {
                 parent.finalize()?;
-                let chain = self.must_have(parent.id())?.chain_id;
+                let chain = self.chain_of_tree(parent.id())?;
                 Some((parent.id(), chain.ok_or(CacheError::NotAddressable { id: parent.id() })?))
             }
         };
@@ -786,6 +786,21 @@ impl Inner {
         held.is_loaded();
         lease.release()?;
         Ok(Some(held))
+    }
+
+    /// The chain of a record's tree: its own, or that of the layers that it is composed of, if the tars of all are known.
+    fn chain_of_tree(self: &Arc<Self>, id: RecordId) -> Result<Option<ChainId>, CacheError> {
+        if let Some(chain) = self.must_have(id)?.chain_id {
+            return Ok(Some(chain));
+        }
+        let mut chain = None;
+        for (_, row) in self.walk(id)? {
+            let State::Sealed { layer } = row.state else { return Ok(None) };
+            let Some(layer) = layer else { continue };
+            let Some(diff_id) = self.store.layers().info(layer)?.diff_id else { return Ok(None) };
+            chain = Some(ChainId::extend(chain, diff_id));
+        }
+        Ok(chain)
     }
 
     fn remove(&self, ids: &[RecordId]) -> Result<(), CacheError> {

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
+use plies_engine::IdRange;
 use plies_engine::exec::ExecutorChoice;
 use plies_oci::Reference;
 
@@ -427,6 +428,13 @@ pub(crate) enum Rw {
         /// Security label of its mounts (SELinux)
         #[arg(long)]
         label: Option<String>,
+        /// Whose its files show as while it is mounted: COUNT users from INSIDE on disk as those from OUTSIDE; may be
+        /// given several times [default: --gid-map]
+        #[arg(long, value_name = "INSIDE:OUTSIDE:COUNT")]
+        uid_map: Vec<IdRange>,
+        /// The same for groups [default: --uid-map]
+        #[arg(long, value_name = "INSIDE:OUTSIDE:COUNT")]
+        gid_map: Vec<IdRange>,
         /// Make what every container needs (/dev/console, /etc/hosts, …) in a layer of its own below it
         #[arg(long)]
         init: bool,

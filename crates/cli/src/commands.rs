@@ -73,6 +73,12 @@ fn check(command: &Command) -> Result<(), clap::Error> {
         Command::Layer(args::Layer::Register { file, .. }) if file.as_os_str() == "-" && io::stdin().is_terminal() => {
             wrong(ErrorKind::MissingRequiredArgument, "a tar is expected on standard input: give a file, or redirect")
         }
+        Command::Layer(args::Layer::Rw(args::Rw::Create { uid_map, gid_map, .. })) => {
+            match layers::id_maps(uid_map.clone(), gid_map.clone()) {
+                Ok(_) => Ok(()),
+                Err(error) => wrong(ErrorKind::ValueValidation, &error.to_string()),
+            }
+        }
         Command::Load(load) if !given(&load.input) && io::stdin().is_terminal() => wrong(
             ErrorKind::MissingRequiredArgument,
             "an archive is expected on standard input: give -i PATH, or redirect",

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use comfy_table::{Cell, CellAlignment, Table, presets};
+use unicode_width::UnicodeWidthStr as _;
 
 /// Hex digits that are shown of an id; docker and git users expect 12.
 const SHORT_ID_DIGITS: usize = 12;
@@ -89,23 +89,35 @@ pub(crate) enum Column {
 
 /// Prints rows under headings, columns parted by blanks only, as docker and git do: easy to read, easy to cut.
 pub(crate) fn table(columns: &[Column], rows: impl IntoIterator<Item = Vec<String>>) -> String {
-    let mut table = Table::new();
-    table.load_style(presets::NOTHING);
-    table.set_header(columns.iter().map(|column| match column {
-        Column::Left(name) => Cell::new(name),
-        Column::Right(name) => Cell::new(name).set_alignment(CellAlignment::Right),
-    }));
-    for row in rows {
-        table.add_row(row.iter().map(|text| safe(text)));
-    }
-    for (index, column) in columns.iter().enumerate() {
-        let table_column = table.column_mut(index).expect("because the header has that many cells");
-        table_column.set_padding(if index == 0 { (0, 1) } else { (1, 1) });
-        if matches!(column, Column::Right(_)) {
-            table_column.set_cell_alignment(CellAlignment::Right);
+    let head = columns.iter().map(|column| match column {
+        Column::Left(name) | Column::Right(name) => (*name).to_owned(),
+    });
+    let measured = |row: Vec<String>| -> Vec<(String, usize)> {
+        let cell = |text: &String| {
+            let text = safe(text);
+            let width = text.width();
+            (text, width)
+        };
+        row.iter().map(cell).collect()
+    };
+    let rows: Vec<_> = std::iter::once(head.collect()).chain(rows).map(measured).collect();
+    let width_of = |column: usize| rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.1).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..columns.len()).map(width_of).collect();
+    let mut out = String::new();
+    for row in &rows {
+        let start = out.len();
+        for (((text, width), column), widest) in row.iter().zip(columns).zip(&widths) {
+            let blanks = widest - width;
+            let (before, after) = if matches!(column, Column::Right(_)) { (blanks, 0) } else { (0, blanks) };
+            let gap = if out.len() == start { 0 } else { 2 };
+            out.extend(std::iter::repeat_n(' ', gap + before));
+            out.push_str(text);
+            out.extend(std::iter::repeat_n(' ', after));
         }
+        out.truncate(start + out[start..].trim_end().len());
+        out.push('\n');
     }
-    table.lines().map(|line| line.trim_end().to_owned() + "\n").collect()
+    out
 }
 
 #[cfg(test)]
@@ -152,5 +164,8 @@ mod tests {
     fn tables_align() {
         let text = table(&[Column::Left("NAME"), Column::Right("SIZE")], [vec!["a".into(), "1B".into()]]);
         assert_eq!(text, "NAME  SIZE\na       1B\n");
+        let columns = [Column::Right("N"), Column::Left("NAME"), Column::Left("END")];
+        let rows = [["100", "", ""], ["1", "字字字", "x"]].map(|row| row.map(str::to_owned).to_vec());
+        assert_eq!(table(&columns, rows), "  N  NAME    END\n100\n  1  字字字  x\n");
     }
 }

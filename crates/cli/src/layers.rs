@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use plies_engine::exec::Cancel;
-use plies_engine::{Engine, Input, LayerSummary, Output, RemovedLayerSummary, RwSummary};
+use plies_engine::{Engine, IdMaps, IdRange, Input, LayerSummary, Output, RemovedLayerSummary, RwSummary};
 use serde_json::json;
 
 use crate::args::{Layer, Rw};
@@ -56,8 +56,9 @@ pub(crate) fn run(
 
 fn writable(engine: &Engine, command: Rw, json: bool, style: Style, cancel: &Cancel) -> anyhow::Result<ExitCode> {
     match command {
-        Rw::Create { name, parent, label, init } => {
-            let made = engine.create_rw_layer(&name, parent.as_deref(), label.as_deref(), init)?;
+        Rw::Create { name, parent, label, uid_map, gid_map, init } => {
+            let ids = id_maps(uid_map, gid_map)?;
+            let made = engine.create_rw_layer(&name, parent.as_deref(), label.as_deref(), ids, init)?;
             if json {
                 return print_json(&made);
             }
@@ -111,6 +112,17 @@ fn writable(engine: &Engine, command: Rw, json: bool, style: Style, cancel: &Can
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// The maps that were asked for; users and groups alike where only one was given.
+pub(crate) fn id_maps(uids: Vec<IdRange>, gids: Vec<IdRange>) -> Result<Option<IdMaps>, plies_engine::IdMapError> {
+    let (uids, gids) = match (uids.is_empty(), gids.is_empty()) {
+        (true, true) => return Ok(None),
+        (true, false) => (gids.clone(), gids),
+        (false, true) => (uids.clone(), uids),
+        (false, false) => (uids, gids),
+    };
+    IdMaps::new(uids, gids).map(Some)
 }
 
 fn print_layer(layer: &LayerSummary, json: bool) -> anyhow::Result<ExitCode> {

@@ -133,7 +133,7 @@ impl Engine {
     /// [`ImagesError`].
     pub fn images(&self) -> Result<Vec<ImageSummary>, ImagesError> {
         let images = self.store().read(plies_image::list)?;
-        let damaged = |image: plies_image::Image, error: &ImagesError| ImageSummary {
+        let damaged = |image: &plies_image::Image, error: &ImagesError| ImageSummary {
             id: image.id,
             names: image.names.iter().map(|name| familiar(name)).collect(),
             created: None,
@@ -142,21 +142,20 @@ impl Engine {
             size_bytes: 0,
             error: Some(chain(error)),
         };
-        let summary =
-            |image: plies_image::Image| self.summary(image.clone()).unwrap_or_else(|error| damaged(image, &error));
-        Ok(images.into_iter().map(summary).collect())
+        let summary = |image| self.summary(image).unwrap_or_else(|error| damaged(image, &error));
+        Ok(images.iter().map(summary).collect())
     }
 
-    fn summary(&self, image: plies_image::Image) -> Result<ImageSummary, ImagesError> {
+    fn summary(&self, image: &plies_image::Image) -> Result<ImageSummary, ImagesError> {
         // Ten thousand configs take longer to read than people wait for a list.
-        if let Some(listed) = image.row.listed
+        if let Some(listed) = &image.row.listed
             && self.store().content().has_file(BlobDigest::from_bytes(*image.id.as_bytes()))
         {
             return Ok(ImageSummary {
                 id: image.id,
                 names: image.names.iter().map(|name| familiar(name)).collect(),
-                created: listed.created,
-                platform: listed.platform,
+                created: listed.created.clone(),
+                platform: listed.platform.clone(),
                 layers_count: usize::try_from(listed.layers_count).unwrap_or(usize::MAX),
                 size_bytes: listed.size_bytes,
                 error: None,
@@ -213,7 +212,7 @@ impl Engine {
         let (parent, built_here, chain_id) = (found.row.parent, found.row.built_here, found.row.chain);
         let manifests = found.row.manifests.iter().map(|manifest| manifest.digest).collect();
         Ok(ImageDetails {
-            summary: self.summary(plies_image::Image { id: found.id, row: found.row, names })?,
+            summary: self.summary(&plies_image::Image { id: found.id, row: found.row, names })?,
             manifests,
             parent,
             children,

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use plies_archive::{ChangeKind, compress};
 use plies_image::{ChainInfo, LayerStore, LayerStoreError, LayerStoreOptions, NewRwLayer, RemovedLayer, RwInfo};
 use plies_oci::{ChainId, DiffId, ErrorKind};
-use plies_store::CatalogueError;
+use plies_store::{CatalogueError, IdMaps, IdRange};
 use rustix::fs::{Mode, OFlags};
 use serde::Serialize;
 
@@ -148,6 +148,10 @@ pub struct RwSummary {
     pub init_id: Option<String>,
     /// The security label of its mounts.
     pub label: Option<String>,
+    /// Whose its files show as while it is mounted, as `INSIDE:OUTSIDE:COUNT`: users.
+    pub uid_map: Vec<String>,
+    /// The same of groups.
+    pub gid_map: Vec<String>,
     /// Where it is mounted by `ply layer rw mount`.
     pub mounted_on: Option<String>,
     /// When it was made, RFC 3339.
@@ -213,10 +217,9 @@ impl Engine {
             let stream = io::Cursor::new(head).chain(stream);
             let transfer = self.transfer(lease, progress, cancel);
             let layer = layers.register(stream, compression, parent, &transfer)?;
+            // The reference goes when it is dropped; what is held stays.
             layers.hold(&layer, USER)?;
-            let summary = layer.info().clone().into();
-            layers.release(layer)?;
-            Ok(summary)
+            Ok(layer.info().clone().into())
         })
     }
 
@@ -250,7 +253,7 @@ impl Engine {
         Ok(gone(layers.let_go(layers.find(wanted)?, USER)?))
     }
 
-    /// Makes a writable layer. With `init`, what every container needs and no image has is made in a layer of its own.
+    /// Makes a writable layer. With `ids` its mounts show other owners. With `init`, what every container needs and no image has is made in a layer of its own.
     ///
     /// # Errors
     /// [`LayersError`].
@@ -259,6 +262,7 @@ impl Engine {
         name: &str,
         parent: Option<&str>,
         label: Option<&str>,
+        ids: Option<IdMaps>,
         init: bool,
     ) -> Result<RwSummary, LayersError> {
         let layers = self.layer_store()?;
@@ -268,6 +272,7 @@ impl Engine {
             let new = NewRwLayer {
                 parent,
                 label: label.map(str::to_owned),
+                ids,
                 init: if init { Some(&mut initialise) } else { None },
             };
             let made = layers.create_rw(name, new, lease)?;
@@ -296,7 +301,7 @@ impl Engine {
     pub fn mount_rw_layer(&self, name: &str, dir: &Path) -> Result<(), LayersError> {
         let layers = self.layer_store()?;
         let rw = layers.get_rw(name)?;
-        self.mount_writable(rw.info().active, rw.info().label.as_deref(), dir)?;
+        self.mount_writable(rw.info().active, rw.info().mount_options(), dir)?;
         Ok(())
     }
 
@@ -346,10 +351,9 @@ impl Engine {
         self.check_not_mounted(rw.info().active)?;
         self.with_lease("layer rw commit", |lease| {
             let layer = layers.commit_rw(&rw, &self.transfer(lease, progress, cancel))?;
+            // The reference goes when it is dropped; what is held stays.
             layers.hold(&layer, USER)?;
-            let summary = layer.info().clone().into();
-            layers.release(layer)?;
-            Ok(summary)
+            Ok(layer.info().clone().into())
         })
     }
 
@@ -365,10 +369,16 @@ impl Engine {
     }
 }
 
+fn texts(ranges: Option<&[IdRange]>) -> Vec<String> {
+    ranges.unwrap_or_default().iter().map(IdRange::to_string).collect()
+}
+
 fn summary_of(info: RwInfo, mounted_on: Option<PathBuf>) -> RwSummary {
     RwSummary {
         mount_id: info.mount_id(),
         init_id: info.init_id(),
+        uid_map: texts(info.ids.as_ref().map(IdMaps::uids)),
+        gid_map: texts(info.ids.as_ref().map(IdMaps::gids)),
         name: info.name,
         parent: info.parent,
         label: info.label,

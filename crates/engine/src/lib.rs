@@ -47,7 +47,7 @@ pub use images::{HistoryLine, ImageDetails, ImageSummary, ImagesError, familiar}
 pub use layers::{ChangeSummary, LayerDetails, LayerSummary, LayersError, RemovedLayerSummary, RwSummary};
 pub use load::{LoadError, LoadedImage, MovedName};
 pub use plies_image::Removed as RemovedImage;
-pub use plies_store::{Canceled, DriverKind, TransferError, progress};
+pub use plies_store::{Canceled, DriverKind, IdMapError, IdMaps, IdRange, TransferError, progress};
 pub use prune::{PruneError, PruneRow, PruneSummary};
 pub use records::{RecordSummary, RecordsError};
 pub use run::{RunError, RunRequest};

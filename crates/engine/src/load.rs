@@ -488,8 +488,9 @@ impl Engine {
 
     fn docker_candidates(&self, archive: &Archive, path: &str) -> Result<Vec<Candidate>, LoadError> {
         let raw = archive.read("manifest.json", DOCKER_MANIFEST_BYTES_MAX)?;
-        let images: Vec<DockerImage> = serde_json::from_slice(&raw)
-            .map_err(|source| LoadError::DockerManifest { path: path.to_owned(), source })?;
+        let images = plies_oci::check_unique_keys(&raw).and_then(|()| serde_json::from_slice(&raw));
+        let images: Vec<DockerImage> =
+            images.map_err(|source| LoadError::DockerManifest { path: path.to_owned(), source })?;
         let mut candidates = Vec::new();
         for image in images {
             let raw = archive.read(&image.config, limits::CONFIG_BYTES_MAX)?;

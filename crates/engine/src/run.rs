@@ -13,8 +13,8 @@ use plies_cache::{CacheError, RecordOptions, State};
 use plies_image::{Found, ImageError};
 use plies_oci::ErrorKind;
 use plies_store::{
-    ActiveId, ActiveOptions, Attach, CatalogueError, GcMode, Lease, Mounted, Owner, Row, Rows as _, SnapshotError,
-    SnapshotId, Table,
+    ActiveId, ActiveOptions, Attach, CatalogueError, GcMode, Lease, MountOptions, Mounted, Owner, Row, Rows as _,
+    SnapshotError, SnapshotId, Table,
 };
 use serde::{Deserialize, Serialize};
 
@@ -317,11 +317,16 @@ impl Engine {
         Ok((dir, key))
     }
 
-    /// As [`Engine::mount`], of an active that somebody else holds, with a security label for the mount.
-    pub(crate) fn mount_writable(&self, active: ActiveId, label: Option<&str>, dir: &Path) -> Result<(), RunError> {
+    /// As [`Engine::mount`], of an active that somebody else holds.
+    pub(crate) fn mount_writable(
+        &self,
+        active: ActiveId,
+        options: MountOptions<'_>,
+        dir: &Path,
+    ) -> Result<(), RunError> {
         let (dir, key) = self.free_place(dir)?;
         self.check_not_mounted(active)?;
-        self.mount_what(Mount::Record(active), label, &dir, key)
+        self.mount_what(Mount::Record(active), options, &dir, key)
     }
 
     /// Where an active is mounted by a process that has ended since.
@@ -349,10 +354,10 @@ impl Engine {
                 Mount::Scratch(snapshots.prepare(tree, lease, ActiveOptions { volatile: false })?)
             }
         };
-        self.mount_what(what, None, dir, key)
+        self.mount_what(what, MountOptions::default(), dir, key)
     }
 
-    fn mount_what(&self, what: Mount, label: Option<&str>, dir: &Path, key: Vec<u8>) -> Result<(), RunError> {
+    fn mount_what(&self, what: Mount, options: MountOptions<'_>, dir: &Path, key: Vec<u8>) -> Result<(), RunError> {
         let snapshots = self.store().snapshots();
         // Held before it is mounted: a crash in between leaves a hold that the next gc sees to be for nothing, rather
         // than a mount whose layers are collected under it.
@@ -368,7 +373,7 @@ impl Engine {
         let mounted = match what {
             Mount::View(snapshot) => snapshots.view(snapshot, Attach::At(dir)),
             Mount::Record(active) | Mount::Scratch(active) => {
-                snapshots.mount_active_labelled(active, label, Attach::At(dir))
+                snapshots.mount_active_with(active, options, Attach::At(dir))
             }
         };
         match mounted {

@@ -112,6 +112,15 @@ pub enum SaveError {
         /// The digest of what is there.
         actual: BlobDigest,
     },
+    /// A blob is not all there any more.
+    #[error("blob {digest} is damaged: remove its images (ply rmi) and load them again")]
+    Cut {
+        /// The blob.
+        digest: BlobDigest,
+        /// How much of it is there.
+        #[source]
+        source: BlobError,
+    },
     /// Writing.
     #[error("write {}", path.display())]
     Write {
@@ -153,6 +162,9 @@ impl From<ImagesError> for SaveError {
             ImagesError::Content { source: BlobError::Changed { digest, actual }, .. } => {
                 Self::Damaged { digest, actual }
             }
+            ImagesError::Content { source: source @ BlobError::Damaged { digest, .. }, .. } => {
+                Self::Cut { digest, source }
+            }
             source => Self::Image(source),
         }
     }
@@ -180,6 +192,7 @@ impl SaveError {
     pub fn kind(&self) -> ErrorKind {
         match self {
             Self::Image(source) => source.kind(),
+            Self::Cut { source, .. } => source.kind(),
             Self::Document { .. } | Self::Changed { .. } | Self::Damaged { .. } => ErrorKind::DataLoss,
             Self::Layer { source, .. } => source.kind(),
             Self::Write { .. } => ErrorKind::Unavailable,

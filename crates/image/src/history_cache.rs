@@ -315,6 +315,23 @@ pub fn is_valid_entry(entry: &Value, step: &Step<'_>) -> bool {
     words.is_some_and(|words| reads_back(&words) && entry["created_by"].as_str().unwrap_or("") == words.join(" "))
 }
 
+/// Whether an entry says that these words were run: joined by blanks, as Docker's classic builder and buildah have them,
+/// or between `RUN` and `# buildkit`. Where the step saw build arguments they stand in front: `|1 A=b /bin/sh -c …`.
+pub fn is_run_of(entry: &Value, words: &[String]) -> bool {
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    let text = entry["created_by"].as_str().unwrap_or("");
+    let text = text.strip_prefix("RUN ").and_then(|text| text.strip_suffix(" # buildkit")).unwrap_or(text);
+    key_of_entry(entry).is_none() && reads_back(&words) && text == words.join(" ")
+}
+
+/// The instruction that an entry stands for which runs nothing: behind `#(nop)` in what Docker's classic builder and
+/// buildah write, the whole text in what BuildKit writes.
+pub fn instruction_of(entry: &Value) -> &str {
+    let text = entry["created_by"].as_str().unwrap_or("");
+    // One blank or two: Docker joined words of which one ended in a blank.
+    text.split_once("#(nop) ").map_or(text, |(_, instruction)| instruction).trim_start()
+}
+
 /// Whether words joined by blanks can be read back in one way: a shell's script is the last word, behind an option, and
 /// has blanks of its own; no other word has.
 fn reads_back(words: &[&str]) -> bool {

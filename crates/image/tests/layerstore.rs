@@ -7,16 +7,20 @@ mod common;
 use std::fs;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd as _};
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
-use std::sync::Barrier;
+use std::sync::{Arc, Barrier};
+use std::time::{Duration, UNIX_EPOCH};
 
 use common::{Open, Rig, diff_id, tar};
 use plies_archive::ChangeKind;
-use plies_image::{LayerRef, LayerStoreError, LayerStoreOptions, NewRwLayer, RemovedLayer, RwRef};
+use plies_image::{LayerRef, LayerStore, LayerStoreError, LayerStoreOptions, NewRwLayer, RemovedLayer, RwRef};
 use plies_oci::{ChainId, Compression, ErrorKind};
-use plies_store::{Attach, DriverKind, LeaseId, Mounted, Table};
+use plies_store::{Attach, DriverKind, IdMaps, LeaseId, Mounted, OpenError, OpenOptions, Store, Table, WaitPolicy};
 use plies_testkit::tar::{Member, archive};
 use plies_testkit::tools;
+use rustix::thread::CapabilitySet;
 
 const REFS: Table<(ChainId, LeaseId), ()> = Table::new("image.chain_refs");
 const RW_REFS: Table<(String, LeaseId), ()> = Table::new("image.rw_refs");
@@ -79,6 +83,37 @@ fn e01_a_parent_as_deep_as_the_limit_is_refused_and_released() {
 }
 
 #[test]
+fn e02_a_driver_that_does_not_work_is_told_when_the_store_is_opened() {
+    if !tools::privileged() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let open = |driver| {
+        let mut options = OpenOptions::new(Arc::new(|| UNIX_EPOCH + Duration::from_secs(4_000_000_000)));
+        options.driver = driver;
+        Store::open(&dir.path().join("store"), options, WaitPolicy::Fail)
+    };
+    let opened = std::thread::scope(|scope| {
+        let without_mounts = || {
+            // Of this thread alone.
+            let mut sets = rustix::thread::capabilities(None).unwrap();
+            sets.effective.remove(CapabilitySet::SYS_ADMIN);
+            rustix::thread::set_capabilities(None, sets).unwrap();
+            let asked_for = open(DriverKind::Overlay).map(drop).unwrap_err();
+            assert!(matches!(asked_for, OpenError::Driver { driver: "overlay", .. }), "{asked_for}");
+            assert_eq!(asked_for.kind(), ErrorKind::Unavailable);
+            assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0, "nothing was made");
+            open(DriverKind::Auto).map(|store| store.driver())
+        };
+        scope.spawn(without_mounts).join().unwrap()
+    });
+    assert_eq!(opened.unwrap(), "native (copies)");
+    // The layers are the same with either driver.
+    let with_mounts = open(DriverKind::Overlay).unwrap();
+    assert!(with_mounts.driver().starts_with("overlay"), "{}", with_mounts.driver());
+}
+
+#[test]
 fn e03_after_a_restart_a_layer_is_held_by_its_children_and_holders_only() {
     if !tools::privileged() {
         return;
@@ -124,6 +159,38 @@ fn e04_a_layer_knows_its_diff_size_and_parent() {
 }
 
 #[test]
+fn e05_what_is_known_of_a_writable_layer_is_read_again_whatever_is_missing_of_it() {
+    if !tools::privileged() {
+        return;
+    }
+    let rig = Rig::new();
+    let before = {
+        let open = rig.open();
+        let parent = open.register(&tar(1), None).unwrap();
+        rw(&open, "alone", None);
+        rw(&open, "child", Some(parent.chain_id()));
+        let mut init = |root: std::os::fd::BorrowedFd<'_>| fs::write(path_of(&root).join(".init"), "made");
+        let new = NewRwLayer { init: Some(&mut init), ..new_rw(Some(parent.chain_id())) };
+        let made = open.layers.create_rw("with init", new, &open.lease);
+        assert_eq!(kind(made), ErrorKind::InvalidInput);
+        let new = NewRwLayer { init: Some(&mut init), ..new_rw(Some(parent.chain_id())) };
+        drop(open.layers.create_rw("with-init", new, &open.lease).unwrap());
+        open.layers.list_rw().unwrap()
+    };
+    let known: Vec<_> =
+        before.iter().map(|info| (info.name.as_str(), info.parent.is_some(), info.init_id().is_some())).collect();
+    assert_eq!(known, [("alone", false, false), ("child", true, false), ("with-init", true, true)]);
+    // Opening again, and the layer store a second time, changes neither what is known nor what is counted.
+    let open = rig.open();
+    let again = LayerStore::open(open.store(), LayerStoreOptions::default()).unwrap();
+    for layers in [&open.layers, &again] {
+        assert_eq!(layers.list_rw().unwrap(), before);
+        let users = layers.users(before[1].parent.unwrap()).unwrap();
+        assert_eq!(users.holders, [("rw:child".to_owned(), 1), ("rw:with-init".to_owned(), 1)]);
+    }
+}
+
+#[test]
 fn e06_bytes_behind_the_end_belong_to_the_diff_id_and_the_tar() {
     if !tools::privileged() {
         return;
@@ -153,6 +220,36 @@ fn e07_an_unknown_parent_does_not_exist() {
     assert_eq!(kind(open.layers.get(nobody)), ErrorKind::NotFound);
     assert_eq!(kind(open.layers.create_rw("x", new_rw(Some(nobody)), &open.lease)), ErrorKind::NotFound);
     assert!(open.layers.list_rw().unwrap().is_empty());
+}
+
+#[test]
+fn e08_no_layer_gets_an_id_twice_and_one_that_cannot_be_begun_leaves_nothing() {
+    if !tools::privileged() {
+        return;
+    }
+    let rig = Rig::new();
+    let before = {
+        let mut open = rig.open();
+        let layer = open.register(&tar(1), None).unwrap();
+        let id = layer.info().layer;
+        open.layers.release(layer).unwrap();
+        open.collect();
+        id
+    };
+    let mut open = rig.open();
+    let parent = open.register(&tar(1), None).unwrap();
+    assert_ne!(parent.info().layer, before, "of the same tar, in another session");
+    // No place for its directory.
+    let stages = open.store().root().join("layers/stage");
+    let aside = open.store().root().join("layers-stage");
+    fs::rename(&stages, &aside).unwrap();
+    assert_eq!(kind(open.register(&tar(2), Some(parent.chain_id()))), ErrorKind::Unavailable);
+    fs::rename(&aside, &stages).unwrap();
+    let users = open.layers.users(parent.chain_id()).unwrap();
+    assert_eq!((users.refs_count, users.children.len()), (1, 0));
+    open.collect();
+    assert_eq!(open.counts(), (1, 0));
+    assert_eq!(open.register(&tar(2), Some(parent.chain_id())).unwrap().info().parent, Some(parent.chain_id()));
 }
 
 #[test]
@@ -470,6 +567,79 @@ fn e19_a_mount_label_is_the_kernels_to_take() {
     } else {
         assert_eq!(kind(mounted), ErrorKind::Unavailable, "without SELinux it is refused, not left out");
     }
+}
+
+#[test]
+fn e19_a_mount_shows_mapped_owners_and_changes_have_those_on_disk() {
+    if !tools::privileged() {
+        return;
+    }
+    let range = |text: &str| vec![text.parse().unwrap()];
+    let ids = IdMaps::new(range("0:100000:65536"), range("0:200000:65536")).unwrap();
+    let base = archive(&[
+        Member::dir("d").owner(0, 0),
+        Member::file("d/old", "old").owner(5, 6),
+        Member::file("root", "root's").owner(0, 0),
+    ]);
+    let rig = Rig { driver: DriverKind::Overlay, ..Rig::new() };
+    let shown_on = rig.dir.path().join("shown");
+    fs::create_dir(&shown_on).unwrap();
+    for dir in [rig.dir.path(), &shown_on] {
+        fs::set_permissions(dir, fs::Permissions::from_mode(0o755)).unwrap();
+    }
+    let owner = |path: PathBuf| {
+        let stat = fs::symlink_metadata(path).unwrap();
+        (stat.uid(), stat.gid())
+    };
+    let chain = {
+        let open = rig.open();
+        let parent = open.chain(&[base, archive(&[Member::file("d/second", "2").owner(7, 8)])]);
+        let mut init = |root: std::os::fd::BorrowedFd<'_>| fs::write(path_of(&root).join(".init"), "made");
+        let new = NewRwLayer { ids: Some(ids.clone()), init: Some(&mut init), ..new_rw(Some(parent.chain_id())) };
+        let made = open.layers.create_rw("c", new, &open.lease).unwrap();
+        open.layers.hold(&parent, "user").unwrap();
+        assert_eq!(made.info().ids, Some(ids.clone()));
+        parent.chain_id()
+    };
+    // What it was made with is known to the next process.
+    let open = rig.open();
+    let made = open.layers.get_rw("c").unwrap();
+    for turn in 0..2 {
+        let mounted = open.layers.mount_rw(&made, Attach::At(&shown_on)).unwrap();
+        let there = [(".init", 0, 0), ("d/old", 5, 6), ("root", 0, 0), ("", 0, 0), ("d/second", 7, 8)];
+        for (name, uid, gid) in &there[..there.len() - turn] {
+            assert_eq!(owner(shown_on.join(name)), (100_000 + uid, 200_000 + gid), "{name}, turn {turn}");
+        }
+        if turn == 0 {
+            // As the mapped root, who owns and may change only what shows as its own.
+            let script = "echo new > d/new && echo more >> root && rm d/second && mkdir e && ! echo x >> d/old";
+            let mut shell = std::process::Command::new("sh");
+            shell.args(["-c", script]).current_dir(&shown_on).uid(100_000).gid(200_000);
+            tools::run(&mut shell);
+            fs::write(shown_on.join("nobodys"), "").unwrap_err();
+        }
+        mounted.unmount().unwrap();
+    }
+    let upper = open.store().root().join(format!("active/{}/fs", made.info().active));
+    for name in ["d/new", "root", "e"] {
+        assert_eq!(owner(upper.join(name)), (0, 0), "{name} on disk");
+    }
+    let changes: Vec<String> =
+        open.layers.changes(&made).unwrap().iter().map(|change| format!("{:?} {}", change.kind, change.path)).collect();
+    assert_eq!(changes, ["Modified /d", "Added /d/new", "Deleted /d/second", "Added /e", "Modified /root"]);
+    let committed = open.layers.commit_rw(&made, &open.transfer()).unwrap();
+    assert_eq!(committed.info().parent, Some(chain));
+    let plain = rw(&open, "plain", Some(committed.chain_id()));
+    let mounted = open.layers.mount_rw(&plain, Attach::Detached).unwrap();
+    for (name, expected) in [("d/new", (0, 0)), ("d/old", (5, 6)), ("root", (0, 0))] {
+        assert_eq!(owner(path_of(&mounted.root()).join(name)), expected, "{name}, committed");
+    }
+    assert_eq!(read(&mounted, "root").as_deref(), Some("root'smore\n"));
+    mounted.unmount().unwrap();
+
+    let native = Rig { driver: DriverKind::Native, ..Rig::new() }.open();
+    let made = native.layers.create_rw("c", NewRwLayer { ids: Some(ids), ..new_rw(None) }, &native.lease).unwrap();
+    assert_eq!(kind(native.layers.mount_rw(&made, Attach::Detached)), ErrorKind::Unavailable, "refused, not left out");
 }
 
 #[test]

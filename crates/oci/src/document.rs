@@ -1,5 +1,7 @@
 use std::collections::{BTreeMap, HashSet};
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
 use oci_spec::image as spec;
 use serde::de::{self, DeserializeOwned, DeserializeSeed, MapAccess, SeqAccess, Visitor};
 
@@ -104,10 +106,21 @@ impl Descriptor {
         Self { media_type, digest, size_bytes, urls: Vec::new(), annotations: BTreeMap::new(), platform: None }
     }
 
-    fn parse(spec: &spec::Descriptor) -> Result<Self, DigestError> {
+    /// Parses a descriptor that stands in the document `what`. Content that it embeds must be what it describes: a reader
+    /// that takes it from here must not get something else than one that fetches it.
+    fn parse(what: &'static str, document: BlobDigest, spec: &spec::Descriptor) -> Result<Self, DocumentError> {
+        let digest = spec.digest().to_string().parse();
+        let digest: BlobDigest = digest.map_err(|source| DocumentError::Digest { what, digest: document, source })?;
+        if let Some(data) = spec.data() {
+            let data = BASE64.decode(data).unwrap_or_default();
+            if BlobDigest::of(&data) != digest || data.len() as u64 != spec.size() {
+                let rule = format!("the data that it embeds for {digest} is something else");
+                return Err(DocumentError::Rule { what, digest: document, rule });
+            }
+        }
         Ok(Self {
             media_type: spec.media_type().clone(),
-            digest: spec.digest().to_string().parse()?,
+            digest,
             size_bytes: spec.size(),
             urls: spec.urls().clone().unwrap_or_default(),
             annotations: spec.annotations().iter().flatten().map(|(k, v)| (k.clone(), v.clone())).collect(),
@@ -222,10 +235,18 @@ fn parse_json<T: DeserializeOwned>(what: &'static str, raw: &[u8], limit: Limit)
     let digest = BlobDigest::of(raw);
     limit.check(what, raw.len() as u64)?;
     let json = |source| DocumentError::Json { what, digest, source };
-    let mut checked = serde_json::Deserializer::from_slice(raw);
-    UniqueKeys { free: false }.deserialize(&mut checked).map_err(json)?;
+    check_unique_keys(raw).map_err(json)?;
     let value = serde_json::from_slice(raw).map_err(json)?;
     Ok(Document { raw: raw.to_vec(), digest, value })
+}
+
+/// Checks that no object in a JSON document names a key twice, in any case variant: readers in other languages disagree
+/// on which one counts.
+///
+/// # Errors
+/// The key, or where it is no JSON.
+pub fn check_unique_keys(raw: &[u8]) -> Result<(), serde_json::Error> {
+    UniqueKeys { free: false }.deserialize(&mut serde_json::Deserializer::from_slice(raw))
 }
 
 /// Keys of objects whose own keys are anybody's to choose. There `A` and `a` are two keys; among the specification's
@@ -362,8 +383,7 @@ impl Manifest {
         let document: Document<spec::ImageManifest> = parse_json(WHAT, raw, Limit::MANIFEST)?;
         Limit::LAYERS.check(WHAT, document.value.layers().len() as u64)?;
         let digest = document.digest;
-        let descriptor =
-            |spec| Descriptor::parse(spec).map_err(|source| DocumentError::Digest { what: WHAT, digest, source });
+        let descriptor = |spec| Descriptor::parse(WHAT, digest, spec);
         let config = descriptor(document.value.config())?;
         let layers = document.value.layers().iter().map(descriptor).collect::<Result<Vec<_>, _>>()?;
         if let Some(odd) = layers.iter().find(|l| !matches!(classify(&l.media_type), Some(MediaClass::Layer(_)))) {
@@ -425,12 +445,8 @@ impl Index {
         let document: Document<spec::ImageIndex> = parse_json(WHAT, raw, Limit::MANIFEST)?;
         Limit::INDEX.check(WHAT, document.value.manifests().len() as u64)?;
         let digest = document.digest;
-        let manifests = document
-            .value
-            .manifests()
-            .iter()
-            .map(|spec| Descriptor::parse(spec).map_err(|source| DocumentError::Digest { what: WHAT, digest, source }))
-            .collect::<Result<Vec<_>, _>>()?;
+        let manifests = document.value.manifests().iter().map(|spec| Descriptor::parse(WHAT, digest, spec));
+        let manifests = manifests.collect::<Result<Vec<_>, _>>()?;
         Ok(Self { document, manifests })
     }
 
@@ -588,6 +604,10 @@ mod tests {
         assert!(Manifest::parse(format!("{}x", manifest("")).as_bytes()).is_err());
         assert!(Manifest::parse(format!("\u{feff}{}", manifest("")).as_bytes()).is_err());
         assert!(Manifest::parse("[".repeat(100_000).as_bytes()).is_err());
+        for value in [r#""\ud800""#, "1e400", "-1e400"] {
+            let odd = manifest(&format!(r#""x":{value},"#));
+            assert!(matches!(Manifest::parse(odd.as_bytes()), Err(DocumentError::Json { .. })), "{value}");
+        }
     }
 
     #[test]
@@ -601,6 +621,17 @@ mod tests {
     #[test]
     fn j07_a_negative_size_is_refused() {
         assert!(Manifest::parse(manifest("").replace(r#""size":3"#, r#""size":-3"#).as_bytes()).is_err());
+    }
+
+    #[test]
+    fn j08_embedded_data_is_what_the_descriptor_says() {
+        let with = |data: &str| manifest("").replace(r#""size":3"#, &format!(r#""size":3,"data":"{data}""#));
+        // "abc", whose digest it is.
+        Manifest::parse(with("YWJj").as_bytes()).unwrap();
+        for wrong in ["", "YWJk", "YWJjZA==", "not base64"] {
+            let error = Manifest::parse(with(wrong).as_bytes()).unwrap_err();
+            assert!(matches!(error, DocumentError::Rule { .. }), "{wrong}: {error}");
+        }
     }
 
     #[test]

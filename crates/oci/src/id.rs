@@ -232,6 +232,12 @@ mod tests {
     }
 
     #[test]
+    fn j06_sha512_is_refused_where_a_digest_is_parsed() {
+        let error = format!("sha512:{}", "0a".repeat(64)).parse::<BlobDigest>().unwrap_err();
+        assert!(error.to_string().contains("sha512"), "{error}");
+    }
+
+    #[test]
     fn chain_ids_fold_as_the_image_spec_says() {
         let diff = |byte| DiffId::from_bytes([byte; 32]);
         assert_eq!(ChainId::of(&[]), None);

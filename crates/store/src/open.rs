@@ -127,6 +127,15 @@ pub enum OpenError {
         #[source]
         source: Box<dyn Error + Send + Sync>,
     },
+    /// The driver that was asked for does not work here.
+    #[error("driver {driver} does not work here (--driver auto takes one that does)")]
+    Driver {
+        /// Which.
+        driver: &'static str,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
     /// A file of the store.
     #[error(transparent)]
     File(#[from] FileError),
@@ -143,6 +152,7 @@ impl OpenError {
             Self::InUse { .. } => ErrorKind::Busy,
             Self::TooNew { .. } | Self::TooOld { .. } => ErrorKind::FailedPrecondition,
             Self::CatalogueMissing { .. } | Self::Corrupt { .. } => ErrorKind::DataLoss,
+            Self::Driver { .. } => ErrorKind::Unavailable,
             Self::File(error) => error.kind(),
             Self::Catalogue(error) => error.kind(),
         }
@@ -332,16 +342,11 @@ pub(crate) fn open(root: &Path, options: OpenOptions, wait: WaitPolicy<'_>) -> R
     if !options.create && !paths.catalog.try_exists().at("stat", &paths.catalog)? {
         return Err(OpenError::Missing { root });
     }
+    let driver = pick_driver(options.driver, &paths)?;
     make_dir(&paths.catalog)?;
     let lock = StoreLock::take(&paths.catalog.join("lock"), &options.command, wait)?;
     let catalogue = open_catalogue(&root, &paths, &options)?;
     check_schema(&catalogue)?;
-    let driver: Box<dyn Driver> = match options.driver {
-        DriverKind::Auto if !Overlay::is_available() => Box::new(Native),
-        DriverKind::Auto | DriverKind::Overlay => Box::new(Overlay::new(paths.run.clone(), None)),
-        DriverKind::OverlayBy(method) => Box::new(Overlay::new(paths.run.clone(), Some(method))),
-        DriverKind::Native => Box::new(Native),
-    };
     let inner = Inner {
         root,
         paths,
@@ -360,6 +365,19 @@ pub(crate) fn open(root: &Path, options: OpenOptions, wait: WaitPolicy<'_>) -> R
     (store.inner.options.before_recovery)(store.run_dir());
     recover::at_open(&store)?;
     Ok(store)
+}
+
+fn pick_driver(kind: DriverKind, paths: &Paths) -> Result<Box<dyn Driver>, OpenError> {
+    let method = match kind {
+        DriverKind::Native => return Ok(Box::new(Native)),
+        DriverKind::Auto | DriverKind::Overlay => None,
+        DriverKind::OverlayBy(method) => Some(method),
+    };
+    match Overlay::check() {
+        Ok(()) => Ok(Box::new(Overlay::new(paths.run.clone(), method))),
+        Err(_) if kind == DriverKind::Auto => Ok(Box::new(Native)),
+        Err(source) => Err(OpenError::Driver { driver: "overlay", source }),
+    }
 }
 
 fn open_catalogue(root: &Path, paths: &Paths, options: &OpenOptions) -> Result<Catalogue, OpenError> {

@@ -31,6 +31,7 @@ use crate::catalogue::{CatalogueError, Rows as _};
 use crate::driver::{Form, Lower, Tree, Upper};
 use crate::error::{At as _, FileError};
 use crate::fixup::{self, StackLayer};
+use crate::idmap::IdMaps;
 use crate::layers::{self, LayerContents, LayerError, Stage};
 use crate::open::make_dir;
 use crate::recover::{self, RecoverError};
@@ -145,6 +146,17 @@ pub struct ActiveOptions {
     /// Skip the syncs of whoever writes to it: it then does not survive this process, and becomes
     /// durable only by being sealed.
     pub volatile: bool,
+}
+
+/// How the mount of an active looks.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct MountOptions<'a> {
+    /// One security label for all that it shows: SELinux's `context=`. A kernel that knows no labels refuses one.
+    pub label: Option<&'a str>,
+    /// Show files as somebody else's. What is written through the mount is stored as if nothing was mapped. Nobody but the
+    /// owners that show can write: to others, root among them, it says `EOVERFLOW`. Needs Linux 5.19 and a file system
+    /// whose mounts can be mapped; the native driver can't.
+    pub ids: Option<&'a IdMaps>,
 }
 
 /// Where a mount appears.
@@ -425,18 +437,17 @@ impl<'a> Snapshots<'a> {
     /// [`SnapshotError::InUse`], [`SnapshotError::Stale`], [`SnapshotError::Sealed`],
     /// [`SnapshotError::Mount`].
     pub fn mount_active(&self, id: ActiveId, attach: Attach<'_>) -> Result<Mounted, SnapshotError> {
-        self.mount_active_labelled(id, None, attach)
+        self.mount_active_with(id, MountOptions::default(), attach)
     }
 
-    /// As [`Snapshots::mount_active`], with one security label for all that the mount shows: SELinux's `context=`. A
-    /// kernel that knows no labels refuses one.
+    /// As [`Snapshots::mount_active`], with a label or other owners.
     ///
     /// # Errors
     /// As [`Snapshots::mount_active`].
-    pub fn mount_active_labelled(
+    pub fn mount_active_with(
         &self,
         id: ActiveId,
-        label: Option<&str>,
+        options: MountOptions<'_>,
         attach: Attach<'_>,
     ) -> Result<Mounted, SnapshotError> {
         let claim = Claim::take(self.store, id)?;
@@ -445,7 +456,7 @@ impl<'a> Snapshots<'a> {
         let lowers = self.lowers(row.base)?;
         let scratch = self.scratch()?;
         let upper = self.claimed_upper(id, &row, &lowers)?;
-        let tree = self.store.inner.driver.mount(&lowers, &upper, label, &scratch)?;
+        let tree = self.store.inner.driver.mount(&lowers, &upper, options, &scratch)?;
         Mounted::attach(self.store, tree, attach, scratch, hold, Some(claim))
     }
 

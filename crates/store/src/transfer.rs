@@ -11,6 +11,7 @@ use std::io::{self, BufWriter, Read, Write};
 use std::num::NonZero;
 use std::os::fd::AsFd as _;
 use std::os::unix::fs::FileExt as _;
+use std::sync::mpsc::{Receiver, SyncSender, channel, sync_channel};
 use std::sync::{Mutex, PoisonError};
 
 use plies_archive::compress::{self, DecodeError};
@@ -55,6 +56,12 @@ impl Row for DiffIdRow {
 
 /// Buffer in front of a pipe between two threads: as much as a pipe holds (pipe(7)).
 const PIPE_BYTES: usize = 64 << 10;
+
+/// Bytes of a tar that one thread hands to another at once: half a processor's second-level cache or less.
+const PIECE_BYTES: usize = 256 << 10;
+
+/// Pieces that are made before the first of them must be taken.
+const PIECES_AHEAD_MAX: usize = 4;
 
 /// Threads that take in layers at once, at most: beyond that they wait for the disk, and each holds buffers and a
 /// decompressor's window.
@@ -133,6 +140,15 @@ pub enum TransferError {
         #[source]
         source: DiffError,
     },
+    /// A layer's tar could not be handed out.
+    #[error("write the tar of the layer with diff ID {diff_id}")]
+    Write {
+        /// The layer.
+        diff_id: DiffId,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
     /// What was written to an active could not be read.
     #[error("read the changes in active {active}")]
     Changes {
@@ -183,7 +199,7 @@ impl TransferError {
             Self::Read { source, .. } => DecodeError::kind_of(source),
             Self::Base { source, .. } | Self::Snapshot(source) => source.kind(),
             Self::Diff { source, .. } | Self::Changes { source, .. } => source.kind(),
-            Self::Scratch { .. } => ErrorKind::Unavailable,
+            Self::Scratch { .. } | Self::Write { .. } => ErrorKind::Unavailable,
             Self::Assemble { source, .. } => source.kind(),
             Self::Ingest(source) => source.kind(),
             Self::Commit(source) => source.kind(),
@@ -817,21 +833,31 @@ impl Transfer<'_> {
     /// [`TransferError::Changed`], [`TransferError::Gone`] and the others.
     pub fn write_tar(&self, diff_id: DiffId, layer: Option<LayerId>, out: impl Write) -> Result<(), TransferError> {
         let mut tar = HashingWriter::new(Watched { inner: out, task: None, cancel: self.cancel });
-        if let Some(blob) = self.blobs_of(diff_id)?.first() {
-            let broken = |source| self.reading(&blob.digest.to_string(), source);
-            let bytes = self.store().content().open(blob.digest)?;
-            let mut decoder = compress::Decoder::new(bytes, blob.compression, self.limits).map_err(broken)?;
-            io::copy(&mut decoder, &mut tar).map_err(broken)?;
-        } else {
-            let layer = layer.ok_or(TransferError::Gone { diff_id })?;
-            match self.store().layers().tar_split(layer)? {
-                Some(recording) => self.assemble(layer, recording, &mut tar)?,
-                None => self.write_canonical_tar(layer, &mut tar)?,
-            }
+        let (made, written) = make_ahead(|ahead| self.make_tar(diff_id, layer, ahead), &mut tar);
+        match written {
+            // It has the cause of what its maker says.
+            Err(error) if canceled_inside(&error) => return Err(Canceled.into()),
+            Err(source) => return Err(TransferError::Write { diff_id, source }),
+            Ok(()) => made?,
         }
         match DiffId::from_bytes(tar.finish().1.sha256) {
             actual if actual == diff_id => Ok(()),
             actual => Err(TransferError::Changed { diff_id, actual }),
+        }
+    }
+
+    /// Makes the tar of a diff ID, which nobody has compared with it yet.
+    fn make_tar(&self, diff_id: DiffId, layer: Option<LayerId>, tar: &mut impl Write) -> Result<(), TransferError> {
+        if let Some(blob) = self.blobs_of(diff_id)?.first() {
+            let broken = |source| self.reading(&blob.digest.to_string(), source);
+            let bytes = self.store().content().open(blob.digest)?;
+            let mut decoder = compress::Decoder::new(bytes, blob.compression, self.limits).map_err(broken)?;
+            return io::copy(&mut decoder, tar).map(drop).map_err(broken);
+        }
+        let layer = layer.ok_or(TransferError::Gone { diff_id })?;
+        match self.store().layers().tar_split(layer)? {
+            Some(recording) => self.assemble(layer, recording, tar),
+            None => self.write_canonical_tar(layer, tar),
         }
     }
 
@@ -911,6 +937,67 @@ impl Transfer<'_> {
         }
         TransferError::Read { digest: digest.to_owned(), source }
     }
+}
+
+/// What a thread makes for another one to take, in pieces, a few of them ahead.
+struct Ahead {
+    piece: Vec<u8>,
+    pieces: SyncSender<Vec<u8>>,
+    /// Pieces that were taken, to be filled again.
+    empty: Receiver<Vec<u8>>,
+}
+
+impl Ahead {
+    fn send(&mut self) -> io::Result<()> {
+        let next = self.empty.try_recv().unwrap_or_else(|_| Vec::with_capacity(PIECE_BYTES));
+        let piece = std::mem::replace(&mut self.piece, next);
+        // Whoever took them has stopped, and says why.
+        self.pieces.send(piece).map_err(|_| io::ErrorKind::BrokenPipe.into())
+    }
+}
+
+impl Write for Ahead {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if self.piece.len() == PIECE_BYTES {
+            self.send()?;
+        }
+        let n = bytes.len().min(PIECE_BYTES - self.piece.len());
+        self.piece.extend_from_slice(&bytes[..n]);
+        Ok(n)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Has a thread make bytes while this one writes what was made: what it says, and how the writing went. To find and read
+/// a layer's files takes as long as to hash and write them.
+fn make_ahead<E: Send>(
+    make: impl FnOnce(&mut Ahead) -> Result<(), E> + Send,
+    out: &mut impl Write,
+) -> (Result<(), E>, io::Result<()>) {
+    let (pieces, made) = sync_channel(PIECES_AHEAD_MAX);
+    let (taken, empty) = channel();
+    let mut ahead = Ahead { piece: Vec::with_capacity(PIECE_BYTES), pieces, empty };
+    std::thread::scope(|scope| {
+        let making = scope.spawn(move || {
+            let result = make(&mut ahead);
+            // Nobody takes it any more where that fails.
+            drop(ahead.send());
+            result
+        });
+        let mut written = Ok(());
+        for mut piece in made {
+            written = out.write_all(&piece);
+            if written.is_err() {
+                break;
+            }
+            piece.clear();
+            drop(taken.send(piece));
+        }
+        (making.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)), written)
+    })
 }
 
 fn scratch(op: &'static str) -> impl FnOnce(io::Error) -> TransferError {
@@ -1040,6 +1127,35 @@ mod tests {
         let items: Vec<u64> = (0..100).collect();
         let doubled = parallel(&items, |item| *item, |item| Ok::<_, ()>(item * 2)).unwrap();
         assert_eq!(doubled, items.iter().map(|item| item * 2).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn what_is_made_ahead_is_written_in_order_and_both_sides_say_how_they_ended() {
+        let bytes: Vec<u8> = (0..3 * PIECE_BYTES * PIECES_AHEAD_MAX + 17).map(|n| (n / 7) as u8).collect();
+        let mut out = Vec::new();
+        let made = |ahead: &mut Ahead| bytes.chunks(1000).try_for_each(|chunk| ahead.write_all(chunk));
+        let (made, written) = make_ahead(made, &mut out);
+        made.and(written).unwrap();
+        assert!(out == bytes);
+        let (made, written) = make_ahead(|ahead| ahead.write_all(b"half").and(Err(io::Error::other("made"))), &mut out);
+        assert_eq!((made.unwrap_err().to_string(), written.is_ok()), ("made".to_owned(), true));
+        assert!(out.ends_with(b"half"));
+        struct Full;
+        impl Write for Full {
+            fn write(&mut self, _: &[u8]) -> io::Result<usize> {
+                Err(io::ErrorKind::StorageFull.into())
+            }
+            fn flush(&mut self) -> io::Result<()> {
+                Ok(())
+            }
+        }
+        // However much is left to make, it ends.
+        let endless = |ahead: &mut Ahead| loop {
+            ahead.write_all(&bytes)?;
+        };
+        let (made, written): (io::Result<()>, _) = make_ahead(endless, &mut Full);
+        assert_eq!(made.unwrap_err().kind(), io::ErrorKind::BrokenPipe);
+        assert_eq!(written.unwrap_err().kind(), io::ErrorKind::StorageFull);
     }
 
     #[test]

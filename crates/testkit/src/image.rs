@@ -69,6 +69,7 @@ pub struct Image {
     layers: Vec<LayerBlob>,
     config: Value,
     created_by: Option<String>,
+    entries: Option<Vec<Value>>,
     manifest_type: &'static str,
 }
 
@@ -87,6 +88,7 @@ impl Image {
             layers: Vec::new(),
             config: json!({ "Env": ["PATH=/bin:/sbin:/usr/bin:/usr/sbin"], "Cmd": ["/bin/sh"] }),
             created_by: None,
+            entries: None,
             manifest_type: "application/vnd.oci.image.manifest.v1+json",
         }
     }
@@ -124,6 +126,16 @@ impl Image {
         Self { created_by: Some(created_by.to_owned()), ..self }
     }
 
+    /// Its whole history: a text for each entry, and whether that made a layer.
+    #[must_use]
+    pub fn entries(self, entries: &[(&str, bool)]) -> Self {
+        let entry = |(text, layer): &(&str, bool)| match layer {
+            true => json!({ "created_by": text }),
+            false => json!({ "created_by": text, "empty_layer": true }),
+        };
+        Self { entries: Some(entries.iter().map(entry).collect()), ..self }
+    }
+
     /// The same image by another name.
     #[must_use]
     pub fn named(self, tag: &str) -> Self {
@@ -153,7 +165,8 @@ impl Image {
     fn config_bytes(&self) -> Vec<u8> {
         let diff_ids: Vec<_> = self.layers.iter().map(|layer| &layer.diff_id).collect();
         let created_by = |n| self.created_by.clone().unwrap_or_else(|| format!("layer {n}"));
-        let history: Vec<_> = (0..self.layers.len()).map(|n| json!({ "created_by": created_by(n) })).collect();
+        let each_layer = || (0..self.layers.len()).map(|n| json!({ "created_by": created_by(n) })).collect();
+        let history: Vec<Value> = self.entries.clone().unwrap_or_else(each_layer);
         pretty(&json!({
             "rootfs": { "type": "layers", "diff_ids": diff_ids },
             "os": "linux",

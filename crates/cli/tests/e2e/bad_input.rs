@@ -148,11 +148,11 @@ fn with_manifest(image: &Image, change: impl FnOnce(&mut Value)) -> Vec<(String,
 }
 
 #[test]
-fn a_wrong_size_is_refused_by_digest() {
+fn j07_a_wrong_size_is_refused_by_digest() {
     let Some(refusal) = Refusal::new() else { return };
     let image = good("localhost/bad:1");
     let layer = image.layer_digest(0);
-    for size in [0, 1, 1_000_000] {
+    for size in [0, 1, 1_000_000, i64::MAX] {
         let files = with_manifest(&image, |manifest| manifest["layers"][0]["size"] = json!(size));
         refusal.load(&format!("a layer said to have {size} bytes"), &files, &[&layer[..12]]);
     }
@@ -205,10 +205,16 @@ fn j03_a_key_that_comes_again_in_another_case_is_refused() {
         serde_json::to_vec(&index).unwrap()
     });
     refusal.load("index", &files, &["index.json", "anifests", "twice"]);
+    let mut files = image.docker_files();
+    let list = files.iter_mut().find(|(name, _)| name == "manifest.json").unwrap();
+    let mut json: Value = serde_json::from_slice(&list.1).unwrap();
+    json[0]["layers"] = json!([]);
+    list.1 = serde_json::to_vec(&json).unwrap();
+    refusal.load("docker's manifest", &files, &["manifest.json", "ayers", "twice"]);
 }
 
 #[test]
-fn a_layer_that_unpacks_to_another_diff_id_is_refused() {
+fn j10_a_layer_that_unpacks_to_another_diff_id_is_refused() {
     let Some(refusal) = Refusal::new() else { return };
     let wrong = "0123456789abcdef".repeat(4);
     let tar = tar::archive(&[Member::file("f", "f")]);
@@ -218,6 +224,97 @@ fn a_layer_that_unpacks_to_another_diff_id_is_refused() {
         Packing::Gzip.media_type(),
     );
     refusal.load("diff ID", &image.oci_files(), &[&wrong[..12]]);
+}
+
+#[test]
+fn j08_embedded_data_that_is_something_else_is_refused() {
+    let Some(refusal) = Refusal::new() else { return };
+    let image = good("localhost/bad:1");
+    let files = with_manifest(&image, |manifest| manifest["config"]["data"] = json!("e30="));
+    refusal.load("a config of its own", &files, &["embeds", &image.id()[..19]]);
+}
+
+#[test]
+fn j09_nobody_is_asked_for_a_layer_by_its_urls() {
+    let Some(refusal) = Refusal::new() else { return };
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.set_nonblocking(true).unwrap();
+    let url = format!("http://{}/layer", listener.local_addr().unwrap());
+    let image = good("localhost/bad:1");
+    let hex = image.layer_digest(0);
+    let elsewhere = |manifest: &mut Value| manifest["layers"][0]["urls"] = json!([url]);
+    let mut files = with_manifest(&image, elsewhere);
+    files.retain(|(name, _)| !name.ends_with(&hex));
+    refusal.load("a layer that lies elsewhere", &files, &[&hex[..12]]);
+    // One that says so and came along is as good as any.
+    let path = write_archive(&refusal.ply.scratch().join("here.tar"), &with_manifest(&image, elsewhere));
+    refusal.ply.ok(args!["load", "-i", path]);
+    assert_eq!(listener.accept().unwrap_err().kind(), std::io::ErrorKind::WouldBlock, "somebody was asked");
+}
+
+#[test]
+fn j10_layers_in_another_order_than_their_diff_ids_are_refused() {
+    let Some(refusal) = Refusal::new() else { return };
+    let image = good("localhost/bad:1");
+    let files = with_manifest(&image, |manifest| manifest["layers"].as_array_mut().unwrap().reverse());
+    refusal.load("swapped", &files, &["diff ID"]);
+    let files = with_manifest(&image, |manifest| drop(manifest["layers"].as_array_mut().unwrap().pop()));
+    refusal.load("one too few", &files, &["1 layers but 2 diff IDs"]);
+}
+
+#[test]
+fn j13_labels_and_annotations_of_an_image_hold_and_release_nothing() {
+    let Some(ply) = store() else { return };
+    let other = good("localhost/other:1");
+    load(&ply, &other);
+    let reserved = json!({
+        "containerd.io/gc.root": "1",
+        "containerd.io/gc.expire": "1970-01-01T00:00:00Z",
+        "containerd.io/gc.ref.content.0": format!("sha256:{}", other.layer_digest(0)),
+        "plies.lease": "permanent",
+    });
+    let image = Image::new("localhost/labelled:1")
+        .config("Labels", reserved.clone())
+        .layer(&[Member::file("f", "labelled")], Packing::Gzip);
+    let mine = image.layer_digest(0);
+    let files = with_manifest(&image, |manifest| manifest["annotations"] = reserved.clone());
+    let path = write_archive(&ply.scratch().join("labelled.tar"), &files);
+    ply.ok(args!["load", "-i", path]);
+    assert_eq!(ply.json(args!["inspect", "localhost/labelled:1"])["config"]["config"]["Labels"], reserved, "kept");
+    ply.ok(args!["gc"]);
+    assert!(Shape::of(&ply).blobs.contains(&mine), "it has not expired");
+    ply.ok(args!["rmi", "localhost/other:1"]);
+    ply.ok(args!["gc"]);
+    assert!(!Shape::of(&ply).blobs.contains(&other.layer_digest(0)), "a label holds no blob");
+    ply.ok(args!["rmi", "localhost/labelled:1"]);
+    ply.ok(args!["gc"]);
+    assert!(Shape::of(&ply).blobs.is_empty(), "no label is a root");
+}
+
+#[test]
+fn j15_what_a_layer_holds_is_its_tar_whatever_its_tables_of_contents_say() {
+    let Some(ply) = store() else { return };
+    let tar = tar::archive(&[Member::file("true", "what the tar says")]);
+    // As zstd:chunked and eStargz have theirs: one in a frame that decompressors skip, and annotations about both.
+    let table = br#"{"version":1,"entries":[{"type":"reg","name":"lie","size":3}]}"#;
+    let skipped = [&b"\x50\x2a\x4d\x18"[..], &u32::try_from(table.len()).unwrap().to_le_bytes(), table].concat();
+    let blob = [Packing::Zstd.pack(&tar), skipped].concat();
+    let diff_id = format!("sha256:{}", sha256_hex(&tar));
+    let image = Image::new("localhost/toc:1").layer_raw(&diff_id, blob, Packing::Zstd.media_type());
+    let digest = format!("sha256:{}", sha256_hex(table));
+    let files = with_manifest(&image, |manifest| {
+        manifest["layers"][0]["annotations"] = json!({
+            "io.github.containers.zstd-chunked.manifest-checksum": digest,
+            "io.github.containers.zstd-chunked.manifest-position": "0:62:62:1",
+            "containerd.io/snapshot/stargz/toc.digest": digest,
+            "containerd.io/uncompressed": format!("sha256:{}", "0".repeat(64)),
+        });
+    });
+    let path = write_archive(&ply.scratch().join("toc.tar"), &files);
+    ply.ok(args!["load", "-i", path]);
+    let tree = crate::common::tree_of(&ply, "localhost/toc:1");
+    assert_eq!(tree.names().collect::<Vec<_>>(), ["", "true"]);
+    assert_eq!(ply.json(args!["inspect", "localhost/toc:1"])["diff_ids"], json!([diff_id]));
 }
 
 #[test]
@@ -375,7 +472,7 @@ fn documents_that_are_not_json_are_refused_by_name() {
 }
 
 #[test]
-fn docker_archives_that_point_outside_are_refused() {
+fn j14_docker_archives_that_point_outside_are_refused() {
     let Some(refusal) = Refusal::new() else { return };
     let image = good("localhost/bad:1");
     for change in ["../../etc/passwd", "/etc/passwd", "no/such/layer.tar"] {

@@ -17,8 +17,9 @@ use plies_testkit::{
     tools,
     tree::Tree,
 };
+use serde_json::json;
 
-use crate::common::{Context, Shape, State, Step, everything, load, store, tree_of};
+use crate::common::{Context, Shape, State, Step, busybox, everything, load, store, tree_of};
 
 fn chain_of(ran: &Ran) -> String {
     let chain = ran.stdout.trim().to_owned();
@@ -222,6 +223,32 @@ fn a_writable_layer_is_mounted_changed_committed_and_removed() {
     assert_eq!(Shape::of(&ply).unfinished, Vec::<PathBuf>::new());
 }
 
+#[test]
+fn a_writable_layer_is_mounted_with_other_owners() {
+    use std::os::unix::fs::MetadataExt as _;
+    let Some(ply) = store() else { return };
+    let parent = register(&ply, &archive(&[Member::dir("etc"), Member::file("etc/f", "x").owner(3, 4)]), None);
+    ply.ok(args!["layer", "rw", "create", "box", "--parent", parent, "--init", "--uid-map", "0:100000:65536"]);
+    let listed = ply.json(args!["layer", "rw", "ls"]);
+    assert_eq!(
+        (&listed[0]["uid_map"], &listed[0]["gid_map"]),
+        (&json!(["0:100000:65536"]), &json!(["0:100000:65536"]))
+    );
+    let dir = ply.scratch().dir("box");
+    ply.ok(args!["layer", "rw", "mount", "box", dir]);
+    for (name, uid, gid) in [("etc/f", 100_003, 100_004), (".dockerenv", 100_000, 100_000), ("etc", 100_000, 100_000)] {
+        let stat = fs::metadata(dir.join(name)).unwrap();
+        assert_eq!((stat.uid(), stat.gid()), (uid, gid), "{name}");
+    }
+    ply.ok(args!["layer", "rw", "umount", "box"]);
+    assert_eq!(ply.ok(args!["layer", "rw", "changes", "box"]).stdout, "");
+    for bad in [&["--uid-map", "0:1"][..], &["--uid-map", "1:1:1"], &["--gid-map", "0:5:10", "--gid-map", "9:30:1"]] {
+        let bad: Vec<std::ffi::OsString> = bad.iter().map(Into::into).collect();
+        ply.fails(2, &[args!["layer", "rw", "create", "bad"], &bad].concat());
+    }
+    assert_eq!(ply.json(args!["layer", "rw", "ls"]).as_array().unwrap().len(), 1);
+}
+
 /// What the layer store shows.
 fn shown(ply: &Ply) -> String {
     let strip = |mut value: serde_json::Value| {
@@ -261,7 +288,7 @@ fn kill_everywhere(ply: &Ply, command: &[std::ffi::OsString], undo: &dyn Fn(&Ply
 }
 
 #[test]
-fn registering_killed_anywhere_is_all_or_nothing_and_leaks_nothing() {
+fn e08_registering_killed_anywhere_is_all_or_nothing_and_leaks_nothing() {
     if !tools::have(&["strace"]) {
         return;
     }
@@ -278,7 +305,7 @@ fn registering_killed_anywhere_is_all_or_nothing_and_leaks_nothing() {
 }
 
 #[test]
-fn releasing_killed_anywhere_is_all_or_nothing_and_leaks_nothing() {
+fn e15_releasing_killed_anywhere_is_all_or_nothing_and_leaks_nothing() {
     if !tools::have(&["strace"]) {
         return;
     }
@@ -307,7 +334,7 @@ fn releasing_killed_anywhere_is_all_or_nothing_and_leaks_nothing() {
 }
 
 #[test]
-fn making_a_writable_layer_killed_anywhere_is_all_or_nothing_and_leaks_nothing() {
+fn e19_making_a_writable_layer_killed_anywhere_is_all_or_nothing_and_leaks_nothing() {
     if !tools::have(&["strace"]) {
         return;
     }
@@ -429,6 +456,167 @@ fn c01_an_image_whose_history_only_looks_the_same_answers_for_nothing() {
     assert_eq!(ran.step("COPY a"), Step::Ran);
     assert!(ran.ran.stderr.contains("does not say what its steps took in"), "{}", ran.ran);
     assert_eq!(tree_of(&ply, "built:latest").get("a").size_bytes, 1000);
+}
+
+#[test]
+fn a_linked_copy_is_found_in_an_image_whatever_it_was_laid_over() {
+    let (Some(here), Some(there)) = (store(), store()) else { return };
+    let base = Image::new("localhost/base:1").layer(&[Member::dir("etc")], Packing::Gzip);
+    let other = Image::new("localhost/other:1").layer(&[Member::dir("srv")], Packing::Gzip);
+    let dockerfile = |base: &str| format!("FROM {base}\nCOPY a /a\nCOPY --link b /deep/b\nCOPY c /c\n");
+    let context = |ply| {
+        let context = Context::new(ply, &dockerfile("localhost/base:1"));
+        for name in ["a", "b", "c"] {
+            context.file(name, name.repeat(1000));
+        }
+        context
+    };
+    load(&here, &base);
+    context(&here).build(&[]);
+    let archive = here.scratch().join("built.tar");
+    here.ok(args!["save", "-o", archive, "built:latest"]);
+
+    load(&there, &base);
+    load(&there, &other);
+    there.ok(args!["load", "-i", archive]);
+    there.ok(args!["tag", "built:latest", "localhost/source:1"]);
+    let context = context(&there);
+    let ran = context.build(args!["--cache-from", "localhost/source:1", "--explain"]);
+    ran.assert_all_cached();
+    assert!(ran.ran.stderr.contains("history entry 2: COPY --link b"), "{}", ran.ran);
+    there.ok(args!["prune", "-a", "-f"]);
+    context.file("Dockerfile", dockerfile("localhost/other:1"));
+    let ran = context.build(args!["--cache-from", "localhost/source:1"]);
+    assert_eq!((ran.step("COPY a"), ran.step("COPY --link"), ran.step("COPY c")), (Step::Ran, Step::Cached, Step::Ran));
+    assert_eq!(tree_of(&there, "built:latest").get("deep/b").size_bytes, 1000);
+}
+
+/// An image as Docker's classic builder or BuildKit makes one on this base, without any commands: a step that is not
+/// found fails.
+fn built_by_docker(base: &Image, texts: [&str; 6]) -> Image {
+    let [env, two, arg, run, user, workdir] = texts;
+    base.clone()
+        .named("localhost/docker:1")
+        .config("Env", json!(["PATH=/bin:/sbin:/usr/bin:/usr/sbin", "A=b", "C=d e", "F=g"]))
+        .layer(&[Member::file("out", "from the image")], Packing::Gzip)
+        .layer(&[Member::dir("w")], Packing::Gzip)
+        .entries(
+            &[("layer 0", true), (env, false), (two, false), (arg, false), (run, true), (user, false)]
+                .into_iter()
+                .chain([(workdir, true), ("COPY file:0123 in /a ", true)])
+                .take(7)
+                .collect::<Vec<_>>(),
+        )
+}
+
+const CLASSIC: [&str; 6] = [
+    "/bin/sh -c #(nop)  ENV A=b",
+    "/bin/sh -c #(nop)  ENV C=d e F=g",
+    "/bin/sh -c #(nop)  ARG X=1",
+    "|2 X=1 Y=2 /bin/sh -c make  it",
+    "/bin/sh -c #(nop)  USER root",
+    "/bin/sh -c #(nop) WORKDIR /w",
+];
+
+#[test]
+fn d16_an_image_of_docker_answers_for_commands_where_all_before_them_is_the_same() {
+    let Some(ply) = store() else { return };
+    let base = Image::new("localhost/base:1").layer(&[Member::dir("etc")], Packing::Gzip);
+    load(&ply, &base);
+    let dockerfile = "FROM localhost/base:1\nENV A=b\nENV C=\"d e\" F=g\nARG Y=2 X=1\nRUN make  it\n\
+                      USER root\nWORKDIR /w\nCOPY a /a\n";
+    let context = Context::new(&ply, dockerfile);
+    let from = args!["--cache-from", "localhost/docker:1", "--explain"];
+    let buildkit = [
+        "ENV A=b",
+        "ENV C=d e F=g",
+        "ARG Y=2",
+        "RUN |2 Y=2 X=1 /bin/sh -c make  it # buildkit",
+        "USER root",
+        "WORKDIR /w",
+    ];
+    for texts in [CLASSIC, buildkit] {
+        load(&ply, &built_by_docker(&base, texts));
+        context.file("a", texts[0]);
+        let ran = context.build(from);
+        let steps = (ran.step("RUN make"), ran.step("WORKDIR"), ran.step("COPY a"));
+        assert_eq!(steps, (Step::Cached, Step::Cached, Step::Ran), "{}", ran.ran);
+        let says = format!("cached: image localhost/docker:1, history entry 4: {}", texts[3]);
+        assert!(ran.ran.stderr.contains(&says), "{}", ran.ran);
+        let tree = tree_of(&ply, "built:latest");
+        assert_eq!((tree.get("out").size_bytes, tree.get("a").size_bytes), (14, texts[0].len() as u64));
+    }
+    // What a text says is not remembered for builds that name no image.
+    assert!(context.build_fails(&[]).stderr.contains("make  it"));
+
+    for (what, from_text, to) in [
+        ("another command", "make  it", "make it"),
+        ("a command in words", "make  it", "[\"make\", \"it\"]"),
+        ("another variable", "ENV A=b", "ENV A=c"),
+        ("one variable of two", "C=\"d e\" F=g", "C=\"d e F=g\""),
+        ("another argument", "X=1", "X=2"),
+        ("one instruction more", "RUN", "LABEL l=1\nRUN"),
+        ("another instruction", "ENV A=b", "LABEL A=b"),
+        ("another shell", "ENV A=b", "SHELL [\"/bin/other\", \"-c\"]"),
+        ("another user", "ENV A=b", "USER 7"),
+        ("another directory", "ENV A=b", "WORKDIR /etc"),
+    ] {
+        context.file("Dockerfile", dockerfile.replacen(from_text, to, 1));
+        assert!(!context.build_fails(from).stderr.contains("history entry 4"), "{what}");
+    }
+    context.file("Dockerfile", dockerfile);
+    let others: [(&str, Image); 3] = [
+        ("a layer below", base.clone().layer(&[Member::file("x", "")], Packing::Gzip)),
+        ("the base's history", base.clone().entries(&[("other", true)])),
+        ("the platform's layers", Image::new("localhost/base:1").layer(&[Member::dir("opt")], Packing::Gzip)),
+    ];
+    for (what, other) in others {
+        load(&ply, &other);
+        assert!(!context.build_fails(from).stderr.contains("history entry"), "{what}");
+    }
+}
+
+#[test]
+fn d16_an_image_of_buildah_answers_for_its_commands() {
+    if !tools::have(&["buildah"]) {
+        return;
+    }
+    let Some(ply) = store() else { return };
+    if !busybox(&ply) {
+        return;
+    }
+    let scratch = ply.scratch();
+    let archive = |name: &str| scratch.join(name);
+    ply.ok(args!["save", "--format", "docker", "-o", archive("base.tar"), "busybox:latest"]);
+    let dockerfile = "FROM busybox:latest\nENV A=b\nENV C=d E=\"f g\"\nARG X=1\nRUN echo $E > /first; date >> /first\n\
+                      USER app\nLABEL l=\"x y\" m=n\nRUN echo second > /tmp/second\nCOPY f /f\nRUN echo third > /tmp/third\n";
+    let context = Context::new(&ply, dockerfile);
+    context.file("f", "content");
+    let state = scratch.join("state");
+    let buildah = |arguments: &[std::ffi::OsString]| {
+        tools::run(tools::containers("buildah", &state).args(arguments));
+    };
+    buildah(args!["pull", "-q", format!("docker-archive:{}", archive("base.tar").display())]);
+    buildah(args![
+        "bud",
+        "-q",
+        "--pull-never",
+        "--layers",
+        "--isolation",
+        "chroot",
+        "-t",
+        "localhost/theirs:1",
+        context.dir
+    ]);
+    let theirs = format!("docker-archive:{}:localhost/theirs:1", archive("theirs.tar").display());
+    buildah(args!["push", "-q", "localhost/theirs:1", theirs]);
+    ply.ok(args!["load", "-i", archive("theirs.tar")]);
+    let ran = context.build(args!["--cache-from", "localhost/theirs:1", "--explain"]);
+    let steps = [ran.step("RUN echo $E"), ran.step("RUN echo second"), ran.step("COPY f"), ran.step("RUN echo third")];
+    assert_eq!(steps, [Step::Cached, Step::Cached, Step::Ran, Step::Ran], "{}", ran.ran);
+    let (ours, theirs) = (tree_of(&ply, "built:latest"), tree_of(&ply, "localhost/theirs:1"));
+    assert_eq!(ours.get("first"), theirs.get("first"), "with its date");
+    assert_eq!(ours.get("tmp/third").kind, "file");
 }
 
 #[test]

@@ -4,9 +4,11 @@
 //! each standing on earlier ones; instructions that only change the config change the config. What comes out no longer
 //! knows about Dockerfiles: the solver sees operations and inputs, nothing else.
 
+use plies_image::history_cache::history_of;
 use plies_oci::{DiffId, ImageConfig, Platform, Reference};
 use serde_json::json;
 
+use super::cache_from::Told;
 use super::config::{Config, HistoryEntry};
 use crate::dockerfile::words::{Lexer, Variables};
 use crate::dockerfile::{
@@ -81,18 +83,48 @@ pub(crate) struct Vertex {
     /// `[build 2/5] RUN make`; empty for what is not worth a line.
     pub(crate) name: String,
     pub(crate) location: Location,
+    /// The instruction that it stands for, if the text of a history tells all of what it takes in.
+    line: Option<LineId>,
+}
+
+/// An instruction among those that led to where a stage is.
+#[derive(Debug, Clone, Copy)]
+struct LineId(usize);
+
+#[derive(Debug)]
+struct Line {
+    /// `None` for the image that the first stage starts from.
+    before: Option<LineId>,
+    told: Told,
 }
 
 /// Operations, inputs before their users.
 #[derive(Debug, Default)]
 pub(crate) struct Graph {
     vertices: Vec<Vertex>,
+    /// All instructions, each with the one before it: stages that start from one stage share its lines.
+    lines: Vec<Line>,
 }
 
 impl Graph {
     fn add(&mut self, op: Op, name: String, location: Location) -> VertexId {
-        self.vertices.push(Vertex { op, name, location });
+        self.vertices.push(Vertex { op, name, location, line: None });
         VertexId(self.vertices.len() - 1)
+    }
+
+    fn tell(&mut self, before: Option<LineId>, told: Told) -> LineId {
+        self.lines.push(Line { before, told });
+        LineId(self.lines.len() - 1)
+    }
+
+    /// What a history says up to this step, oldest first, beginning with its base image; empty for a step that no text
+    /// tells all of.
+    pub(crate) fn story(&self, vertex: &Vertex) -> Vec<&Told> {
+        let before = |line: &&Line| line.before.map(|before| &self.lines[before.0]);
+        let last = vertex.line.map(|line| &self.lines[line.0]);
+        let mut story: Vec<&Told> = std::iter::successors(last, before).map(|line| &line.told).collect();
+        story.reverse();
+        story
     }
 
     /// All vertices in an order in which inputs come first.
@@ -138,6 +170,7 @@ struct Lowered {
     config: Config,
     scope: Scope,
     history: Vec<PlannedHistory>,
+    line: LineId,
     base_created: Option<String>,
 }
 
@@ -277,6 +310,7 @@ impl<'a> Lowering<'a> {
                 scope: Scope::new(&config.env()),
                 config,
                 history: vec![],
+                line: self.graph.tell(None, Told::Base(vec![])),
                 base_created: None,
             });
         }
@@ -292,6 +326,7 @@ impl<'a> Lowering<'a> {
             scope: Scope::new(&config.env()),
             config,
             history: vec![],
+            line: self.graph.tell(None, Told::Base(history_of(&image.config))),
             base_created: image.config.document().value().created().clone(),
         })
     }
@@ -340,16 +375,19 @@ impl<'a> Lowering<'a> {
     fn instruction(&mut self, current: &mut Current, instruction: &Instruction) -> Result<(), DockerfileError> {
         let at = instruction.location;
         let mut created_by = instruction.text.clone();
+        let mut told = Told::Named(instruction.text.split(' ').next().unwrap_or_default().to_owned());
         let before = current.lowered.vertex;
+        // The step that the entry stands for: its key, and what it made.
+        let mut step = None;
         match &instruction.kind {
-            InstructionKind::Run(run) => created_by = self.run(current, instruction, run),
+            InstructionKind::Run(run) => (created_by, told) = self.run(current, instruction, run),
             InstructionKind::Copy(copy) => {
-                self.copy(current, instruction, copy)?;
-                created_by += " # buildkit";
+                step = Some(self.copy(current, instruction, copy)?);
+                (created_by, told) = (created_by + " # buildkit", Told::Files);
             }
             InstructionKind::Add(add) => {
-                self.add(current, instruction, add)?;
-                created_by += " # buildkit";
+                step = Some(self.add(current, instruction, add)?);
+                (created_by, told) = (created_by + " # buildkit", Told::Files);
             }
             InstructionKind::Workdir(path) => {
                 let path = self.expand(current, at, path)?;
@@ -357,6 +395,7 @@ impl<'a> Lowering<'a> {
                 self.admit(at, &path)?;
                 current.lowered.config.set_working_dir(&path);
                 created_by = format!("WORKDIR {path}");
+                told = Told::Says(vec![created_by.clone()]);
                 let name = format!("{}{created_by}", current.label);
                 let user = current.lowered.config.user().to_owned();
                 let op = Op::Directory { base: current.lowered.vertex, path, user };
@@ -365,11 +404,14 @@ impl<'a> Lowering<'a> {
             InstructionKind::Env(pairs) => {
                 // All values see the environment before the instruction.
                 let before = current.lowered.scope.clone();
+                let mut env = Vec::new();
                 for pair in pairs {
                     let name = self.expand_in(&before, at, &pair.name)?;
                     let value = self.expand_in(&before, at, &pair.value)?;
                     current.lowered.scope.set_env(&name, &value);
+                    env.push(format!("{name}={value}"));
                 }
+                told = Told::Env { env, written: instruction.text.clone() };
             }
             InstructionKind::Arg(declared) => {
                 for arg in declared {
@@ -387,6 +429,7 @@ impl<'a> Lowering<'a> {
             InstructionKind::User(user) => {
                 let user = self.expand(current, at, user)?;
                 current.lowered.config.set_user(&user);
+                told = Told::Says(vec![format!("USER {user}")]);
             }
             InstructionKind::Expose(ports) => {
                 for ports in ports {
@@ -416,7 +459,10 @@ impl<'a> Lowering<'a> {
                 current.lowered.config.set_cmd(&argv);
                 current.own_cmd = true;
             }
-            InstructionKind::Shell(shell) => current.lowered.config.set_shell(shell),
+            InstructionKind::Shell(shell) => {
+                current.lowered.config.set_shell(shell);
+                told = Told::Says(vec![format!("SHELL [{}]", shell.join(" ")), instruction.text.clone()]);
+            }
             InstructionKind::Healthcheck(check) => {
                 current.lowered.config.set_healthcheck(healthcheck(check, &current.lowered.config.shell()));
             }
@@ -426,7 +472,13 @@ impl<'a> Lowering<'a> {
             }
         }
         let made = current.lowered.vertex;
-        let vertex = (made != before).then_some(made);
+        let vertex = (made != before).then_some(step.unwrap_or(made));
+        let line = self.graph.tell(Some(current.lowered.line), told);
+        current.lowered.line = line;
+        if let Some(VertexId(at)) = vertex {
+            let vertex = &mut self.graph.vertices[at];
+            vertex.line = vertex.op.is_told_by_text().then_some(line);
+        }
         current.lowered.history.push(PlannedHistory { created_by, vertex });
         Ok(())
     }
@@ -435,13 +487,15 @@ impl<'a> Lowering<'a> {
         command.argv(&current.lowered.config.shell())
     }
 
-    fn run(&mut self, current: &mut Current, instruction: &Instruction, run: &Run) -> String {
+    /// What our history says of it, and what others' do.
+    fn run(&mut self, current: &mut Current, instruction: &Instruction, run: &Run) -> (String, Told) {
         let lowered = &mut current.lowered;
         let pairs = |(name, value): (&str, &str)| (name.to_owned(), value.to_owned());
         let invocation = run.invocation(&lowered.config.shell());
         let args: Vec<String> = lowered.scope.args().map(|(name, value)| format!("{name}={value}")).collect();
         let prefix = if args.is_empty() { String::new() } else { format!("|{} {} ", args.len(), args.join(" ")) };
         let created_by = format!("RUN {prefix}{} # buildkit", invocation.argv.join(" "));
+        let told = Told::Run { args, words: invocation.argv.clone() };
         let op = RunOp {
             invocation,
             env: lowered.scope.run_env().map(pairs).collect(),
@@ -451,10 +505,15 @@ impl<'a> Lowering<'a> {
         };
         let name = format!("{}{}", current.label, instruction.text);
         lowered.vertex = self.graph.add(Op::Run { base: lowered.vertex, run: op }, name, instruction.location);
-        created_by
+        (created_by, told)
     }
 
-    fn copy(&mut self, current: &mut Current, instruction: &Instruction, copy: &Copy) -> Result<(), DockerfileError> {
+    fn copy(
+        &mut self,
+        current: &mut Current,
+        instruction: &Instruction,
+        copy: &Copy,
+    ) -> Result<VertexId, DockerfileError> {
         let at = instruction.location;
         let from = match &copy.from {
             CopyFrom::Context => FilesFrom::Context,
@@ -479,11 +538,15 @@ impl<'a> Lowering<'a> {
             unpack: false,
             link: copy.link,
         };
-        self.place(current, instruction, op);
-        Ok(())
+        Ok(self.place(current, instruction, op))
     }
 
-    fn add(&mut self, current: &mut Current, instruction: &Instruction, add: &Add) -> Result<(), DockerfileError> {
+    fn add(
+        &mut self,
+        current: &mut Current,
+        instruction: &Instruction,
+        add: &Add,
+    ) -> Result<VertexId, DockerfileError> {
         let at = instruction.location;
         let (paths, inline) = self.sources(current, at, &add.sources)?;
         let remote = |path: &&String| ["http://", "https://", "git@", "ssh://"].iter().any(|p| path.starts_with(p));
@@ -501,21 +564,22 @@ impl<'a> Lowering<'a> {
             unpack: add.unpack.unwrap_or(true),
             link: add.link,
         };
-        self.place(current, instruction, op);
-        Ok(())
+        Ok(self.place(current, instruction, op))
     }
 
-    /// Adds a copy: onto the tree so far, or with `--link` onto nothing, to be laid over the tree as a stack.
-    fn place(&mut self, current: &mut Current, instruction: &Instruction, copy: CopyOp) {
+    /// Adds a copy: onto the tree so far, or with `--link` onto nothing, to be laid over the tree as a stack. The copy
+    /// itself, whatever it is laid over.
+    fn place(&mut self, current: &mut Current, instruction: &Instruction, copy: CopyOp) -> VertexId {
         let (at, name) = (instruction.location, format!("{}{}", current.label, instruction.text));
         let base = current.lowered.vertex;
-        current.lowered.vertex = if copy.link {
+        if copy.link {
             let scratch = self.graph.add(Op::Scratch, String::new(), at);
             let over = self.graph.add(Op::Copy { base: scratch, copy }, name, at);
-            self.graph.add(Op::Merge { base, over }, String::new(), at)
-        } else {
-            self.graph.add(Op::Copy { base, copy }, name, at)
-        };
+            current.lowered.vertex = self.graph.add(Op::Merge { base, over }, String::new(), at);
+            return over;
+        }
+        current.lowered.vertex = self.graph.add(Op::Copy { base, copy }, name, at);
+        current.lowered.vertex
     }
 
     /// Where files go: absolute, and with the slash at the end that asks for a directory.

@@ -206,6 +206,7 @@ impl Engine {
         let cache_from = cache_from::CacheFrom::open(self, &request.cache_from, &platform, progress);
         let solver = solve::Solver {
             engine: self,
+            graph: &plan.graph,
             cache_from: &cache_from,
             explain: request.explain,
             cache: self.cache(),
@@ -215,7 +216,7 @@ impl Engine {
             cancel,
             no_cache: request.no_cache,
         };
-        let solved = solver.solve(&plan.graph, plan.target).map_err(|failed| match failed.error {
+        let solved = solver.solve(plan.target).map_err(|failed| match failed.error {
             SolveError::Canceled(canceled) => canceled.into(),
             error => BuildError::Step {
                 at: dockerfile.error(failed.location, &failed.focus, error.headline()),

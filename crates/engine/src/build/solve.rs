@@ -20,7 +20,7 @@ use plies_store::{Attach, CatalogueError, LayerError, LayerId, Mounted, Snapshot
 
 use super::cache_from::CacheFrom;
 use super::config::DEFAULT_PATH;
-use super::graph::{CopyOp, FilesFrom, Graph, Op, RunOp, VertexId};
+use super::graph::{CopyOp, FilesFrom, Graph, Op, RunOp, Vertex, VertexId};
 use crate::context::{
     self, Chmod, CopyError, CopyOptions, Destination, HashError, Owner, SelectError, Selection, Tree,
 };
@@ -234,6 +234,7 @@ impl Results {
 /// Solves graphs.
 pub(crate) struct Solver<'a> {
     pub(crate) engine: &'a Engine,
+    pub(crate) graph: &'a Graph,
     pub(crate) cache: Accessor,
     pub(crate) context: &'a Tree,
     pub(crate) executor: &'a dyn Executor,
@@ -298,15 +299,15 @@ impl Source<'_> {
 }
 
 impl Solver<'_> {
-    /// Solves all vertices of a graph that was lowered for one target: each of them is needed.
-    pub(crate) fn solve(&self, graph: &Graph, target: VertexId) -> Result<Results, Failed> {
+    /// Solves all vertices of the graph, which was lowered for one target: each of them is needed.
+    pub(crate) fn solve(&self, target: VertexId) -> Result<Results, Failed> {
         let mut results = Results { solved: HashMap::new(), steps_count: 0, cached_count: 0 };
-        for (id, vertex) in graph.iter() {
+        for (id, vertex) in self.graph.iter() {
             if self.cancel.is_canceled() {
                 return Err(Failed { location: vertex.location, focus: String::new(), error: Canceled.into() });
             }
             let task = (!vertex.name.is_empty()).then(|| Task::start(self.progress, &vertex.name, None));
-            let solved = self.vertex(&vertex.op, &vertex.name, &results, task.as_ref());
+            let solved = self.vertex(vertex, &results, task.as_ref());
             let (solved, outcome) = solved.map_err(|error| {
                 let error = if canceled_inside(&error) { Canceled.into() } else { error };
                 let focus = match &error {
@@ -335,12 +336,11 @@ impl Solver<'_> {
 
     fn vertex(
         &self,
-        op: &Op,
-        name: &str,
+        vertex: &Vertex,
         results: &Results,
         task: Option<&Task<'_>>,
     ) -> Result<(Solved, Outcome), SolveError> {
-        match op {
+        match &vertex.op {
             Op::Scratch => {
                 let key = KeyBuilder::new("scratch", KEY_VERSION).finish();
                 let solved = Solved { key, tree: None, base_diff_ids: vec![], layers: vec![], made: None };
@@ -355,7 +355,7 @@ impl Solver<'_> {
             }
             Op::Merge { base, over } => {
                 let (base, over) = (results.of(*base), results.of(*over));
-                let options = RecordOptions { description: Some(short(name)), ..RecordOptions::by("build") };
+                let options = RecordOptions { description: Some(short(&vertex.name)), ..RecordOptions::by("build") };
                 let tree = self.cache.merge(&[base.tree.as_ref(), over.tree.as_ref()], &options)?;
                 if let Some(merged) = &tree {
                     match merged.extract(self.cancel) {
@@ -377,7 +377,7 @@ impl Solver<'_> {
             Op::Run { base, run } => {
                 let base = results.of(*base);
                 let key = run_key(run, &base.key);
-                self.step(base, key, name, task, |root, path| self.run(run, root, path, task))
+                self.step(vertex, base, key, task, |root, path| self.run(run, root, path, task))
             }
             Op::Directory { base, path, user } => {
                 let base = results.of(*base);
@@ -386,7 +386,7 @@ impl Solver<'_> {
                     .bytes(path.as_bytes())
                     .bytes(user.as_bytes())
                     .finish();
-                self.step(base, key, name, task, |root, _| {
+                self.step(vertex, base, key, task, |root, _| {
                     let user = self::user(root, user)?;
                     make_directory(root, path, Some(Owner { uid: user.uid, gid: user.gid }))?;
                     Ok(Made::default())
@@ -416,7 +416,7 @@ impl Solver<'_> {
                     .number(copy.unpack.into())
                     .number(copy.link.into())
                     .finish();
-                self.step(base, key, name, task, |root, _| {
+                self.step(vertex, base, key, task, |root, _| {
                     let made = self.copy(copy, &source, &selection, root)?;
                     // A context is a directory that people work in.
                     let changing =
@@ -430,9 +430,9 @@ impl Solver<'_> {
     /// Finds the result of a step in the cache, or does `work` in a tree on top of `base`.
     fn step(
         &self,
+        vertex: &Vertex,
         base: &Solved,
         key: CacheKey,
-        name: &str,
         task: Option<&Task<'_>>,
         work: impl FnOnce(BorrowedFd<'_>, &Path) -> Result<Made, SolveError>,
     ) -> Result<(Solved, Outcome), SolveError> {
@@ -446,13 +446,16 @@ impl Solver<'_> {
         } else if let Some(tree) = self.lookup(base, &key)? {
             explain(&format!("cached: record {}", tree.id()));
             return Ok((self.solved(base, key, tree)?, Outcome::Cached));
-        } else if let Some((solved, says)) = self.found_in_image(base, &key, name)? {
+        } else if let Some((solved, says)) = self.found_in_image(vertex, base, &key)? {
             explain(&says);
             return Ok((solved, Outcome::Cached));
         } else {
-            explain(&format!("not cached: nothing is known by key {key}{}", self.cache_from.and_not_there()));
+            explain(&format!(
+                "not cached: nothing is known by key {key}{}",
+                self.cache_from.and_not_there(&self.graph.story(vertex))
+            ));
         }
-        let options = RecordOptions { description: Some(short(name)), ..RecordOptions::by("build") };
+        let options = RecordOptions { description: Some(short(&vertex.name)), ..RecordOptions::by("build") };
         let record = self.cache.create(base.tree.as_ref(), &options)?;
         let mounted = record.mount(Attach::InStore)?;
         let path = mounted.path().expect("because it was attached").to_owned();
@@ -484,22 +487,25 @@ impl Solver<'_> {
     /// Finds a step's result in an image that the user named as a source, and what to say of it.
     fn found_in_image(
         &self,
+        vertex: &Vertex,
         base: &Solved,
         key: &CacheKey,
-        name: &str,
     ) -> Result<Option<(Solved, String)>, SolveError> {
+        // A copy that stands on nothing is the same on whatever it is laid over.
+        let alone = matches!(&vertex.op, Op::Copy { copy, .. } if copy.link);
         let mut below = base.base_diff_ids.clone();
         for layer in &base.layers {
             // A layer whose diff ID nobody needed yet was made here just now, and came from no image.
             let Some(diff_id) = self.engine.store().layers().info(*layer)?.diff_id else { return Ok(None) };
             below.push(diff_id);
         }
-        let Some(found) = self.cache_from.find(&below, key) else { return Ok(None) };
+        let below = (!alone).then_some(below.as_slice());
+        let Some(found) = self.cache_from.find(below, key, &self.graph.story(vertex)) else { return Ok(None) };
         let Some(diff_id) = found.diff_id else {
             return Ok(Some((Solved { key: *key, made: None, ..base.clone() }, found.says)));
         };
-        let options =
-            RecordOptions { description: Some(short(name)), created_at: found.created, ..RecordOptions::by("build") };
+        let description = Some(short(&vertex.name));
+        let options = RecordOptions { description, created_at: found.created, ..RecordOptions::by("build") };
         let tree = match self.cache.get_by_diff_id(diff_id, base.tree.as_ref(), &options) {
             Ok(Some(tree)) => tree,
             // The step runs then.
@@ -511,7 +517,10 @@ impl Solver<'_> {
         if !self.is_whole(&row) {
             return Ok(None);
         }
-        self.cache.add_result(key, tree.id())?;
+        // What only a text says holds where the image is named, and no further.
+        if found.by_key {
+            self.cache.add_result(key, tree.id())?;
+        }
         let solved = Solved {
             key: *key,
             tree: Some(tree),
@@ -652,6 +661,16 @@ impl Op {
     /// Whether it counts as a step for people.
     fn is_step(&self) -> bool {
         matches!(self, Op::Run { .. } | Op::Copy { .. } | Op::Directory { .. })
+    }
+
+    /// Whether the text of a history tells all of what it takes in, where the steps and settings before it are known: not
+    /// the files that are copied, not a script, and not whose a directory is.
+    pub(super) fn is_told_by_text(&self) -> bool {
+        match self {
+            Op::Run { run, .. } => run.invocation.script.is_none(),
+            Op::Directory { user, .. } => ["", "root", "0"].contains(&user.as_str()),
+            _ => false,
+        }
     }
 
     /// What a complaint about its files points at.

@@ -5,7 +5,7 @@
 //! image.chain_children  ChainId, ChainId   -> ()         parent, child
 //! image.chain_holds     ChainId, holder    -> u64        how often `image:<id>`, `rw:<name>` or a user holds it
 //! image.chain_refs      ChainId, LeaseId   -> ()         a [`LayerRef`] of the process that runs
-//! image.rw_layers       name               -> RwRow      parent, active, init layer, label
+//! image.rw_layers       name               -> RwRow      parent, active, init layer, label, id maps
 //! image.rw_refs         name, LeaseId      -> ()         an [`RwRef`] of the process that runs
 //! ```
 //!
@@ -459,9 +459,8 @@ impl LayerStore {
             let row = tx.get(&CHAINS, &chain)?.expect("because it was just put");
             Ok::<_, CatalogueError>(ChainInfo::new(chain, row))
         })?;
-        if let Some(parent) = below.parent {
-            self.release(parent)?;
-        }
+        // It has a child now, so nothing goes with this reference, and nobody waits for its end.
+        drop(below.parent);
         Ok(LayerRef { store: self.store.clone(), info, lease: Some(lease) })
     }
 

@@ -6,8 +6,8 @@ use std::os::fd::BorrowedFd;
 use plies_archive::Change;
 use plies_oci::ChainId;
 use plies_store::{
-    ActiveId, ActiveOptions, Attach, CatalogueError, LayerId, Lease, LeaseId, Mounted, Owner, Row, Rows, SnapshotId,
-    Stamp, Store, Table, Transfer, Tx,
+    ActiveId, ActiveOptions, Attach, CatalogueError, IdMaps, LayerId, Lease, LeaseId, MountOptions, Mounted, Owner,
+    Row, Rows, SnapshotId, Stamp, Store, Table, Transfer, Tx,
 };
 use serde::{Deserialize, Serialize};
 
@@ -27,10 +27,18 @@ struct RwRow {
     init: Option<LayerId>,
     label: Option<String>,
     created: Stamp,
+    ids: Option<IdMaps>,
 }
 
 impl Row for RwRow {
-    const VERSION: u8 = 1;
+    const VERSION: u8 = 2;
+
+    fn upgrade(version: u8, body: &[u8]) -> Option<Self> {
+        type First = (Option<ChainId>, ActiveId, Option<LayerId>, Option<String>, Stamp);
+        (version == 1).then_some(())?;
+        let (parent, active, init, label, created): First = postcard::from_bytes(body).ok()?;
+        Some(Self { parent, active, init, label, created, ids: None })
+    }
 }
 
 /// Fills the init layer of a new writable layer: gets the root of the merged tree, which it must not leave.
@@ -43,6 +51,9 @@ pub struct NewRwLayer<'a> {
     pub parent: Option<ChainId>,
     /// The security label of its mounts (SELinux's `context=`). A kernel that knows no labels refuses to mount with one.
     pub label: Option<String>,
+    /// Whose its files show as while it is mounted, its init layer's among them. Its changes, and a layer made of them,
+    /// have the owners that there are on disk.
+    pub ids: Option<IdMaps>,
     /// Makes what every container needs and no image has: its changes become a layer of their own, `<id>-init`, between
     /// the parent and the writable layer, and so do not show among the latter's changes.
     pub init: Option<InitLayer<'a>>,
@@ -67,14 +78,21 @@ pub struct RwInfo {
     pub init: Option<LayerId>,
     /// The security label of its mounts.
     pub label: Option<String>,
+    /// Whose its files show as while it is mounted.
+    pub ids: Option<IdMaps>,
     /// When it was made.
     pub created: Stamp,
 }
 
 impl RwInfo {
     fn new(name: String, row: RwRow) -> Self {
-        let RwRow { parent, active, init, label, created } = row;
-        Self { name, parent, active, init, label, created }
+        let RwRow { parent, active, init, label, created, ids } = row;
+        Self { name, parent, active, init, label, ids, created }
+    }
+
+    /// How it is mounted.
+    pub fn mount_options(&self) -> MountOptions<'_> {
+        MountOptions { label: self.label.as_deref(), ids: self.ids.as_ref() }
     }
 
     /// What Docker calls the mount ID.
@@ -149,7 +167,8 @@ impl LayerStore {
             if tx.contains(&RW_LAYERS, &name.to_owned())? {
                 return Err(taken());
             }
-            let row = RwRow { parent: new.parent, active, init, label: new.label.clone(), created: tx.now() };
+            let (label, ids) = (new.label.clone(), new.ids.clone());
+            let row = RwRow { parent: new.parent, active, init, label, created: tx.now(), ids };
             tx.put(&RW_LAYERS, &name.to_owned(), &row)?;
             tx.hold(&owner(name), active)?;
             if let Some(parent) = new.parent {
@@ -175,7 +194,8 @@ impl LayerStore {
     ) -> Result<Option<LayerId>, LayerStoreError> {
         let snapshots = self.store.snapshots();
         let active = snapshots.prepare(base, lease, ActiveOptions { volatile: true })?;
-        let mounted = snapshots.mount_active_labelled(active, label, Attach::Detached)?;
+        // As it is on disk: what root makes here is the mapped root's where the writable layer is mounted.
+        let mounted = snapshots.mount_active_with(active, MountOptions { label, ids: None }, Attach::Detached)?;
         let initialised = initialise(mounted.root());
         mounted.unmount()?;
         initialised.map_err(|source| LayerStoreError::Init { name: name.to_owned(), source })?;
@@ -232,12 +252,12 @@ impl LayerStore {
         Ok(rows.into_iter().map(|(name, row)| RwInfo::new(name, row)).collect())
     }
 
-    /// Mounts a writable layer, with its label; once at a time.
+    /// Mounts a writable layer, with its label and its owners; once at a time.
     ///
     /// # Errors
     /// Those of [`plies_store::Snapshots::mount_active`].
     pub fn mount_rw(&self, rw: &RwRef, attach: Attach<'_>) -> Result<Mounted, LayerStoreError> {
-        Ok(self.store.snapshots().mount_active_labelled(rw.info.active, rw.info.label.as_deref(), attach)?)
+        Ok(self.store.snapshots().mount_active_with(rw.info.active, rw.info.mount_options(), attach)?)
     }
 
     /// What was written to a writable layer, path by path. What its init function made is not in the list.
@@ -284,5 +304,19 @@ impl Drop for RwRef {
             let key = (self.info.name.clone(), lease.id());
             drop(self.store.write_lazily(|tx: &mut Tx<'_>| tx.remove(&RW_REFS, &key)));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_row_of_the_first_version_is_upgraded() {
+        let active = "0707070707070707".parse::<ActiveId>().unwrap();
+        let first = (None::<ChainId>, active, None::<LayerId>, Some("label"), Stamp::from_micros(5));
+        let row = RwRow::upgrade(1, &postcard::to_stdvec(&first).unwrap()).unwrap();
+        assert_eq!((row.active, row.label.as_deref(), row.ids), (active, Some("label"), None));
+        assert!(RwRow::upgrade(0, b"").is_none() && RwRow::upgrade(1, b"\xff").is_none());
     }
 }

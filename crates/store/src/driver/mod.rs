@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use plies_archive::{Change, Sealed};
 
 use crate::LayerId;
-use crate::snapshots::SnapshotError;
+use crate::snapshots::{MountOptions, SnapshotError};
 
 pub(crate) use native::Native;
 pub(crate) use overlay::Overlay;
@@ -108,12 +108,12 @@ pub(crate) trait Driver: fmt::Debug + Send + Sync {
     /// A tree to read.
     fn view(&self, lowers: &[Lower], scratch: &Path) -> Result<Tree, SnapshotError>;
 
-    /// A tree to write; what is written lands in `upper`. All of it carries the security label `label`, if one is given.
+    /// A tree to write; what is written lands in `upper`.
     fn mount(
         &self,
         lowers: &[Lower],
         upper: &Upper,
-        label: Option<&str>,
+        options: MountOptions<'_>,
         scratch: &Path,
     ) -> Result<Tree, SnapshotError>;
 

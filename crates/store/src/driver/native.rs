@@ -16,7 +16,7 @@ use super::{Driver, Form, Lower, Tree, Upper};
 use crate::error::{At as _, FileError};
 use crate::layers::read_index_at;
 use crate::open::make_dir;
-use crate::snapshots::SnapshotError;
+use crate::snapshots::{MountOptions, SnapshotError};
 use crate::tree::{self, Material, MergeLayer, Metadata};
 
 /// Written when the copy was whole: what changes later gets a later inode change time, which programs
@@ -89,11 +89,12 @@ impl Driver for Native {
         Ok(changes.map_err(|error| FileError::new("list changes in", &tree, io::Error::other(error)))?)
     }
 
-    /// Files get no label: that takes a mount.
-    fn mount(&self, _: &[Lower], upper: &Upper, label: Option<&str>, _: &Path) -> Result<Tree, SnapshotError> {
-        if label.is_some() {
+    /// Files get no label and no other owners: that takes a mount.
+    fn mount(&self, _: &[Lower], upper: &Upper, options: MountOptions<'_>, _: &Path) -> Result<Tree, SnapshotError> {
+        if options.label.is_some() || options.ids.is_some() {
             let source = io::ErrorKind::Unsupported.into();
-            return Err(SnapshotError::Mount { words: "the native driver mounts nothing to label".into(), source });
+            let words = "the native driver mounts nothing that could have a label or other owners".into();
+            return Err(SnapshotError::Mount { words, source });
         }
         let path = upper.tree();
         Ok(Tree { root: tree::open_own(&path)?, form: Form::Directory { path, scratch: false } })

@@ -20,8 +20,9 @@ use rustix::mount::{
 
 use super::{Driver, Form, Lower, Tree, Upper};
 use crate::error::{At as _, FileError};
+use crate::idmap::MappedDirs;
 use crate::open::make_dir;
-use crate::snapshots::SnapshotError;
+use crate::snapshots::{MountOptions, SnapshotError};
 use crate::tree::{self, Metadata};
 
 /// Lower layers that overlayfs takes in one mount (`OVL_MAX_STACK`, fs/overlayfs/params.h).
@@ -67,8 +68,8 @@ impl Overlay {
     }
 
     /// Whether this process may make overlay mounts.
-    pub(crate) fn is_available() -> bool {
-        fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC).is_ok()
+    pub(crate) fn check() -> io::Result<()> {
+        Ok(fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC).map(drop)?)
     }
 
     fn method(&self) -> OverlayMethod {
@@ -87,7 +88,7 @@ impl Overlay {
         &self,
         lowers: &[Lower],
         upper: Option<&Upper>,
-        label: Option<&str>,
+        options: MountOptions<'_>,
         scratch: &Path,
     ) -> Result<Tree, SnapshotError> {
         // The uppermost first, as overlayfs counts.
@@ -96,9 +97,26 @@ impl Overlay {
         for number in trees.len()..needed {
             trees.push(self.empty(number)?);
         }
-        match self.method() {
-            OverlayMethod::OptionString => by_option_string(&trees, upper, label, scratch),
-            method => by_fsconfig(method, &trees, upper, label),
+        match (self.method(), options.ids) {
+            (OverlayMethod::OptionString, None) => by_option_string(&trees, upper, options.label, scratch),
+            (OverlayMethod::OptionString, Some(_)) => {
+                let words = "other owners take layers that are passed one by one (Linux 6.5)".into();
+                Err(SnapshotError::Mount { words, source: io::ErrorKind::Unsupported.into() })
+            }
+            (method, None) => by_fsconfig(method, &trees, upper, options.label, None),
+            (method, Some(ids)) => {
+                let layers = lowers.first().and_then(|lower| lower.dir.parent());
+                let dirs = layers.into_iter().chain(upper.map(|upper| upper.dir.as_path()));
+                let words = || "map the owners of files".to_owned();
+                let dirs =
+                    MappedDirs::new(ids, dirs).map_err(|source| SnapshotError::Mount { words: words(), source })?;
+                // A thread of its own: who it acts as ends with it.
+                let mount = || {
+                    ids.become_root().map_err(|source| SnapshotError::Mount { words: words(), source })?;
+                    by_fsconfig(method, &trees, upper, options.label, Some(&dirs))
+                };
+                std::thread::scope(|scope| scope.spawn(mount).join()).expect("because it does not panic")
+            }
         }
     }
 }
@@ -132,11 +150,12 @@ fn by_fsconfig(
     trees: &[PathBuf],
     upper: Option<&Upper>,
     label: Option<&str>,
+    mapped: Option<&MappedDirs>,
 ) -> Result<Tree, SnapshotError> {
     let context = fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC).map_err(|error| refused(None, error))?;
     let context = context.as_fd();
     let set_dir = |key: &str, path: &Path| -> Result<(), SnapshotError> {
-        let dir = open_tree_root(path).at("open", path)?;
+        let dir = mapped.and_then(|dirs| dirs.open(path)).unwrap_or_else(|| open_tree_root(path)).at("open", path)?;
         let set = match method {
             OverlayMethod::Descriptors => fsconfig_set_fd(context, key, dir.as_fd()),
             _ => fsconfig_set_string(context, key, proc_path(dir.as_fd())),
@@ -259,7 +278,7 @@ impl Driver for Overlay {
     }
 
     fn view(&self, lowers: &[Lower], scratch: &Path) -> Result<Tree, SnapshotError> {
-        self.make(lowers, None, None, scratch)
+        self.make(lowers, None, MountOptions::default(), scratch)
     }
 
     fn changes(&self, lowers: &[Lower], upper: &Upper, scratch: &Path) -> Result<Vec<Change>, SnapshotError> {
@@ -282,7 +301,7 @@ impl Driver for Overlay {
         &self,
         lowers: &[Lower],
         upper: &Upper,
-        label: Option<&str>,
+        options: MountOptions<'_>,
         scratch: &Path,
     ) -> Result<Tree, SnapshotError> {
         // A volatile mount leaves a mark that forbids the next one, since it cannot know whether the
@@ -291,7 +310,7 @@ impl Driver for Overlay {
         let work = upper.work();
         tree::remove(&work)?;
         make_dir(&work)?;
-        self.make(lowers, Some(upper), label, scratch)
+        self.make(lowers, Some(upper), options, scratch)
     }
 
     fn seal(&self, lowers: &[Lower], upper: &Upper, target: &Path, scratch: &Path) -> Result<Sealed, SnapshotError> {
