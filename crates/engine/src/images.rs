@@ -1,5 +1,7 @@
 //! Requests on images that are here: list, inspect, history, tag, remove.
 
+use std::panic::resume_unwind;
+
 use plies_image::{Found, ImageError, Removed};
 use plies_oci::{
     BlobDigest, ChainId, DiffId, DocumentError, ErrorKind, ImageConfig, ImageId, Reference, ReferenceError,
@@ -9,6 +11,9 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::Engine;
+
+/// Images that are worth a thread of their own in a list: at 5 µs each, some ms.
+const SUMMARIES_MIN: usize = 1_000;
 
 /// Why a request on images failed.
 #[derive(Debug, thiserror::Error)]
@@ -142,8 +147,16 @@ impl Engine {
             size_bytes: 0,
             error: Some(chain(error)),
         };
-        let summary = |image| self.summary(image).unwrap_or_else(|error| damaged(image, &error));
-        Ok(images.iter().map(summary).collect())
+        let summaries = |images: &[plies_image::Image]| -> Vec<ImageSummary> {
+            images.iter().map(|image| self.summary(image).unwrap_or_else(|error| damaged(image, &error))).collect()
+        };
+        // Most of it is looking whether each config is there.
+        let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        let share = images.len().div_ceil(cores).max(SUMMARIES_MIN);
+        Ok(std::thread::scope(|scope| {
+            let parts: Vec<_> = images.chunks(share).map(|part| scope.spawn(|| summaries(part))).collect();
+            parts.into_iter().flat_map(|part| part.join().unwrap_or_else(|panic| resume_unwind(panic))).collect()
+        }))
     }
 
     fn summary(&self, image: &plies_image::Image) -> Result<ImageSummary, ImagesError> {
