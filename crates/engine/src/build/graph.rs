@@ -11,7 +11,7 @@ use super::config::{Config, HistoryEntry};
 use crate::dockerfile::words::{Lexer, Variables};
 use crate::dockerfile::{
     Add, BuildArgs, CommandLine, Copy, CopyFrom, CopySource, Dockerfile, DockerfileError, Healthcheck, Instruction,
-    InstructionKind, Invocation, Location, Run, Scope, Stage,
+    InstructionKind, Invocation, Location, Run, RunNetwork, RunSecurity, Scope, Stage,
 };
 
 /// A vertex of a [`Graph`].
@@ -163,7 +163,7 @@ pub(crate) fn lower(
             expanded.map(|e| e.text).map_err(|e| dockerfile.error(stage.location, &stage.base, e.why))
         })
         .collect::<Result<Vec<String>, _>>()?;
-    let needed = needed_stages(dockerfile, &bases, target_stage);
+    let needed = needed_stages(dockerfile, &bases, target_stage)?;
     let mut lowering = Lowering {
         dockerfile,
         args,
@@ -202,25 +202,63 @@ pub(crate) fn lower(
     })
 }
 
-/// The stages that `target` stands on or copies from, in order.
-fn needed_stages(dockerfile: &Dockerfile, bases: &[String], target: usize) -> Vec<usize> {
-    let mut needed = vec![false; dockerfile.stages.len()];
-    needed[target] = true;
-    // References only point backwards, so one pass from the end finds all.
-    for index in (0..=target).rev() {
-        if !needed[index] {
-            continue;
+/// The stages that `target` stands on or takes files from, each after those that it needs itself.
+///
+/// # Errors
+/// A stage that needs itself, by way of others; also among stages that `target` doesn't need.
+fn needed_stages(dockerfile: &Dockerfile, bases: &[String], target: usize) -> Result<Vec<usize>, DockerfileError> {
+    let needs: Vec<Vec<(usize, Location)>> = dockerfile
+        .stages
+        .iter()
+        .enumerate()
+        .map(|(index, stage)| {
+            let base = dockerfile.stage_named(&bases[index], index).map(|base| (base, stage.location));
+            let taken = stage
+                .instructions
+                .iter()
+                .flat_map(|instruction| instruction.kind.stages().map(|from| (from, instruction.location)));
+            base.into_iter().chain(taken).collect()
+        })
+        .collect();
+    let mut order = Vec::new();
+    let mut needed_count = 0;
+    let (mut seen, mut done) = (vec![false; needs.len()], vec![false; needs.len()]);
+    // The target first, so that what it needs is known when it is done; the others only for their cycles.
+    for start in [target].into_iter().chain(0..needs.len()) {
+        // The way from `start`, with the number of the need to look at next: depth first, on a stack of our own.
+        let mut way: Vec<(usize, usize)> = Vec::new();
+        if !seen[start] {
+            seen[start] = true;
+            way.push((start, 0));
         }
-        if let Some(base) = dockerfile.stage_named(&bases[index], index) {
-            needed[base] = true;
-        }
-        for instruction in &dockerfile.stages[index].instructions {
-            if let InstructionKind::Copy(Copy { from: CopyFrom::Stage(from), .. }) = &instruction.kind {
-                needed[*from] = true;
+        while let Some((stage, next)) = way.last_mut() {
+            let stage = *stage;
+            let Some(&(needed, at)) = needs[stage].get(*next) else {
+                order.push(stage);
+                done[stage] = true;
+                way.pop();
+                continue;
+            };
+            *next += 1;
+            if seen[needed] && !done[needed] {
+                let from = way.iter().position(|(stage, _)| *stage == needed).unwrap_or_default();
+                let name = |stage: usize| stage_name(&dockerfile.stages[stage], stage);
+                let circle: Vec<String> =
+                    way[from..].iter().map(|(stage, _)| name(*stage)).chain([name(needed)]).collect();
+                let message = format!("stages need each other in a circle: {}", circle.join(" needs "));
+                return Err(dockerfile.error(at, &name(needed), message));
+            }
+            if !seen[needed] {
+                seen[needed] = true;
+                way.push((needed, 0));
             }
         }
+        if start == target && needed_count == 0 {
+            needed_count = order.len();
+        }
     }
-    (0..needed.len()).filter(|index| needed[*index]).collect()
+    order.truncate(needed_count);
+    Ok(order)
 }
 
 struct Lowering<'a> {
@@ -342,7 +380,7 @@ impl<'a> Lowering<'a> {
         let mut created_by = instruction.text.clone();
         let before = current.lowered.vertex;
         match &instruction.kind {
-            InstructionKind::Run(run) => created_by = self.run(current, instruction, run),
+            InstructionKind::Run(run) => created_by = self.run(current, instruction, run)?,
             InstructionKind::Copy(copy) => {
                 self.copy(current, instruction, copy)?;
                 created_by += " # buildkit";
@@ -435,7 +473,21 @@ impl<'a> Lowering<'a> {
         command.argv(&current.lowered.config.shell())
     }
 
-    fn run(&mut self, current: &mut Current, instruction: &Instruction, run: &Run) -> String {
+    fn run(&mut self, current: &mut Current, instruction: &Instruction, run: &Run) -> Result<String, DockerfileError> {
+        let refuse = |focus: &str| {
+            let message = format!("RUN {focus} is not supported yet");
+            Err(self.dockerfile.error(instruction.location, focus, message))
+        };
+        if !run.mounts.is_empty() {
+            return refuse("--mount");
+        }
+        // What every step has here anyway is no promise broken.
+        if run.network == RunNetwork::None {
+            return refuse("--network=none");
+        }
+        if run.security == RunSecurity::Insecure {
+            return refuse("--security=insecure");
+        }
         let lowered = &mut current.lowered;
         let pairs = |(name, value): (&str, &str)| (name.to_owned(), value.to_owned());
         let invocation = run.invocation(&lowered.config.shell());
@@ -451,7 +503,7 @@ impl<'a> Lowering<'a> {
         };
         let name = format!("{}{}", current.label, instruction.text);
         lowered.vertex = self.graph.add(Op::Run { base: lowered.vertex, run: op }, name, instruction.location);
-        created_by
+        Ok(created_by)
     }
 
     fn copy(&mut self, current: &mut Current, instruction: &Instruction, copy: &Copy) -> Result<(), DockerfileError> {

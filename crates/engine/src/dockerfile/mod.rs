@@ -5,6 +5,7 @@
 //! lines.rs  the file as logical lines: directives, continuations, comments, here-documents
 //! parse.rs  one logical line as an instruction
 //! words.rs  variables, quotes and escapes
+//! mount.rs  RUN --mount, --network, --security
 //! scope.rs  which variables an instruction sees: ARG, ENV, predefined arguments
 //! ignore.rs .dockerignore
 //! error.rs  messages with file, line and caret
@@ -12,18 +13,19 @@
 //!
 //! The grammar is `BuildKit`'s, quirks included, because files are written against it. Nothing is expanded while
 //! parsing: values keep their `$` and their quotes, and whoever builds expands them with [`words`] in a [`Scope`] as it
-//! goes along. What this release can't do yet (`RUN --mount`, `COPY --parents`, …) is an error with its line, never
-//! ignored.
+//! goes along. What this release can't do yet (`COPY --parents`, …) is an error with its line, never ignored.
 
 mod error;
 mod ignore;
 mod lines;
+mod mount;
 mod parse;
 mod scope;
 pub mod words;
 
 pub use error::{DockerfileError, Location};
 pub use ignore::{Ignore, IgnoreError};
+pub use mount::{Mount, MountError, MountKind, Permissions, RunMount, RunNetwork, RunSecurity, Sharing};
 pub use parse::parse;
 pub use scope::{BuildArgs, Scope};
 
@@ -165,6 +167,16 @@ pub enum InstructionKind {
     Maintainer(String),
 }
 
+impl InstructionKind {
+    /// The stages that it takes files from.
+    pub fn stages(&self) -> impl Iterator<Item = usize> {
+        let mounts = if let Self::Run(run) = self { run.mounts.as_slice() } else { &[] };
+        let copy = if let Self::Copy(copy) = self { Some(&copy.from) } else { None };
+        let from = copy.into_iter().chain(mounts.iter().filter_map(|mount| mount.from.as_ref()));
+        from.filter_map(|from| if let CopyFrom::Stage(stage) = from { Some(*stage) } else { None })
+    }
+}
+
 /// A name and a value of `ENV` or `LABEL`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Pair {
@@ -236,6 +248,12 @@ pub struct Run {
     pub command: CommandLine,
     /// The here-documents of a shell form.
     pub heredocs: Vec<Heredoc>,
+    /// `--mount`, in order.
+    pub mounts: Vec<RunMount>,
+    /// `--network`
+    pub network: RunNetwork,
+    /// `--security`
+    pub security: RunSecurity,
 }
 
 /// Where a `#!` here-document is put for its step, as `BuildKit` does. A directory for the caller to mount read-only.
@@ -302,9 +320,9 @@ pub struct Copy {
 pub enum CopyFrom {
     /// The build context.
     Context,
-    /// The tree of an earlier stage.
+    /// The tree of another stage, earlier or later.
     Stage(usize),
-    /// An image, or a mistake: the name is no earlier stage's. If there is no such image, [`Dockerfile::stage_like`] may
+    /// An image, or a mistake: the name is no stage's. If there is no such image, [`Dockerfile::stage_like`] may
     /// know what was meant.
     Image(String),
 }

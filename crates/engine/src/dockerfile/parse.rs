@@ -1,10 +1,12 @@
 //! Logical lines as instructions.
 
+use std::collections::HashMap;
+
 use super::error::{DockerfileError, Location, suggest};
 use super::lines::{self, LogicalLine};
 use super::{
     Add, ArgDeclaration, CommandLine, Copy, CopyFrom, CopySource, Dockerfile, GlobalArg, Healthcheck, Heredoc,
-    Instruction, InstructionKind, Pair, Run, Stage,
+    Instruction, InstructionKind, MountError, Pair, Run, RunMount, RunNetwork, RunSecurity, Stage, mount,
 };
 
 const INSTRUCTIONS: [&str; 18] = [
@@ -52,7 +54,7 @@ pub fn parse(file: &str, bytes: &[u8]) -> Result<Dockerfile, DockerfileError> {
     }
     for line in lines.logical {
         let at = line.location;
-        let parsed = Parser { file: &dockerfile, stage: dockerfile.stages.len() }.parse(&line);
+        let parsed = Parser { file: &dockerfile }.parse(&line);
         match parsed.map_err(|mistake| dockerfile.error(at, &mistake.focus, mistake.message))? {
             Parsed::From(stage) => dockerfile.stages.push(stage),
             Parsed::Instruction(InstructionKind::Arg(args)) if dockerfile.stages.is_empty() => {
@@ -74,7 +76,60 @@ pub fn parse(file: &str, bytes: &[u8]) -> Result<Dockerfile, DockerfileError> {
     if dockerfile.stages.is_empty() {
         return Err(dockerfile.error(Location::default(), "", "the file has no FROM: a stage is expected"));
     }
+    let mut stages = std::mem::take(&mut dockerfile.stages);
+    let names = StageNames::of(&stages);
+    for (own, stage) in stages.iter_mut().enumerate() {
+        for Instruction { location, kind, .. } in &mut stage.instructions {
+            names.resolve(own, kind).map_err(|mistake| dockerfile.error(*location, &mistake.focus, mistake.message))?;
+        }
+    }
+    dockerfile.stages = stages;
     Ok(dockerfile)
+}
+
+/// The stages that `--from` can name: those that come later too.
+struct StageNames {
+    /// Names in lower case, of equal ones the last.
+    numbers: HashMap<String, usize>,
+    count: usize,
+}
+
+impl StageNames {
+    fn of(stages: &[Stage]) -> Self {
+        let named = stages.iter().enumerate().filter_map(|(number, stage)| Some((stage.name.clone()?, number)));
+        Self { numbers: named.collect(), count: stages.len() }
+    }
+
+    /// Tells the stages and the images in an instruction's `from` apart.
+    fn resolve(&self, own: usize, kind: &mut InstructionKind) -> Result<(), Mistake> {
+        match kind {
+            InstructionKind::Copy(copy) => self.resolve_one(own, &mut copy.from),
+            InstructionKind::Run(run) => run
+                .mounts
+                .iter_mut()
+                .filter_map(|mount| mount.from.as_mut())
+                .try_for_each(|from| self.resolve_one(own, from)),
+            _ => Ok(()),
+        }
+    }
+
+    fn resolve_one(&self, own: usize, from: &mut CopyFrom) -> Result<(), Mistake> {
+        let CopyFrom::Image(name) = &*from else { return Ok(()) };
+        let number = match self.numbers.get(&name.to_ascii_lowercase()) {
+            Some(number) => *number,
+            None if name.bytes().all(|byte| byte.is_ascii_digit()) => match name.parse::<usize>() {
+                Ok(number) if number < self.count => number,
+                _ => return mistake(name, format!("no stage {name}: there are 0 to {}", self.count - 1)),
+            },
+            // Whether an image of that name exists is found out later: see [`Dockerfile::stage_like`].
+            None => return Ok(()),
+        };
+        if number == own {
+            return mistake(name, format!("the stage {name} can't take files from itself"));
+        }
+        *from = CopyFrom::Stage(number);
+        Ok(())
+    }
 }
 
 /// What is wrong, and which part of the line to point at.
@@ -118,8 +173,6 @@ fn holds_heredocs(text: &str, escape: char) -> bool {
 /// The parser of one instruction.
 struct Parser<'a> {
     file: &'a Dockerfile,
-    /// The number of the stage that the next `FROM` would begin: the instruction's own stage is the one before.
-    stage: usize,
 }
 
 impl Parser<'_> {
@@ -139,11 +192,12 @@ impl Parser<'_> {
                 InstructionKind::Onbuild(text)
             }
             "RUN" => {
-                refuse_run_flags(&flags)?;
+                let (mounts, network, security) = run_flags(flags)?;
                 if rest.is_empty() {
                     return mistake(word, "RUN requires at least one argument: a command");
                 }
-                InstructionKind::Run(Run { command: command_line(rest)?, heredocs: line.heredocs.clone() })
+                let (command, heredocs) = (command_line(rest)?, line.heredocs.clone());
+                InstructionKind::Run(Run { command, heredocs, mounts, network, security })
             }
             "COPY" => InstructionKind::Copy(self.copy(rest, flags, line)?),
             "ADD" => InstructionKind::Add(add(rest, flags, line)?),
@@ -261,8 +315,7 @@ impl Parser<'_> {
             _ => {}
         }
         let inner = LogicalLine { location: line.location, text: rest.to_owned(), heredocs: line.heredocs.clone() };
-        // Numbers and names of stages are those of the build that it will run in.
-        Parser { file: self.file, stage: usize::MAX }.parse(&inner).map(|_| ())
+        self.parse(&inner).map(|_| ())
     }
 
     fn copy(&self, rest: &str, mut flags: Flags<'_>, line: &LogicalLine) -> Result<Copy, Mistake> {
@@ -278,7 +331,9 @@ impl Parser<'_> {
         let (sources, dest) = sources_and_dest("COPY", rest, &line.heredocs)?;
         let from = match from {
             None => CopyFrom::Context,
-            Some(from) => self.copy_from(&from)?,
+            Some(from) if from.is_empty() => return mistake("--from", "--from requires a stage or an image"),
+            Some(from) if from.contains('$') => return mistake(from, mount::FROM_IS_FIXED),
+            Some(from) => CopyFrom::Image(from),
         };
         if from != CopyFrom::Context
             && let Some(CopySource::Heredoc(doc)) = sources.iter().find(|s| matches!(s, CopySource::Heredoc(_)))
@@ -286,38 +341,6 @@ impl Parser<'_> {
             return mistake(&doc.name, "a here-document can't be copied --from another stage");
         }
         Ok(Copy { from, sources, dest, chown, chmod, link, excludes })
-    }
-
-    /// A number or a name of an earlier stage; anything else is an image.
-    fn copy_from(&self, from: &str) -> Result<CopyFrom, Mistake> {
-        if from.is_empty() {
-            return mistake("--from", "--from requires a stage or an image");
-        }
-        if from.contains('$') {
-            let message = "variables are not expanded in --from: name a stage with FROM … AS, and use its name";
-            return mistake(from, message);
-        }
-        // In an ONBUILD nothing is known about the stages.
-        if self.stage == usize::MAX {
-            return Ok(CopyFrom::Image(from.to_owned()));
-        }
-        // Before the first FROM: the missing FROM is the mistake to tell about.
-        let Some(own) = self.stage.checked_sub(1) else { return Ok(CopyFrom::Image(from.to_owned())) };
-        if let Some(stage) = self.file.stage_named(from, own) {
-            return Ok(CopyFrom::Stage(stage));
-        }
-        if from.bytes().all(|byte| byte.is_ascii_digit()) {
-            return match from.parse::<usize>() {
-                Ok(number) if number < own => Ok(CopyFrom::Stage(number)),
-                _ if own == 0 => mistake(from, format!("no stage {from}: there is no stage before this one")),
-                _ => mistake(from, format!("no stage {from}: stages before this one are 0 to {}", own - 1)),
-            };
-        }
-        if self.file.stages[own].name.as_deref().is_some_and(|name| name.eq_ignore_ascii_case(from)) {
-            return mistake(from, format!("the stage {from} can't copy from itself"));
-        }
-        // Whether an image of that name exists is found out later: see [`Dockerfile::stage_like`].
-        Ok(CopyFrom::Image(from.to_owned()))
     }
 
     /// `name=value …`, or the old `name value`.
@@ -366,18 +389,29 @@ fn not_yet<T>(focus: &str, what: &str) -> Result<T, Mistake> {
     mistake(focus, format!("{what} is not supported yet"))
 }
 
-fn refuse_run_flags(flags: &Flags<'_>) -> Result<(), Mistake> {
-    for flag in &flags.given {
-        let name = flag_name(flag);
-        match name {
-            "mount" | "security" | "device" => return not_yet(&format!("--{name}"), &format!("RUN --{name}")),
-            // What every step has here anyway is no promise broken.
-            "network" if matches!(flag.split_once('='), Some((_, "default" | "host"))) => {}
-            "network" => return not_yet("--network", "RUN --network other than default or host"),
-            _ => return flags.unknown(flag, &["mount", "network", "security"]),
-        }
+fn run_flags(mut flags: Flags<'_>) -> Result<(Vec<RunMount>, RunNetwork, RunSecurity), Mistake> {
+    let mounts = flags.texts("mount")?;
+    let mounts = mounts.iter().map(|text| RunMount::parse(text)).collect::<Result<_, MountError>>();
+    let mounts = mounts.map_err(|error| Mistake { focus: error.focus, message: error.why })?;
+    let network = match flags.text("network")? {
+        None => RunNetwork::default(),
+        Some(text) => match RunNetwork::parse(&text) {
+            Some(network) => network,
+            None => return mistake(&text, format!("--network is default, none or host, not {text:?}")),
+        },
+    };
+    let security = match flags.text("security")? {
+        None => RunSecurity::default(),
+        Some(text) => match RunSecurity::parse(&text) {
+            Some(security) => security,
+            None => return mistake(&text, format!("--security is sandbox or insecure, not {text:?}")),
+        },
+    };
+    if !flags.take("device").is_empty() {
+        return not_yet("--device", "RUN --device");
     }
-    Ok(())
+    flags.done()?;
+    Ok((mounts, network, security))
 }
 
 fn add(rest: &str, mut flags: Flags<'_>, line: &LogicalLine) -> Result<Add, Mistake> {
@@ -525,6 +559,7 @@ impl Flags<'_> {
     fn done(&self) -> Result<(), Mistake> {
         let known: &[&str] = match self.command {
             "FROM" => &["platform"],
+            "RUN" => &["mount", "network", "security"],
             "COPY" => &["from", "chown", "chmod", "link", "exclude", "parents"],
             "ADD" => &["chown", "chmod", "link", "exclude", "unpack", "checksum", "keep-git-dir"],
             "HEALTHCHECK" => &["interval", "timeout", "start-period", "start-interval", "retries"],
