@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! mod.rs    the instructions and the stages they make
+//! check.rs  what is worth a warning
 //! lines.rs  the file as logical lines: directives, continuations, comments, here-documents
 //! parse.rs  one logical line as an instruction
 //! words.rs  variables, quotes and escapes
@@ -13,21 +14,28 @@
 //!
 //! The grammar is `BuildKit`'s, quirks included, because files are written against it. Nothing is expanded while
 //! parsing: values keep their `$` and their quotes, and whoever builds expands them with [`words`] in a [`Scope`] as it
-//! goes along. What this release can't do yet (`COPY --parents`, …) is an error with its line, never ignored.
+//! goes along. What this release can't do yet (`RUN --device`) is an error with its line, never ignored.
 
+mod check;
 mod error;
 mod ignore;
 mod lines;
 mod mount;
 mod parse;
+#[cfg(test)]
+mod proptests;
 mod scope;
 pub mod words;
 
+pub use check::{CheckOptions, Rule, Warning, names_a_secret};
+pub(crate) use error::suggest;
 pub use error::{DockerfileError, Location};
 pub use ignore::{Ignore, IgnoreError};
 pub use mount::{Mount, MountError, MountKind, Permissions, RunMount, RunNetwork, RunSecurity, Sharing};
 pub use parse::parse;
 pub use scope::{BuildArgs, Scope};
+
+use std::collections::BTreeMap;
 
 /// A parsed Dockerfile.
 #[derive(Debug, Clone)]
@@ -38,6 +46,12 @@ pub struct Dockerfile {
     pub escape: char,
     /// What a `# syntax=` line asks for. Kept to be told about, never fetched.
     pub syntax: Option<String>,
+    /// What a `# check=` line asks for.
+    pub check: CheckOptions,
+    /// What `check=` in the comments above an instruction asks for, by the instruction's first line.
+    check_above: BTreeMap<u32, CheckOptions>,
+    /// What was found while parsing.
+    found: Vec<Warning>,
     /// The `ARG`s before the first `FROM`.
     pub global_args: Vec<GlobalArg>,
     /// The stages, in order; at least one.
@@ -311,6 +325,8 @@ pub struct Copy {
     pub chmod: Option<String>,
     /// `--link`
     pub link: bool,
+    /// `--parents`: the directories above a source come along.
+    pub parents: bool,
     /// `--exclude`, expanded by word: patterns as in .dockerignore.
     pub excludes: Vec<String>,
 }
@@ -355,6 +371,8 @@ pub struct Add {
     pub unpack: Option<bool>,
     /// `--checksum`, expanded by word.
     pub checksum: Option<String>,
+    /// `--keep-git-dir`
+    pub keep_git_dir: Option<bool>,
 }
 
 /// `HEALTHCHECK`

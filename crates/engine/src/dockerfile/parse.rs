@@ -1,7 +1,8 @@
 //! Logical lines as instructions.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
+use super::check::{CheckOptions, Found, Rule};
 use super::error::{DockerfileError, Location, suggest};
 use super::lines::{self, LogicalLine};
 use super::{
@@ -44,6 +45,9 @@ pub fn parse(file: &str, bytes: &[u8]) -> Result<Dockerfile, DockerfileError> {
         lines: lines.physical,
         escape: lines.escape,
         syntax: lines.syntax,
+        check: lines.check,
+        check_above: BTreeMap::new(),
+        found: Vec::new(),
         global_args: Vec::new(),
         stages: Vec::new(),
     };
@@ -54,7 +58,23 @@ pub fn parse(file: &str, bytes: &[u8]) -> Result<Dockerfile, DockerfileError> {
     }
     for line in lines.logical {
         let at = line.location;
-        let parsed = Parser { file: &dockerfile }.parse(&line);
+        let mut parser = Parser { escape: dockerfile.escape, found: Vec::new() };
+        let parsed = parser.parse(&line);
+        let found = parser.found.into_iter();
+        let found: Vec<_> =
+            found.map(|found| dockerfile.warning(at, &found.focus, found.rule, found.message)).collect();
+        dockerfile.found.extend(found);
+        if let Some(empty) = line.empty_line {
+            let empty = Location { first_line: empty, last_line: empty };
+            let message = "an empty line stands inside an instruction: one day it will end it";
+            let warning = dockerfile.warning(empty, "", Rule::NoEmptyContinuation, message).about(at);
+            dockerfile.found.push(warning);
+        }
+        // Of several, the first counts.
+        let above = line.comments.iter().find_map(|comment| comment.strip_prefix("check=")).map(CheckOptions::parse);
+        if let Some(Ok(options)) = above {
+            dockerfile.check_above.insert(at.first_line, options);
+        }
         match parsed.map_err(|mistake| dockerfile.error(at, &mistake.focus, mistake.message))? {
             Parsed::From(stage) => dockerfile.stages.push(stage),
             Parsed::Instruction(InstructionKind::Arg(args)) if dockerfile.stages.is_empty() => {
@@ -84,7 +104,28 @@ pub fn parse(file: &str, bytes: &[u8]) -> Result<Dockerfile, DockerfileError> {
         }
     }
     dockerfile.stages = stages;
+    let found = dockerfile.check_stages();
+    dockerfile.found.extend(found);
     Ok(dockerfile)
+}
+
+impl Dockerfile {
+    /// Parses an instruction that a base image left for the builds on top of it, as one of the stage `own` at its `FROM`.
+    ///
+    /// # Errors
+    /// A sentence.
+    pub fn trigger(&self, text: &str, from: Location, own: usize) -> Result<Instruction, String> {
+        let lines = lines::split("ONBUILD", text.as_bytes(), holds_heredocs).map_err(|e| e.message().to_owned())?;
+        let [line] = lines.logical.as_slice() else { return Err("it is not one instruction".to_owned()) };
+        let parsed = Parser { escape: lines.escape, found: Vec::new() }.parse(line);
+        let mut kind = match parsed.map_err(|mistake| mistake.message)? {
+            Parsed::Instruction(kind) => kind,
+            Parsed::From(_) => return Err("FROM can't be the instruction of an ONBUILD".to_owned()),
+        };
+        let before = &self.stages[..own];
+        StageNames::of(before).resolve(own, &mut kind).map_err(|mistake| mistake.message)?;
+        Ok(Instruction { location: from, text: line.text.trim().to_owned(), kind })
+    }
 }
 
 /// The stages that `--from` can name: those that come later too.
@@ -119,6 +160,9 @@ impl StageNames {
             Some(number) => *number,
             None if name.bytes().all(|byte| byte.is_ascii_digit()) => match name.parse::<usize>() {
                 Ok(number) if number < self.count => number,
+                _ if self.count == 0 => {
+                    return mistake(name, format!("no stage {name}: there is none before this one"));
+                }
                 _ => return mistake(name, format!("no stage {name}: there are 0 to {}", self.count - 1)),
             },
             // Whether an image of that name exists is found out later: see [`Dockerfile::stage_like`].
@@ -171,16 +215,33 @@ fn holds_heredocs(text: &str, escape: char) -> bool {
 }
 
 /// The parser of one instruction.
-struct Parser<'a> {
-    file: &'a Dockerfile,
+struct Parser {
+    escape: char,
+    /// What is worth a warning.
+    found: Vec<Found>,
 }
 
-impl Parser<'_> {
-    fn parse(&self, line: &LogicalLine) -> Result<Parsed, Mistake> {
+impl Parser {
+    fn warn(&mut self, rule: Rule, focus: &str, message: impl Into<String>) {
+        self.found.push(Found { rule, focus: focus.to_owned(), message: message.into() });
+    }
+
+    /// A comment above something with names begins with one of them, or describes something else.
+    fn check_description<'n>(&mut self, line: &LogicalLine, names: impl IntoIterator<Item = &'n str>) {
+        let Some(described) = line.comments.last().and_then(|comment| comment.split(' ').next()) else { return };
+        let mut names = names.into_iter().peekable();
+        let Some(first) = names.peek().copied() else { return };
+        if !names.any(|name| name == described) {
+            let message = format!("a comment here describes {first}: write `# {first} …`, or leave a `#` line between");
+            self.warn(Rule::InvalidDefinitionDescription, first, message);
+        }
+    }
+
+    fn parse(&mut self, line: &LogicalLine) -> Result<Parsed, Mistake> {
         let text = line.text.trim();
         let (word, rest) = text.split_once(is_blank).unwrap_or((text, ""));
         let command = word.to_ascii_uppercase();
-        let (flags, rest) = flags(rest, self.file.escape);
+        let (flags, rest) = flags(rest, self.escape);
         let flags = Flags { command: &command, given: flags };
         let rest = rest.trim();
         let kind = match command.as_str() {
@@ -211,7 +272,9 @@ impl Parser<'_> {
             }
             "ARG" => {
                 flags.none()?;
-                InstructionKind::Arg(self.args(rest)?)
+                let args = self.args(rest)?;
+                self.check_description(line, args.iter().map(|arg| arg.name.as_str()));
+                InstructionKind::Arg(args)
             }
             "WORKDIR" | "USER" | "STOPSIGNAL" | "MAINTAINER" => {
                 flags.none()?;
@@ -223,7 +286,11 @@ impl Parser<'_> {
                     "WORKDIR" => InstructionKind::Workdir(value),
                     "USER" => InstructionKind::User(value),
                     "STOPSIGNAL" => InstructionKind::StopSignal(value),
-                    _ => InstructionKind::Maintainer(value),
+                    _ => {
+                        let message = "MAINTAINER is deprecated: use LABEL org.opencontainers.image.authors=…";
+                        self.warn(Rule::MaintainerDeprecated, word, message);
+                        InstructionKind::Maintainer(value)
+                    }
                 }
             }
             "EXPOSE" => {
@@ -269,7 +336,7 @@ impl Parser<'_> {
         Ok(Parsed::Instruction(kind))
     }
 
-    fn from(&self, line: &LogicalLine, rest: &str, mut flags: Flags<'_>) -> Result<Stage, Mistake> {
+    fn from(&mut self, line: &LogicalLine, rest: &str, mut flags: Flags<'_>) -> Result<Stage, Mistake> {
         let platform = flags.text("platform")?;
         flags.done()?;
         let words = blank_words(rest);
@@ -292,6 +359,17 @@ impl Parser<'_> {
                 );
                 return mistake(name, message);
             }
+            if name.chars().any(|c| c.is_ascii_uppercase()) {
+                self.warn(Rule::StageNameCasing, name, format!("the stage name {name} is not lower case"));
+            }
+            let (from, r#as) = (first_word(&line.text), &words[1]);
+            let is_lower = |word: &str| !word.contains(|c: char| c.is_ascii_uppercase());
+            let is_upper = |word: &str| !word.contains(|c: char| c.is_ascii_lowercase());
+            // A FROM of both cases is the business of another rule.
+            if (is_lower(from) || is_upper(from)) && is_lower(from) != is_lower(r#as) {
+                self.warn(Rule::FromAsCasing, r#as, format!("{from} and {as} are not in the same case", as = r#as));
+            }
+            self.check_description(line, [name.to_ascii_lowercase().as_str()]);
         }
         Ok(Stage {
             location: line.location,
@@ -304,7 +382,7 @@ impl Parser<'_> {
     }
 
     /// Finds mistakes in what will run in other builds now, where its author sees them.
-    fn onbuild(&self, line: &LogicalLine, rest: &str) -> Result<(), Mistake> {
+    fn onbuild(&mut self, line: &LogicalLine, rest: &str) -> Result<(), Mistake> {
         let trigger = first_word(rest).to_ascii_uppercase();
         match trigger.as_str() {
             "" => return mistake("ONBUILD", "ONBUILD requires at least one argument: an instruction"),
@@ -314,7 +392,8 @@ impl Parser<'_> {
             }
             _ => {}
         }
-        let inner = LogicalLine { location: line.location, text: rest.to_owned(), heredocs: line.heredocs.clone() };
+        let (text, heredocs) = (rest.to_owned(), line.heredocs.clone());
+        let inner = LogicalLine { location: line.location, text, heredocs, comments: vec![], empty_line: None };
         self.parse(&inner).map(|_| ())
     }
 
@@ -324,9 +403,7 @@ impl Parser<'_> {
         let chmod = flags.text("chmod")?;
         let link = flags.boolean("link")?.unwrap_or(false);
         let excludes = flags.texts("exclude")?;
-        if flags.boolean("parents")? == Some(true) {
-            return not_yet("--parents", "COPY --parents");
-        }
+        let parents = flags.boolean("parents")?.unwrap_or(false);
         flags.done()?;
         let (sources, dest) = sources_and_dest("COPY", rest, &line.heredocs)?;
         let from = match from {
@@ -340,12 +417,12 @@ impl Parser<'_> {
         {
             return mistake(&doc.name, "a here-document can't be copied --from another stage");
         }
-        Ok(Copy { from, sources, dest, chown, chmod, link, excludes })
+        Ok(Copy { from, sources, dest, chown, chmod, link, parents, excludes })
     }
 
     /// `name=value …`, or the old `name value`.
-    fn pairs(&self, command: &str, rest: &str) -> Result<Vec<Pair>, Mistake> {
-        let words = quoted_words(rest, self.file.escape);
+    fn pairs(&mut self, command: &str, rest: &str) -> Result<Vec<Pair>, Mistake> {
+        let words = quoted_words(rest, self.escape);
         let Some(first) = words.first() else {
             return mistake(command, format!("{command} requires at least one argument: name=value"));
         };
@@ -353,6 +430,8 @@ impl Parser<'_> {
             let Some((name, value)) = rest.split_once(is_blank) else {
                 return mistake(rest, format!("{command} requires a value: {command} {rest}=value"));
             };
+            let message = format!("write {command} {name}=…: the form without '=' is old, and takes the whole line");
+            self.warn(Rule::LegacyKeyValueFormat, name, message);
             return Ok(vec![Pair { name: name.to_owned(), value: value.trim_start_matches(is_blank).to_owned() }]);
         }
         let pair = |word: &String| match word.split_once('=') {
@@ -366,7 +445,7 @@ impl Parser<'_> {
     }
 
     fn args(&self, rest: &str) -> Result<Vec<ArgDeclaration>, Mistake> {
-        let words = quoted_words(rest, self.file.escape);
+        let words = quoted_words(rest, self.escape);
         if words.is_empty() {
             return mistake("ARG", "ARG requires at least one argument: name or name=default");
         }
@@ -383,10 +462,6 @@ impl Parser<'_> {
 fn onbuild_text(rest: &str, heredocs: &[Heredoc]) -> String {
     let bodies = heredocs.iter().flat_map(|doc| ["\n", &doc.content, &doc.name]);
     [rest].into_iter().chain(bodies).collect()
-}
-
-fn not_yet<T>(focus: &str, what: &str) -> Result<T, Mistake> {
-    mistake(focus, format!("{what} is not supported yet"))
 }
 
 fn run_flags(mut flags: Flags<'_>) -> Result<(Vec<RunMount>, RunNetwork, RunSecurity), Mistake> {
@@ -408,7 +483,7 @@ fn run_flags(mut flags: Flags<'_>) -> Result<(Vec<RunMount>, RunNetwork, RunSecu
         },
     };
     if !flags.take("device").is_empty() {
-        return not_yet("--device", "RUN --device");
+        return mistake("--device", "RUN --device is not supported yet");
     }
     flags.done()?;
     Ok((mounts, network, security))
@@ -421,12 +496,10 @@ fn add(rest: &str, mut flags: Flags<'_>, line: &LogicalLine) -> Result<Add, Mist
     let excludes = flags.texts("exclude")?;
     let unpack = flags.boolean("unpack")?;
     let checksum = flags.text("checksum")?;
-    if flags.boolean("keep-git-dir")?.is_some() {
-        return not_yet("--keep-git-dir", "ADD --keep-git-dir");
-    }
+    let keep_git_dir = flags.boolean("keep-git-dir")?;
     flags.done()?;
     let (sources, dest) = sources_and_dest("ADD", rest, &line.heredocs)?;
-    Ok(Add { sources, dest, chown, chmod, link, excludes, unpack, checksum })
+    Ok(Add { sources, dest, chown, chmod, link, excludes, unpack, checksum, keep_git_dir })
 }
 
 fn sources_and_dest(command: &str, rest: &str, heredocs: &[Heredoc]) -> Result<(Vec<CopySource>, String), Mistake> {

@@ -251,10 +251,6 @@ fn errors_name_line_word_and_remedy() {
             "FROM x\nRUN --mount=type=cache,target=/x \\\n  --mount=type=tmpfs,size=x make\n",
             "Dockerfile:3: size requires a size like 64m or 1.5g, not \"x\"\n  --mount=type=tmpfs,size=x make\n                     ^^^^",
         ),
-        (
-            "FROM x\nCOPY --parents a b\n",
-            "Dockerfile:2: COPY --parents is not supported yet\n  COPY --parents a b\n       ^^^^^^^^^",
-        ),
         // The line that the mistake is on, not the one on which the instruction begins.
         (
             "FROM x\nCOPY \\\n  --chmd=1 \\\n  a b\n",
@@ -308,7 +304,6 @@ fn errors_name_line_word_and_remedy() {
         ("FROM x\nRUN --security=none x\n", "Dockerfile:2: --security is sandbox or insecure, not \"none\""),
         ("FROM x\nRUN --device=x y\n", "Dockerfile:2: RUN --device is not supported yet"),
         ("FROM x\nRUN --mout=x y\n", "Dockerfile:2: unknown flag --mout (did you mean --mount?)"),
-        ("FROM x\nADD --keep-git-dir=true a b\n", "Dockerfile:2: ADD --keep-git-dir is not supported yet"),
     ] {
         assert!(error(text).starts_with(begins), "{text:?}: {}", error(text));
     }
