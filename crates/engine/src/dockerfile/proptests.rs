@@ -86,6 +86,57 @@ fn file() -> impl Strategy<Value = String> {
     })
 }
 
+/// Files that parse, of lines in any order, some going on in the next.
+fn valid_file() -> impl Strategy<Value = String> {
+    let lines = [
+        "FROM x AS a",
+        "from --platform=$P y",
+        "RUN make  &&  make \"install  it\"",
+        "RUN [\"a\", \"b c\"]",
+        "run [ -f x ]",
+        "RUN --mount=type=cache,target=/c --network=none x",
+        "COPY --from=a --chmod=u+x a 'b c' /d/",
+        "COPY [\"a b\", \"/\"]",
+        "ADD --checksum=sha256:0 --unpack http://x/y .",
+        "ENV A=1 B=\"2 3\" C=4\\ 5",
+        "ENV A b  c",
+        "ARG A B=c",
+        "LABEL 'a b'=c",
+        "EXPOSE 80 $P",
+        "VOLUME /a [b]",
+        "VOLUME [\"/a\"]",
+        "USER a:b",
+        "WORKDIR /a b",
+        "CMD",
+        "CMD []",
+        "CMD x $y",
+        "SHELL [\"a\"]",
+        "ENTRYPOINT [\"a\"]",
+        "STOPSIGNAL 9",
+        "MAINTAINER a <b>",
+        "HEALTHCHECK NONE",
+        "HEALTHCHECK --interval=1s CMD x 'y",
+        "ONBUILD RUN x",
+        "# comment",
+        "",
+        "COPY --parents --exclude=a --exclude=b c d",
+        "ENV A=${B:-${C}} D='$E'",
+    ];
+    let line = (proptest::sample::select(lines.to_vec()), 0..8usize, any::<bool>());
+    proptest::collection::vec(line, 0..20).prop_map(|lines| {
+        let mut text = "FROM first AS a\n".to_owned();
+        for (line, at, breaks) in lines {
+            // A blank that is not quoted may also be the end of a line.
+            let blanks: Vec<usize> = line.match_indices(' ').map(|(at, _)| at).collect();
+            match blanks.get(at).filter(|_| breaks && !line.starts_with('#') && !line.contains(['[', '"', '\\'])) {
+                Some(at) => text += &format!("{} \\\n# between\n\n{}\n", &line[..*at], &line[*at..]),
+                None => text += &format!("{line}\n"),
+            }
+        }
+        text
+    })
+}
+
 /// The file as one line an instruction; none if it holds here-documents, whose text stands elsewhere.
 fn printed(file: &Dockerfile) -> Option<String> {
     let mut text = format!("# escape={}\n", file.escape);
@@ -119,7 +170,13 @@ proptest! {
     }
 
     #[test]
-    fn what_is_parsed_parses_again_as_the_same(text in file()) {
+    fn lines_that_are_right_are_right_together(text in valid_file()) {
+        let parsed = parse("Dockerfile", text.as_bytes());
+        prop_assert!(parsed.is_ok(), "{}\n{}", text, parsed.unwrap_err());
+    }
+
+    #[test]
+    fn what_is_parsed_parses_again_as_the_same(text in prop_oneof![file(), valid_file()]) {
         let Ok(first) = parse("Dockerfile", text.as_bytes()) else { return Ok(()) };
         for warning in first.wanted(vec![], None) {
             prop_assert!(warning.line() > 0 && !warning.to_string().is_empty());
