@@ -195,10 +195,10 @@ impl Engine {
     /// [`BuildError`]. Steps that succeeded stay in the cache, so that a repaired Dockerfile goes on from there.
     pub fn build(&self, request: &BuildRequest, progress: &dyn Progress, cancel: &Cancel) -> Result<Built, BuildError> {
         let names = request.names.iter().map(|name| plain_name(name)).collect::<Result<Vec<Reference>, _>>()?;
-        let (file, bytes, in_context) = read_dockerfile(request)?;
+        let (file, bytes) = read_dockerfile(request)?;
         let dockerfile = dockerfile::parse(&file, &bytes)?;
         self.with_lease(&format!("build {}", request.context.display()), |lease| {
-            self.build_held(request, &dockerfile, in_context.as_deref(), &names, lease, progress, cancel)
+            self.build_held(request, &dockerfile, &names, lease, progress, cancel)
         })
     }
 
@@ -209,11 +209,11 @@ impl Engine {
     /// [`BuildError::Dockerfile`] for what would stop a build before its first step, [`BuildError::Read`],
     /// [`BuildError::Ignore`].
     pub fn check(&self, request: &BuildRequest) -> Result<Vec<Warning>, BuildError> {
-        let (file, bytes, in_context) = read_dockerfile(request)?;
+        let (file, bytes) = read_dockerfile(request)?;
         let dockerfile = dockerfile::parse(&file, &bytes)?;
         let platform = Platform::host();
         let args = build_args(request, &dockerfile, &platform)?;
-        let ignore = ignore_of(&request.context, in_context.as_deref())?;
+        let ignore = ignore_of(request)?;
         let plan = self.with_lease("check a Dockerfile", |lease| {
             let mut find_image = |name: &str| match self.base_image(name, lease) {
                 Ok(image) => Ok(image),
@@ -237,12 +237,10 @@ impl Engine {
         Ok(dockerfile.wanted(plan.warnings, Some(&check_options(&dockerfile, &args)?)))
     }
 
-    #[allow(clippy::too_many_arguments, reason = "the parts of one request, each of its own type")]
     fn build_held(
         &self,
         request: &BuildRequest,
         dockerfile: &Dockerfile,
-        in_context: Option<&str>,
         names: &[Reference],
         lease: &Lease,
         progress: &dyn Progress,
@@ -251,7 +249,7 @@ impl Engine {
         let platform = Platform::host();
         let args = build_args(request, dockerfile, &platform)?;
         let mut find_image = |name: &str| self.base_image(name, lease);
-        let ignore = ignore_of(&request.context, in_context)?;
+        let ignore = ignore_of(request)?;
         let plan = graph::lower(
             &Lower {
                 dockerfile,
@@ -389,8 +387,18 @@ fn check_options(dockerfile: &Dockerfile, args: &BuildArgs) -> Result<CheckOptio
     }
 }
 
-fn ignore_of(context: &Path, dockerfile: Option<&str>) -> Result<Ignore, BuildError> {
-    Ok(Ignore::of_context(&Tree::context(open_context(context)?, None), dockerfile)?)
+/// What of the context is not there. An ignore file may stand beside the Dockerfile, wherever that is.
+fn ignore_of(request: &BuildRequest) -> Result<Ignore, BuildError> {
+    let context = Tree::context(open_context(&request.context)?, None);
+    let path = dockerfile_path(request);
+    let Some(name) = path.file_name() else { return Ok(Ignore::of_context(&context, None)?) };
+    let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let dir = Tree::context(open_context(dir)?, None);
+    Ok(Ignore::of_context(&context, Some((&dir, &name.to_string_lossy())))?)
+}
+
+fn dockerfile_path(request: &BuildRequest) -> PathBuf {
+    request.dockerfile.clone().unwrap_or_else(|| request.context.join("Dockerfile"))
 }
 
 /// An error and its causes in one sentence.
@@ -408,10 +416,9 @@ fn open_context(path: &Path) -> Result<std::os::fd::OwnedFd, BuildError> {
     Tree::open_dir(path).map_err(|source| BuildError::Read { path: path.to_owned(), source })
 }
 
-/// The Dockerfile's name for messages, its bytes, and its path inside the context if it lies there (an ignore file may
-/// stand beside it).
-fn read_dockerfile(request: &BuildRequest) -> Result<(String, Vec<u8>, Option<String>), BuildError> {
-    let path = request.dockerfile.clone().unwrap_or_else(|| request.context.join("Dockerfile"));
+/// The Dockerfile's name for messages, and its bytes.
+fn read_dockerfile(request: &BuildRequest) -> Result<(String, Vec<u8>), BuildError> {
+    let path = dockerfile_path(request);
     let read = || -> std::io::Result<Vec<u8>> {
         let metadata = std::fs::metadata(&path)?;
         // A pipe would block and a device might never end.
@@ -425,13 +432,9 @@ fn read_dockerfile(request: &BuildRequest) -> Result<(String, Vec<u8>, Option<St
         std::fs::read(&path)
     };
     let bytes = read().map_err(|source| BuildError::Read { path: path.clone(), source })?;
-    let inside = match (path.canonicalize(), request.context.canonicalize()) {
-        (Ok(file), Ok(context)) => file.strip_prefix(context).ok().map(|inside| inside.display().to_string()),
-        _ => None,
-    };
     let name = match &request.dockerfile {
         None => "Dockerfile".to_owned(),
         Some(path) => path.display().to_string(),
     };
-    Ok((name, bytes, inside))
+    Ok((name, bytes))
 }
