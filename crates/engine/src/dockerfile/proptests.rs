@@ -95,7 +95,7 @@ fn valid_file() -> impl Strategy<Value = String> {
         "RUN [\"a\", \"b c\"]",
         "run [ -f x ]",
         "RUN --mount=type=cache,target=/c --network=none x",
-        "COPY --from=a --chmod=u+x a 'b c' /d/",
+        "COPY --from=img:1 --chmod=u+x a 'b c' /d/",
         "COPY [\"a b\", \"/\"]",
         "ADD --checksum=sha256:0 --unpack http://x/y .",
         "ENV A=1 B=\"2 3\" C=4\\ 5",
