@@ -20,7 +20,7 @@ mod unpack;
 pub mod whiteout;
 mod xattr;
 
-pub use apply::{Applied, ApplyError, ApplyStyle, BaseNeed, Refusal, apply};
+pub use apply::{Applied, ApplyError, ApplyStyle, BaseNeed, NewOwner, Refusal, apply};
 pub use changes::{Change, ChangeKind, UpperForm, changes};
 pub use diff::{At, DiffError, diff_trees, layer_to_tar, same_file};
 pub use index::{DirIndex, Implied, IndexError, Usage};

@@ -199,6 +199,9 @@ pub(crate) struct Build {
     /// Run every step, whatever is cached
     #[arg(long)]
     pub(crate) no_cache: bool,
+    /// Only say what is questionable in the Dockerfile, as `docker build --check` does, and exit with 1 if anything is
+    #[arg(long, conflicts_with_all = ["tag", "iidfile"])]
+    pub(crate) check: bool,
     /// Image that may have the results of steps that the build cache has not; may be given several times
     #[arg(long, value_name = "IMAGE", value_parser = cache_source)]
     pub(crate) cache_from: Vec<String>,

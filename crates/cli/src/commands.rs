@@ -11,6 +11,7 @@ use clap::CommandFactory as _;
 use clap::error::ErrorKind;
 use jiff::Timestamp;
 use plies_engine::build::BuildRequest;
+use plies_engine::dockerfile::Warning;
 use plies_engine::exec::Cancel;
 use plies_engine::{
     DriverKind, Engine, EngineOptions, Input, Output, PruneOptions, RemovedImage, RunRequest, SaveFormat, TreeNode,
@@ -308,7 +309,11 @@ fn run_build(engine: &Engine, global: &Global, build: args::Build, cancel: &Canc
         explain: build.explain,
         executor: build.executor.executor,
         search_path: search_path(),
+        fetch: None,
     };
+    if build.check {
+        return show_warnings(&engine.check(&request)?, global);
+    }
     let style = if global.quiet { Style::Quiet } else { build.progress };
     let built = engine.build(&request, &*style.renderer(), cancel)?;
     if let Some(file) = &build.iidfile {
@@ -323,6 +328,23 @@ fn run_build(engine: &Engine, global: &Global, build: args::Build, cancel: &Canc
         say(&format!("{} ({} of {} steps cached)", built.id, built.cached_count, built.steps_count))?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// What `ply build --check` prints. A file with warnings is no error, but scripts want to know.
+fn show_warnings(warnings: &[Warning], global: &Global) -> anyhow::Result<ExitCode> {
+    if global.json {
+        print_json(&warnings)?;
+    } else {
+        let safe = |text: String| text.lines().map(|line| format!("{}\n", format::safe(line))).collect::<String>();
+        let text: Vec<String> = warnings.iter().map(|warning| safe(warning.to_string())).collect();
+        let count = match warnings.len() {
+            0 => "no warnings".to_owned(),
+            1 => "1 warning".to_owned(),
+            count => format!("{count} warnings"),
+        };
+        say(&format!("{}{count}", text.concat()))?;
+    }
+    Ok(if warnings.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 fn images(engine: &Engine, json: bool, quiet: bool) -> anyhow::Result<ExitCode> {

@@ -119,7 +119,7 @@ impl Dirs {
             let fd = rustix::fs::openat(root, ".", sys::DIRECTORY, Mode::empty())?;
             let origin = match style {
                 ApplyStyle::Layer => Origin::Implied,
-                ApplyStyle::Merged | ApplyStyle::Added => {
+                ApplyStyle::Merged | ApplyStyle::Added { .. } => {
                     Origin::Existing { mtime: sys::mtime(&rustix::fs::fstat(&fd)?) }
                 }
             };

@@ -52,7 +52,19 @@ pub enum ApplyStyle {
     Merged,
     /// A whole tree, to which files of any archive are added, as `ADD` does: names that layers keep for what they take
     /// away are refused, since no layer could hold them.
-    Added,
+    Added {
+        /// Whose the files are, whatever the archive says: `ADD --chown`.
+        owner: Option<NewOwner>,
+    },
+}
+
+/// Who gets the files of an archive.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct NewOwner {
+    /// The user.
+    pub uid: u32,
+    /// The group.
+    pub gid: u32,
 }
 
 /// What an apply did.
@@ -328,9 +340,18 @@ impl Applier {
         self.entries += 1;
         let path = &entry.path;
         let meaning = whiteout::meaning(path).map_err(|_| refuse(path, Refusal::BadMark))?;
-        if self.style == ApplyStyle::Added && meaning != Meaning::Plain {
+        if matches!(self.style, ApplyStyle::Added { .. }) && meaning != Meaning::Plain {
             return Err(refuse(path, Refusal::Reserved));
         }
+        let given;
+        let entry = match self.style {
+            ApplyStyle::Added { owner: Some(NewOwner { uid, gid }) } => {
+                given = Entry { uid, gid, ..entry.clone() };
+                &given
+            }
+            _ => entry,
+        };
+        let path = &entry.path;
         if meaning == Meaning::Ignored {
             self.not_extracted = true;
             return Ok(());
@@ -470,7 +491,7 @@ impl Applier {
             ApplyStyle::Layer => {
                 ApplyError::NeedsBase { path: path.clone(), why: BaseNeed::LinkTarget { target: target.clone() } }
             }
-            ApplyStyle::Merged | ApplyStyle::Added => refuse(path, Refusal::LinkToNothing),
+            ApplyStyle::Merged | ApplyStyle::Added { .. } => refuse(path, Refusal::LinkToNothing),
         };
         let target_dir = self.dirs.resolve(target_dir.as_bytes(), Missing::Tell, path)?.ok_or_else(missing)?;
         if target_dir == dir && target_name == name {
@@ -595,8 +616,8 @@ impl Applier {
                 self.dirs.set_opaque(dir)
             }
             (ApplyStyle::Layer, Mark::Whiteout(name)) => self.hide(dir, name, path),
-            (ApplyStyle::Merged | ApplyStyle::Added, Mark::Opaque) => self.sweep(dir, vec![dir]),
-            (ApplyStyle::Merged | ApplyStyle::Added, Mark::Whiteout(name)) => {
+            (ApplyStyle::Merged | ApplyStyle::Added { .. }, Mark::Opaque) => self.sweep(dir, vec![dir]),
+            (ApplyStyle::Merged | ApplyStyle::Added { .. }, Mark::Whiteout(name)) => {
                 let mut pending = Vec::new();
                 self.take_away(dir, name, &mut pending)?;
                 self.sweep(dir, pending)
@@ -720,7 +741,7 @@ impl Applier {
             self.usage.add(&stat);
         }
         let (usage, index) = match self.style {
-            ApplyStyle::Merged | ApplyStyle::Added => Default::default(),
+            ApplyStyle::Merged | ApplyStyle::Added { .. } => Default::default(),
             // What was counted and then replaced is not worth keeping books for.
             ApplyStyle::Layer if self.dirs.replaced() => {
                 let fd = self.dirs.fd(ROOT)?;

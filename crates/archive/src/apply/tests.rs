@@ -523,11 +523,15 @@ fn privileged_what_is_added_to_a_tree_holds_no_marks() {
     for mark in [".wh.x", "d/.wh.x", ".wh..wh..opq", "d/.wh..wh..opq", ".wh..wh.aufs", ".wh..wh.plnk/x"] {
         let place = Place::new();
         place.apply(Merged, &[dir("d"), file("d/x", "1"), file("x", "1")]).unwrap();
-        assert_eq!(refusal(place.apply(ApplyStyle::Added, &[file(mark, "")])), Refusal::Reserved, "{mark}");
+        assert_eq!(
+            refusal(place.apply(ApplyStyle::Added { owner: None }, &[file(mark, "")])),
+            Refusal::Reserved,
+            "{mark}"
+        );
         assert_eq!(shape(&place.root()), ["d/", "d/x=1", "x=1"], "{mark}");
     }
     let place = Place::new();
-    place.apply(ApplyStyle::Added, &[dir("d"), file("d/wh.x", "1"), file("d/x.wh.", "2")]).unwrap();
+    place.apply(ApplyStyle::Added { owner: None }, &[dir("d"), file("d/wh.x", "1"), file("d/x.wh.", "2")]).unwrap();
     assert_eq!(shape(&place.root()), ["d/", "d/wh.x=1", "d/x.wh.=2"]);
 }
 

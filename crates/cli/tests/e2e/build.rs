@@ -230,6 +230,24 @@ fn dockerignore_leaves_out_what_it_names() {
 }
 
 #[test]
+fn a_dockerfile_elsewhere_has_its_ignore_file_beside_it() {
+    let Some(ply) = store() else { return };
+    let context = Context::new(&ply, "");
+    context.file(".dockerignore", "common\n");
+    context.file("common", "");
+    context.file("own", "");
+    let dockerfile = ply.scratch().file("elsewhere/My.Dockerfile", "FROM scratch\nCOPY . /\n");
+    let taken = || {
+        context.build(args!["-f", dockerfile]);
+        let tree = tree_of(&ply, "built:latest");
+        ["common", "own"].map(|name| tree.find(name).is_some())
+    };
+    assert_eq!(taken(), [false, true], "the context's, for want of another");
+    ply.scratch().file("elsewhere/My.Dockerfile.dockerignore", "own\n");
+    assert_eq!(taken(), [true, false]);
+}
+
+#[test]
 fn instructions_that_only_configure_are_in_the_config() {
     let Some(ply) = store() else { return };
     let context = Context::new(

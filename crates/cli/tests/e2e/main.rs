@@ -5,11 +5,14 @@
 // Clippy's allowance for tests stops at their helpers, and all of this is a test.
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
+mod add;
 mod bad_input;
 mod build;
 mod cache;
+mod check;
 mod common;
 mod crash;
+mod dockerfiles;
 mod layers;
 mod load;
 mod lock;

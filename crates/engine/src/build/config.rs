@@ -108,6 +108,11 @@ impl Config {
         if shell.is_empty() { vec!["/bin/sh".into(), "-c".into()] } else { shell }
     }
 
+    /// Whether it names a shell.
+    pub(crate) fn has_shell(&self) -> bool {
+        !self.strings("Shell").is_empty()
+    }
+
     pub(crate) fn set_shell(&mut self, shell: &[String]) {
         self.run_mut().insert("Shell".into(), json!(shell));
     }
@@ -155,6 +160,22 @@ impl Config {
             *entry = json!({});
         }
         entry.as_object_mut().expect("because it was just made one").insert(key.into(), value);
+    }
+
+    /// Adds an instruction for builds on top of this image.
+    pub(crate) fn add_onbuild(&mut self, trigger: &str) {
+        let mut triggers = self.strings("OnBuild");
+        triggers.push(trigger.to_owned());
+        self.run_mut().insert("OnBuild".into(), json!(triggers));
+    }
+
+    /// The instructions that the base left for this build, which then are done with.
+    pub(crate) fn take_onbuild(&mut self) -> Vec<String> {
+        let triggers = self.strings("OnBuild");
+        if !triggers.is_empty() {
+            self.run_mut().remove("OnBuild");
+        }
+        triggers
     }
 
     pub(crate) fn set_author(&mut self, author: &str) {

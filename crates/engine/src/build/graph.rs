@@ -5,15 +5,16 @@
 //! knows about Dockerfiles: the solver sees operations and inputs, nothing else.
 
 use plies_image::history_cache::history_of;
-use plies_oci::{DiffId, ImageConfig, Platform, Reference};
-use serde_json::json;
+use plies_oci::{BlobDigest, DiffId, ImageConfig, Platform, Reference};
 
 use super::cache_from::Told;
-use super::config::{Config, HistoryEntry};
-use crate::dockerfile::words::{Lexer, Variables};
+use super::config::{Config, DEFAULT_PATH, HistoryEntry};
+use super::remote::{Download, GitSource, Remote};
+use super::values::{absolute, exposed, has_drive, healthcheck, is_signal};
+use crate::dockerfile::words::{Expansion, Lexer, Variables as _};
 use crate::dockerfile::{
-    Add, BuildArgs, CommandLine, Copy, CopyFrom, CopySource, Dockerfile, DockerfileError, Healthcheck, Instruction,
-    InstructionKind, Invocation, Location, Run, Scope, Stage,
+    self, Add, BuildArgs, CommandLine, Copy, CopyFrom, CopySource, Dockerfile, DockerfileError, Ignore, Instruction,
+    InstructionKind, Invocation, Location, Rule, Run, RunNetwork, RunSecurity, Scope, Stage, Warning,
 };
 
 /// A vertex of a [`Graph`].
@@ -43,20 +44,35 @@ pub(crate) struct RunOp {
 /// Files to put into a tree.
 #[derive(Debug, Clone)]
 pub(crate) struct CopyOp {
-    pub(crate) from: FilesFrom,
-    /// Paths or patterns below the source's root.
-    pub(crate) paths: Vec<String>,
-    /// Files that stand in the Dockerfile: name and bytes.
-    pub(crate) inline: Vec<(String, Vec<u8>)>,
+    /// From one tree after the other.
+    pub(crate) parts: Vec<CopyPart>,
     /// Absolute; a slash at the end means a directory.
     pub(crate) dest: String,
     pub(crate) chown: Option<String>,
     pub(crate) chmod: Option<String>,
     pub(crate) excludes: Vec<String>,
-    /// ADD: archives are unpacked.
-    pub(crate) unpack: bool,
     /// It stands on nothing, to be laid over whatever there is.
     pub(crate) link: bool,
+}
+
+/// Files from one tree.
+#[derive(Debug, Clone)]
+pub(crate) struct CopyPart {
+    pub(crate) from: FilesFrom,
+    /// Paths or patterns below the source's root.
+    pub(crate) paths: Vec<String>,
+    /// Files that stand in the Dockerfile: name and bytes.
+    pub(crate) inline: Vec<(String, Vec<u8>)>,
+    /// The directories above a path come along.
+    pub(crate) parents: bool,
+    /// ADD: archives are unpacked.
+    pub(crate) unpack: bool,
+}
+
+impl CopyPart {
+    fn of(from: FilesFrom) -> Self {
+        Self { from, paths: vec![], inline: vec![], parents: false, unpack: false }
+    }
 }
 
 /// What a vertex does. Operations on files have a base: the tree that they change.
@@ -72,6 +88,10 @@ pub(crate) enum Op {
     Copy { base: VertexId, copy: CopyOp },
     /// The base with a directory that is there; one that has to be made belongs to the user.
     Directory { base: VertexId, path: String, user: String },
+    /// One file from the network, alone in a tree.
+    Download(Download),
+    /// A tree out of a git repository.
+    Git(GitSource),
     /// The stack of `base` with the stack of `over` on top: no file is touched.
     Merge { base: VertexId, over: VertexId },
 }
@@ -149,7 +169,10 @@ pub(crate) struct Plan {
     pub(crate) history: Vec<PlannedHistory>,
     /// `created` of the base image: what the result says if it adds nothing.
     pub(crate) base_created: Option<String>,
-    pub(crate) warnings: Vec<String>,
+    /// What the file may not mean, not yet filtered ([`Dockerfile::wanted`]).
+    pub(crate) warnings: Vec<Warning>,
+    /// What the caller may not mean.
+    pub(crate) notes: Vec<String>,
 }
 
 /// An image that a stage starts from.
@@ -172,44 +195,67 @@ struct Lowered {
     history: Vec<PlannedHistory>,
     line: LineId,
     base_created: Option<String>,
+    /// A `WORKDIR` was there, so that the next one doesn't stand on the base image's.
+    workdir_set: bool,
 }
 
-/// Lowers `dockerfile` up to the stage `target`.
+/// What is to be lowered.
+#[derive(Debug)]
+pub(crate) struct Lower<'a> {
+    pub(crate) dockerfile: &'a Dockerfile,
+    pub(crate) args: &'a BuildArgs,
+    /// The last stage if it is not this.
+    pub(crate) target: Option<&'a str>,
+    pub(crate) labels: &'a [(String, String)],
+    pub(crate) platform: &'a Platform,
+    /// What of the context is not there.
+    pub(crate) ignore: &'a Ignore,
+    /// Also the stages that the target does not need: for a check.
+    pub(crate) all_stages: bool,
+}
+
+/// Lowers a Dockerfile up to a stage.
 ///
 /// # Errors
 /// [`DockerfileError`] with the line whose expansion, stage or image is wrong.
-pub(crate) fn lower(
-    dockerfile: &Dockerfile,
-    args: &BuildArgs,
-    target: Option<&str>,
-    labels: &[(String, String)],
-    platform: &Platform,
-    find_image: FindImage<'_>,
-) -> Result<Plan, DockerfileError> {
+pub(crate) fn lower(what: &Lower<'_>, find_image: FindImage<'_>) -> Result<Plan, DockerfileError> {
+    let Lower { dockerfile, args, target, labels, platform, ignore, all_stages } = *what;
     let target_stage = dockerfile.target(target)?;
+    let mut warnings = Vec::new();
+    for stage in &dockerfile.stages {
+        check_from(dockerfile, args, stage, &mut warnings);
+    }
     let lexer = Lexer::new(dockerfile.escape);
     let bases = dockerfile
         .stages
         .iter()
         .map(|stage| {
             let expanded = lexer.expand(&stage.base, args.for_from());
-            expanded.map(|e| e.text).map_err(|e| dockerfile.error(stage.location, &stage.base, e.why))
+            let base = expanded.map_err(|e| dockerfile.error(stage.location, &stage.base, e.why))?.text;
+            match base.trim() {
+                "" => Err(dockerfile.error(stage.location, &stage.base, "FROM names nothing once it is expanded")),
+                _ => Ok(base),
+            }
         })
         .collect::<Result<Vec<String>, _>>()?;
-    let needed = needed_stages(dockerfile, &bases, target_stage);
+    let mut needed = needed_stages(dockerfile, &bases, target_stage)?;
+    if all_stages {
+        needed = (0..dockerfile.stages.len()).collect();
+    }
     let mut lowering = Lowering {
         dockerfile,
         args,
         lexer,
         bases,
         platform,
+        ignore,
         find_image,
         graph: Graph::default(),
         stages: vec![None; dockerfile.stages.len()],
+        warnings,
     };
     for index in needed {
-        let lowered = lowering.stage(index)?;
-        lowering.stages[index] = Some(lowered);
+        lowering.ensure(index)?;
     }
     let mut result = lowering.stages[target_stage].take().expect("because the target is needed by itself");
     for (key, value) in labels {
@@ -224,36 +270,121 @@ pub(crate) fn lower(
     };
     let other = dockerfile.syntax.iter().filter(|syntax| !is_dockers(syntax));
     let other = other.map(|syntax| format!("syntax {syntax:?} is not fetched, the file is read as a plain Dockerfile"));
-    let warnings = unused.chain(other).collect();
+    let notes = unused.chain(other).collect();
     Ok(Plan {
         graph: lowering.graph,
+        warnings: lowering.warnings,
+        notes,
         target: result.vertex,
         config: result.config,
         history: result.history,
         base_created: result.base_created,
-        warnings,
     })
 }
 
-/// The stages that `target` stands on or copies from, in order.
-fn needed_stages(dockerfile: &Dockerfile, bases: &[String], target: usize) -> Vec<usize> {
-    let mut needed = vec![false; dockerfile.stages.len()];
-    needed[target] = true;
-    // References only point backwards, so one pass from the end finds all.
-    for index in (0..=target).rev() {
-        if !needed[index] {
-            continue;
-        }
-        if let Some(base) = dockerfile.stage_named(&bases[index], index) {
-            needed[base] = true;
-        }
-        for instruction in &dockerfile.stages[index].instructions {
-            if let InstructionKind::Copy(Copy { from: CopyFrom::Stage(from), .. }) = &instruction.kind {
-                needed[*from] = true;
-            }
+/// Warns of what a `FROM` may not mean.
+fn check_from(dockerfile: &Dockerfile, args: &BuildArgs, stage: &Stage, warnings: &mut Vec<Warning>) {
+    let (at, lexer) = (stage.location, Lexer::new(dockerfile.escape));
+    let mut warn = |focus: &str, rule, message| warnings.push(dockerfile.warning(at, focus, rule, message));
+    for word in [Some(&stage.base), stage.platform.as_ref()].into_iter().flatten() {
+        // What can't be expanded is an error soon.
+        let Ok(expanded) = lexer.expand(word, args.for_from()) else { continue };
+        for name in expanded.unset.iter().filter(|name| !args.is_declared(name)) {
+            let hint = dockerfile::suggest(name, args.declared());
+            let hint = hint.map(|known| format!(" (did you mean {known}?)")).unwrap_or_default();
+            let message = format!("no ARG before the first FROM declares {name}{hint}");
+            warn(name, Rule::UndefinedArgInFrom, message);
         }
     }
-    (0..needed.len()).filter(|index| needed[*index]).collect()
+    if let Some(platform) = &stage.platform
+        && let Ok(expanded) = lexer.expand(platform, args.for_from())
+        && expanded.unset.is_empty()
+    {
+        let text = expanded.text;
+        let mut parts = text.split('/');
+        let is_in_name = |part: &str| stage.name.as_deref().is_some_and(|name| name.contains(part));
+        if expanded.used.is_empty() && !parts.any(|part| !part.is_empty() && is_in_name(part)) {
+            let message =
+                format!("the platform {text} is the same for every build: use a build argument, or --platform");
+            warn(platform, Rule::FromPlatformFlagConstDisallowed, message);
+        }
+        let target = args.for_from().lookup("TARGETPLATFORM");
+        if expanded.used.iter().eq(["TARGETPLATFORM"]) && target == Some(text.as_str()) {
+            let message = format!("{platform} is the default");
+            warn(platform, Rule::RedundantTargetPlatform, message);
+        }
+    }
+    // As if no build argument was given.
+    if let Ok(expanded) = lexer.expand(&stage.base, args.defaults())
+        && expanded.text.parse::<Reference>().is_err()
+    {
+        let message = format!("with the defaults of its ARGs, {} is no image's name", stage.base);
+        warn(&stage.base, Rule::InvalidDefaultArgInFrom, message);
+    }
+}
+
+/// The stages that `target` stands on or takes files from, each after those that it needs itself.
+///
+/// # Errors
+/// A stage that needs itself, by way of others; also among stages that `target` doesn't need.
+fn needed_stages(dockerfile: &Dockerfile, bases: &[String], target: usize) -> Result<Vec<usize>, DockerfileError> {
+    let needs: Vec<Vec<(usize, Location)>> = dockerfile
+        .stages
+        .iter()
+        .enumerate()
+        .map(|(index, stage)| {
+            let base = dockerfile.stage_named(&bases[index], index).map(|base| (base, stage.location));
+            let taken = stage
+                .instructions
+                .iter()
+                .flat_map(|instruction| instruction.kind.stages().map(|from| (from, instruction.location)));
+            base.into_iter().chain(taken).collect()
+        })
+        .collect();
+    let mut order = Vec::new();
+    let mut needed_count = 0;
+    let name = |stage: usize| stage_name(&dockerfile.stages[stage], stage);
+    let (mut seen, mut done) = (vec![false; needs.len()], vec![false; needs.len()]);
+    // The target first, so that what it needs is known when it is done; the others only for their cycles.
+    for start in [target].into_iter().chain(0..needs.len()) {
+        // The way from `start`, with the number of the need to look at next: depth first, on a stack of our own.
+        let mut way: Vec<(usize, usize)> = Vec::new();
+        if !seen[start] {
+            seen[start] = true;
+            way.push((start, 0));
+        }
+        while let Some((stage, next)) = way.last_mut() {
+            let stage = *stage;
+            let Some(&(needed, at)) = needs[stage].get(*next) else {
+                order.push(stage);
+                done[stage] = true;
+                way.pop();
+                continue;
+            };
+            *next += 1;
+            if seen[needed] && !done[needed] {
+                let from = way.iter().position(|(stage, _)| *stage == needed).unwrap_or_default();
+                let circle: Vec<String> =
+                    way[from..].iter().map(|(stage, _)| name(*stage)).chain([name(needed)]).collect();
+                let message = format!("stages need each other in a circle: {}", circle.join(" needs "));
+                return Err(dockerfile.error(at, &name(needed), message));
+            }
+            if needed > stage {
+                let (needed, stage) = (name(needed), name(stage));
+                let message = format!("the stage {needed} stands below: it must come before {stage}, which needs it");
+                return Err(dockerfile.error(at, &needed, message));
+            }
+            if !seen[needed] {
+                seen[needed] = true;
+                way.push((needed, 0));
+            }
+        }
+        if start == target && needed_count == 0 {
+            needed_count = order.len();
+        }
+    }
+    order.truncate(needed_count);
+    Ok(order)
 }
 
 struct Lowering<'a> {
@@ -263,9 +394,11 @@ struct Lowering<'a> {
     /// What each stage starts from, expanded.
     bases: Vec<String>,
     platform: &'a Platform,
+    ignore: &'a Ignore,
     find_image: FindImage<'a>,
     graph: Graph,
     stages: Vec<Option<Lowered>>,
+    warnings: Vec<Warning>,
 }
 
 /// A stage while its instructions are gone through.
@@ -273,28 +406,57 @@ struct Current {
     lowered: Lowered,
     /// `[name 3/7] `
     label: String,
-    /// Whether this stage set CMD, so that ENTRYPOINT keeps it.
-    own_cmd: bool,
+    /// Where this stage set CMD, which ENTRYPOINT then keeps.
+    cmd: Option<Location>,
+    /// Where it set ENTRYPOINT.
+    entrypoint: Option<Location>,
+    /// Where it set HEALTHCHECK.
+    healthcheck: Option<Location>,
 }
 
 impl<'a> Lowering<'a> {
+    /// Lowers a stage if it was not lowered yet.
+    fn ensure(&mut self, index: usize) -> Result<(), DockerfileError> {
+        if self.stages[index].is_none() {
+            self.stages[index] = Some(self.stage(index)?);
+        }
+        Ok(())
+    }
+
     fn stage(&mut self, index: usize) -> Result<Lowered, DockerfileError> {
-        let stage = &self.dockerfile.stages[index];
-        let steps_count = 1 + stage.instructions.iter().filter(|i| makes_a_step(&i.kind)).count();
-        let name = stage.name.clone().unwrap_or_else(|| format!("stage-{index}"));
-        let mut current =
-            Current { lowered: self.base(index)?, label: format!("[{name} 1/{steps_count}] "), own_cmd: false };
+        let dockerfile = self.dockerfile;
+        let stage = &dockerfile.stages[index];
+        let mut lowered = self.base(index)?;
+        let triggers = lowered.config.take_onbuild();
+        let triggers = triggers.iter().map(|trigger| {
+            let parsed = dockerfile.trigger(trigger, stage.location, index);
+            parsed.map_err(|why| {
+                let message = format!("the base's ONBUILD {trigger:?}: {why}");
+                dockerfile.error(stage.location, &stage.base, message)
+            })
+        });
+        let triggers = triggers.collect::<Result<Vec<Instruction>, _>>()?;
+        let instructions = || triggers.iter().chain(&stage.instructions);
+        let steps_count = 1 + instructions().filter(|i| makes_a_step(&i.kind)).count();
+        let name = stage_name(stage, index);
+        let label = format!("[{name} 1/{steps_count}] ");
+        let mut current = Current { lowered, label, cmd: None, entrypoint: None, healthcheck: None };
         let mut number = 1;
-        for instruction in &stage.instructions {
+        for (nth, instruction) in instructions().enumerate() {
             if makes_a_step(&instruction.kind) {
                 number += 1;
-                current.label = format!("[{name} {number}/{steps_count}] ");
+                let onbuild = if nth < triggers.len() { "ONBUILD " } else { "" };
+                current.label = format!("[{name} {number}/{steps_count}] {onbuild}");
             }
             self.instruction(&mut current, instruction)?;
         }
         let mut lowered = current.lowered;
         lowered.config.set_env(lowered.scope.env());
         Ok(lowered)
+    }
+
+    fn warn(&mut self, at: Location, focus: &str, rule: Rule, message: impl Into<String>) {
+        self.warnings.push(self.dockerfile.warning(at, focus, rule, message));
     }
 
     fn base(&mut self, index: usize) -> Result<Lowered, DockerfileError> {
@@ -312,6 +474,7 @@ impl<'a> Lowering<'a> {
                 history: vec![],
                 line: self.graph.tell(None, Told::Base(vec![])),
                 base_created: None,
+                workdir_set: false,
             });
         }
         if let Some(earlier) = self.dockerfile.stage_named(&name, index) {
@@ -320,14 +483,25 @@ impl<'a> Lowering<'a> {
             return Ok(lowered);
         }
         let image = self.image(&name, stage.location)?;
+        let (found, wanted) = (image.config.platform(), self.platform);
+        if (&found.os, &found.architecture) != (&wanted.os, &wanted.architecture) {
+            let message = format!("the image {name} is made for {found}, this build is for {wanted}");
+            self.warn(stage.location, &stage.base, Rule::InvalidBaseImagePlatform, message);
+        }
         let config = Config::from_image(&image.config);
+        let mut scope = Scope::new(&config.env());
+        // Commands are looked for somewhere in any case, so the image says where.
+        if scope.lookup("PATH").is_none() {
+            scope.set_env("PATH", DEFAULT_PATH);
+        }
         Ok(Lowered {
             vertex: self.image_vertex(&image, format!("[{}] FROM {name}", stage_name(stage, index)), stage.location),
-            scope: Scope::new(&config.env()),
+            scope,
             config,
             history: vec![],
             line: self.graph.tell(None, Told::Base(history_of(&image.config))),
             base_created: image.config.document().value().created().clone(),
+            workdir_set: false,
         })
     }
 
@@ -343,7 +517,11 @@ impl<'a> Lowering<'a> {
     }
 
     fn image(&mut self, name: &str, at: Location) -> Result<BaseImage, DockerfileError> {
-        (self.find_image)(name).map_err(|why| self.dockerfile.error(at, name, why))
+        (self.find_image)(name).map_err(|why| {
+            let stage = self.dockerfile.stage_like(name, self.dockerfile.stages.len());
+            let hint = stage.map(|stage| format!("; or is the stage {stage} meant?")).unwrap_or_default();
+            self.dockerfile.error(at, name, format!("{why}{hint}"))
+        })
     }
 
     fn image_vertex(&mut self, image: &BaseImage, name: String, at: Location) -> VertexId {
@@ -351,25 +529,76 @@ impl<'a> Lowering<'a> {
         self.graph.add(op, name, at)
     }
 
-    fn expand(&self, current: &Current, at: Location, word: &str) -> Result<String, DockerfileError> {
+    fn expand(&mut self, current: &Current, at: Location, word: &str) -> Result<String, DockerfileError> {
         self.expand_in(&current.lowered.scope, at, word)
     }
 
-    fn expand_in(&self, scope: &dyn Variables, at: Location, word: &str) -> Result<String, DockerfileError> {
-        Ok(self.lexer.expand(word, scope).map_err(|e| self.dockerfile.error(at, word, e.why))?.text)
+    fn expand_in(&mut self, scope: &Scope, at: Location, word: &str) -> Result<String, DockerfileError> {
+        let expanded = self.lexer.expand(word, scope).map_err(|e| self.dockerfile.error(at, word, e.why))?;
+        self.warn_of_unset(scope, at, &expanded);
+        Ok(expanded.text)
     }
 
-    fn expand_all(&self, current: &Current, at: Location, words: &[String]) -> Result<Vec<String>, DockerfileError> {
+    fn warn_of_unset(&mut self, scope: &Scope, at: Location, expanded: &Expansion) {
+        let is_name = |name: &&String| name.starts_with(|c: char| c == '_' || c.is_alphabetic());
+        for name in expanded.unset.iter().filter(|name| !scope.declares(name)).filter(is_name) {
+            let hint = dockerfile::suggest(name, scope.run_env().map(|(name, _)| name));
+            let hint = hint.map(|known| format!(" (did you mean ${known}?)")).unwrap_or_default();
+            self.warn(at, name, Rule::UndefinedVar, format!("nothing sets ${name}{hint}"));
+        }
+    }
+
+    fn expand_all(
+        &mut self,
+        current: &Current,
+        at: Location,
+        words: &[String],
+    ) -> Result<Vec<String>, DockerfileError> {
         words.iter().map(|word| self.expand(current, at, word)).collect()
     }
 
     fn expand_option(
-        &self,
+        &mut self,
         current: &Current,
         at: Location,
         word: &Option<String>,
     ) -> Result<Option<String>, DockerfileError> {
         word.as_ref().map(|word| self.expand(current, at, word)).transpose()
+    }
+
+    /// Of these instructions a stage's last one counts.
+    fn once(&mut self, before: &mut Option<Location>, at: Location, name: &str) {
+        if let Some(before) = before.replace(at) {
+            let message = format!("the stage has another {name} below, and only that one counts");
+            self.warn(before, name, Rule::MultipleInstructionsDisallowed, message);
+        }
+    }
+
+    /// A command in shell form that a container runs needs a shell to pass signals on.
+    fn recommend_json(&mut self, current: &Current, at: Location, command: &CommandLine, name: &str) {
+        if matches!(command, CommandLine::Shell(_)) && !current.lowered.config.has_shell() {
+            let message = format!("write {name} as a JSON array: a shell in between may keep signals from the command");
+            self.warn(at, name, Rule::JSONArgsRecommended, message);
+        }
+    }
+
+    fn warn_of_secret(&mut self, at: Location, instruction: &str, name: &str) {
+        if dockerfile::names_a_secret(name) {
+            let message = format!("what {instruction} {name} holds stays in the image: use RUN --mount=type=secret");
+            self.warn(at, name, Rule::SecretsUsedInArgOrEnv, message);
+        }
+    }
+
+    /// A plain path that the ignore file hides is not found later; a pattern then matches nothing without a word.
+    fn warn_of_ignored(&mut self, at: Location, path: &str) {
+        if self.ignore.is_empty() || self.ignore.may_show_again() {
+            return;
+        }
+        let clean = absolute("/", path);
+        if self.ignore.hides(clean.trim_start_matches('/').as_bytes()) {
+            let message = format!("the ignore file hides {path}");
+            self.warn(at, path, Rule::CopyIgnoredFile, message);
+        }
     }
 
     fn instruction(&mut self, current: &mut Current, instruction: &Instruction) -> Result<(), DockerfileError> {
@@ -380,7 +609,7 @@ impl<'a> Lowering<'a> {
         // The step that the entry stands for: its key, and what it made.
         let mut step = None;
         match &instruction.kind {
-            InstructionKind::Run(run) => (created_by, told) = self.run(current, instruction, run),
+            InstructionKind::Run(run) => (created_by, told) = self.run(current, instruction, run)?,
             InstructionKind::Copy(copy) => {
                 step = Some(self.copy(current, instruction, copy)?);
                 (created_by, told) = (created_by + " # buildkit", Told::Files);
@@ -391,6 +620,12 @@ impl<'a> Lowering<'a> {
             }
             InstructionKind::Workdir(path) => {
                 let path = self.expand(current, at, path)?;
+                self.refuse_drive(at, &path)?;
+                if !path.starts_with('/') && !current.lowered.workdir_set {
+                    let message = format!("WORKDIR {path} is relative to whatever the base image's is");
+                    self.warn(at, &path, Rule::WorkdirRelativePath, message);
+                }
+                current.lowered.workdir_set = true;
                 let path = absolute(current.lowered.config.working_dir(), &path);
                 self.admit(at, &path)?;
                 current.lowered.config.set_working_dir(&path);
@@ -408,6 +643,7 @@ impl<'a> Lowering<'a> {
                 for pair in pairs {
                     let name = self.expand_in(&before, at, &pair.name)?;
                     let value = self.expand_in(&before, at, &pair.value)?;
+                    self.warn_of_secret(at, "ENV", &name);
                     current.lowered.scope.set_env(&name, &value);
                     env.push(format!("{name}={value}"));
                 }
@@ -415,8 +651,12 @@ impl<'a> Lowering<'a> {
             }
             InstructionKind::Arg(declared) => {
                 for arg in declared {
+                    self.warn_of_secret(at, "ARG", &arg.name);
+                    let before = current.lowered.scope.clone();
                     let value = current.lowered.scope.declare(arg, self.args, &self.lexer);
-                    value.map_err(|e| self.dockerfile.error(at, arg.default.as_deref().unwrap_or(""), e.why))?;
+                    let expanded =
+                        value.map_err(|e| self.dockerfile.error(at, arg.default.as_deref().unwrap_or(""), e.why))?;
+                    self.warn_of_unset(&before, at, &expanded);
                 }
             }
             InstructionKind::Label(pairs) => {
@@ -435,8 +675,10 @@ impl<'a> Lowering<'a> {
                 for ports in ports {
                     let split = self.lexer.split(ports, &current.lowered.scope);
                     for port in split.map_err(|e| self.dockerfile.error(at, ports, e.why))? {
-                        for port in exposed(&port).map_err(|why| self.dockerfile.error(at, &port, why))? {
-                            current.lowered.config.expose(&port);
+                        let exposed = exposed(&port).map_err(|why| self.dockerfile.error(at, &port, why))?;
+                        exposed.ports.iter().for_each(|port| current.lowered.config.expose(port));
+                        for (rule, message) in exposed.warnings {
+                            self.warn(at, &port, rule, message);
                         }
                     }
                 }
@@ -448,27 +690,37 @@ impl<'a> Lowering<'a> {
             }
             InstructionKind::StopSignal(signal) => {
                 let signal = self.expand(current, at, signal)?;
+                if !is_signal(&signal) {
+                    let message = format!("unknown signal {signal:?}: expected a name like SIGTERM, or a number");
+                    return Err(self.dockerfile.error(at, &signal, message));
+                }
                 current.lowered.config.set_stop_signal(&signal);
             }
             InstructionKind::Entrypoint(command) => {
+                self.once(&mut current.entrypoint, at, "ENTRYPOINT");
+                self.recommend_json(current, at, command, "ENTRYPOINT");
                 let argv = self.argv(current, command);
-                current.lowered.config.set_entrypoint(&argv, current.own_cmd);
+                current.lowered.config.set_entrypoint(&argv, current.cmd.is_some());
             }
             InstructionKind::Cmd(command) => {
+                self.once(&mut current.cmd, at, "CMD");
+                self.recommend_json(current, at, command, "CMD");
                 let argv = self.argv(current, command);
                 current.lowered.config.set_cmd(&argv);
-                current.own_cmd = true;
             }
             InstructionKind::Shell(shell) => {
                 current.lowered.config.set_shell(shell);
                 told = Told::Says(vec![format!("SHELL [{}]", shell.join(" ")), instruction.text.clone()]);
             }
             InstructionKind::Healthcheck(check) => {
-                current.lowered.config.set_healthcheck(healthcheck(check, &current.lowered.config.shell()));
+                self.once(&mut current.healthcheck, at, "HEALTHCHECK");
+                current.lowered.config.set_healthcheck(healthcheck(check));
             }
             InstructionKind::Maintainer(name) => current.lowered.config.set_author(name),
-            InstructionKind::Onbuild(_) => {
-                return Err(self.dockerfile.error(at, "ONBUILD", "ONBUILD is not supported yet"));
+            // As BuildKit, without a line in the history.
+            InstructionKind::Onbuild(trigger) => {
+                current.lowered.config.add_onbuild(trigger);
+                return Ok(());
             }
         }
         let made = current.lowered.vertex;
@@ -488,7 +740,26 @@ impl<'a> Lowering<'a> {
     }
 
     /// What our history says of it, and what others' do.
-    fn run(&mut self, current: &mut Current, instruction: &Instruction, run: &Run) -> (String, Told) {
+    fn run(
+        &mut self,
+        current: &mut Current,
+        instruction: &Instruction,
+        run: &Run,
+    ) -> Result<(String, Told), DockerfileError> {
+        let refuse = |focus: &str| {
+            let message = format!("RUN {focus} is not supported yet");
+            Err(self.dockerfile.error(instruction.location, focus, message))
+        };
+        if !run.mounts.is_empty() {
+            return refuse("--mount");
+        }
+        // What every step has here anyway is no promise broken.
+        if run.network == RunNetwork::None {
+            return refuse("--network=none");
+        }
+        if run.security == RunSecurity::Insecure {
+            return refuse("--security=insecure");
+        }
         let lowered = &mut current.lowered;
         let pairs = |(name, value): (&str, &str)| (name.to_owned(), value.to_owned());
         let invocation = run.invocation(&lowered.config.shell());
@@ -505,7 +776,7 @@ impl<'a> Lowering<'a> {
         };
         let name = format!("{}{}", current.label, instruction.text);
         lowered.vertex = self.graph.add(Op::Run { base: lowered.vertex, run: op }, name, instruction.location);
-        (created_by, told)
+        Ok((created_by, told))
     }
 
     fn copy(
@@ -518,8 +789,12 @@ impl<'a> Lowering<'a> {
         let from = match &copy.from {
             CopyFrom::Context => FilesFrom::Context,
             CopyFrom::Stage(stage) => {
-                let lowered = self.stages[*stage].as_ref().expect("because needed stages are lowered in order");
+                self.ensure(*stage)?;
+                let lowered = self.stages[*stage].as_ref().expect("because it was just lowered");
                 FilesFrom::Vertex(lowered.vertex)
+            }
+            CopyFrom::Image(name) if name == "scratch" => {
+                FilesFrom::Vertex(self.graph.add(Op::Scratch, String::new(), at))
             }
             CopyFrom::Image(name) => {
                 let image = self.image(name, at)?;
@@ -527,15 +802,21 @@ impl<'a> Lowering<'a> {
             }
         };
         let (paths, inline) = self.sources(current, at, &copy.sources)?;
+        for path in &paths {
+            if let Ok(Some(_)) = Remote::parse(path) {
+                let message = format!("COPY takes files of the context or a stage: use ADD for {path}");
+                return Err(self.dockerfile.error(at, path, message));
+            }
+            if from == FilesFrom::Context {
+                self.warn_of_ignored(at, path);
+            }
+        }
         let op = CopyOp {
-            from,
-            paths,
-            inline,
+            parts: vec![CopyPart { paths, inline, parents: copy.parents, ..CopyPart::of(from) }],
             dest: self.destination(current, at, &copy.dest)?,
             chown: self.expand_option(current, at, &copy.chown)?,
             chmod: self.expand_option(current, at, &copy.chmod)?,
             excludes: self.expand_all(current, at, &copy.excludes)?,
-            unpack: false,
             link: copy.link,
         };
         Ok(self.place(current, instruction, op))
@@ -549,19 +830,59 @@ impl<'a> Lowering<'a> {
     ) -> Result<VertexId, DockerfileError> {
         let at = instruction.location;
         let (paths, inline) = self.sources(current, at, &add.sources)?;
-        let remote = |path: &&String| ["http://", "https://", "git@", "ssh://"].iter().any(|p| path.starts_with(p));
-        if let Some(remote) = paths.iter().find(remote) {
-            return Err(self.dockerfile.error(at, remote, "ADD of remote sources is not supported yet"));
+        let checksum = self.expand_option(current, at, &add.checksum)?;
+        if let Some(checksum) = &checksum
+            && paths.len() + inline.len() > 1
+        {
+            return Err(self.dockerfile.error(at, checksum, "--checksum is for one source alone"));
+        }
+        let local = CopyPart { unpack: add.unpack.unwrap_or(true), ..CopyPart::of(FilesFrom::Context) };
+        let mut parts: Vec<CopyPart> = Vec::new();
+        for path in paths {
+            match Remote::parse(&path).map_err(|why| self.dockerfile.error(at, &path, why))? {
+                None if checksum.is_some() => {
+                    let message = "--checksum is for downloads and git repositories: what is in the context is known";
+                    return Err(self.dockerfile.error(at, "--checksum", message));
+                }
+                None => {
+                    self.warn_of_ignored(at, &path);
+                    match parts.last_mut().filter(|part| part.from == FilesFrom::Context) {
+                        Some(part) => part.paths.push(path),
+                        None => parts.push(CopyPart { paths: vec![path], ..local.clone() }),
+                    }
+                }
+                Some(Remote::Download(mut download)) => {
+                    if let Some(checksum) = &checksum
+                        && checksum.parse::<BlobDigest>().is_err()
+                    {
+                        let message =
+                            format!("{checksum:?} is no digest: sha256: and 64 hexadecimal digits are expected");
+                        return Err(self.dockerfile.error(at, checksum, message));
+                    }
+                    download.checksum.clone_from(&checksum);
+                    let name = download.name.clone();
+                    let vertex = self.graph.add(Op::Download(download), format!("download {path}"), at);
+                    let unpack = add.unpack.unwrap_or(false);
+                    let path = escaped(&name);
+                    parts.push(CopyPart { paths: vec![path], unpack, ..CopyPart::of(FilesFrom::Vertex(vertex)) });
+                }
+                Some(Remote::Git(mut git)) => {
+                    git.keep_git_dir |= add.keep_git_dir.unwrap_or(false);
+                    git.checksum = checksum.clone().or(git.checksum);
+                    let vertex = self.graph.add(Op::Git(git), format!("git {path}"), at);
+                    parts.push(CopyPart { paths: vec!["/".into()], ..CopyPart::of(FilesFrom::Vertex(vertex)) });
+                }
+            }
+        }
+        if !inline.is_empty() {
+            parts.push(CopyPart { inline, ..local });
         }
         let op = CopyOp {
-            from: FilesFrom::Context,
-            paths,
-            inline,
+            parts,
             dest: self.destination(current, at, &add.dest)?,
             chown: self.expand_option(current, at, &add.chown)?,
             chmod: self.expand_option(current, at, &add.chmod)?,
             excludes: self.expand_all(current, at, &add.excludes)?,
-            unpack: add.unpack.unwrap_or(true),
             link: add.link,
         };
         Ok(self.place(current, instruction, op))
@@ -583,8 +904,9 @@ impl<'a> Lowering<'a> {
     }
 
     /// Where files go: absolute, and with the slash at the end that asks for a directory.
-    fn destination(&self, current: &Current, at: Location, dest: &str) -> Result<String, DockerfileError> {
+    fn destination(&mut self, current: &Current, at: Location, dest: &str) -> Result<String, DockerfileError> {
         let dest = self.expand(current, at, dest)?;
+        self.refuse_drive(at, &dest)?;
         let mut path = absolute(current.lowered.config.working_dir(), &dest);
         self.admit(at, &path)?;
         let directory = dest.ends_with('/') || dest == "." || dest.ends_with("/.");
@@ -592,6 +914,14 @@ impl<'a> Lowering<'a> {
             path.push('/');
         }
         Ok(path)
+    }
+
+    /// Refuses a path of Windows.
+    fn refuse_drive(&self, at: Location, path: &str) -> Result<(), DockerfileError> {
+        match has_drive(path) {
+            true => Err(self.dockerfile.error(at, path, format!("{path:?} is a path of Windows, the image is Linux"))),
+            false => Ok(()),
+        }
     }
 
     /// Refuses a path that no layer can hold.
@@ -607,7 +937,7 @@ impl<'a> Lowering<'a> {
 
     #[allow(clippy::type_complexity, reason = "two lists that are taken apart at once")]
     fn sources(
-        &self,
+        &mut self,
         current: &Current,
         at: Location,
         sources: &[CopySource],
@@ -620,7 +950,9 @@ impl<'a> Lowering<'a> {
                     let text = heredoc.text();
                     let text = if heredoc.expand {
                         let expanded = Lexer::for_heredoc().expand(&text, &current.lowered.scope);
-                        expanded.map_err(|e| self.dockerfile.error(at, &heredoc.name, e.why))?.text
+                        let expanded = expanded.map_err(|e| self.dockerfile.error(at, &heredoc.name, e.why))?;
+                        self.warn_of_unset(&current.lowered.scope, at, &expanded);
+                        expanded.text
                     } else {
                         text
                     };
@@ -632,6 +964,12 @@ impl<'a> Lowering<'a> {
     }
 }
 
+/// A name as a pattern that matches nothing else.
+fn escaped(name: &str) -> String {
+    let special = |c| matches!(c, '*' | '?' | '[' | '\\');
+    name.chars().flat_map(|c| special(c).then_some('\\').into_iter().chain([c])).collect()
+}
+
 fn makes_a_step(kind: &InstructionKind) -> bool {
     use InstructionKind::{Add, Copy, Run, Workdir};
     matches!(kind, Run(_) | Copy(_) | Add(_) | Workdir(_))
@@ -639,70 +977,6 @@ fn makes_a_step(kind: &InstructionKind) -> bool {
 
 fn stage_name(stage: &Stage, index: usize) -> String {
     stage.name.clone().unwrap_or_else(|| format!("stage-{index}"))
-}
-
-/// `path` from the working directory, without `.` and `..`; always absolute.
-fn absolute(working_dir: &str, path: &str) -> String {
-    let joined = if path.starts_with('/') { path.to_owned() } else { format!("{working_dir}/{path}") };
-    let mut parts: Vec<&str> = Vec::new();
-    for part in joined.split('/') {
-        match part {
-            "" | "." => {}
-            ".." => drop(parts.pop()),
-            part => parts.push(part),
-        }
-    }
-    format!("/{}", parts.join("/"))
-}
-
-/// `8080`, `53/udp`, `7000-7002/tcp` as the config lists them.
-fn exposed(text: &str) -> Result<Vec<String>, String> {
-    let wrong = || format!("{text:?} is not a port, expected PORT[-PORT][/tcp|/udp|/sctp]");
-    let (range, protocol) = text.split_once('/').unwrap_or((text, "tcp"));
-    let protocol = protocol.to_ascii_lowercase();
-    if !["tcp", "udp", "sctp"].contains(&protocol.as_str()) {
-        return Err(wrong());
-    }
-    let (first, last) = range.split_once('-').unwrap_or((range, range));
-    let port = |text: &str| text.parse::<u16>().map_err(|_| wrong());
-    let (first, last) = (port(first)?, port(last)?);
-    if first > last {
-        return Err(wrong());
-    }
-    Ok((first..=last).map(|port| format!("{port}/{protocol}")).collect())
-}
-
-fn healthcheck(check: &Healthcheck, shell: &[String]) -> serde_json::Value {
-    let Healthcheck::Command {
-        command,
-        interval_nanos,
-        timeout_nanos,
-        start_period_nanos,
-        start_interval_nanos,
-        retries,
-    } = check
-    else {
-        return json!({"Test": ["NONE"]});
-    };
-    let test: Vec<String> = match command {
-        CommandLine::Exec(words) => ["CMD".to_owned()].into_iter().chain(words.iter().cloned()).collect(),
-        // With a SHELL of its own the command must name it; CMD-SHELL always means /bin/sh.
-        CommandLine::Shell(text) if shell == crate::dockerfile::DEFAULT_SHELL => vec!["CMD-SHELL".into(), text.clone()],
-        shell_form => ["CMD".to_owned()].into_iter().chain(shell_form.argv(shell)).collect(),
-    };
-    let mut value = json!({"Test": test});
-    for (key, number) in [
-        ("Interval", *interval_nanos),
-        ("Timeout", *timeout_nanos),
-        ("StartPeriod", *start_period_nanos),
-        ("StartInterval", *start_interval_nanos),
-        ("Retries", u64::from(*retries)),
-    ] {
-        if number != 0 {
-            value[key] = number.into();
-        }
-    }
-    value
 }
 
 /// Gives planned history the times and marks that are known once the graph is solved. `made` says for a vertex when its
@@ -731,28 +1005,6 @@ pub(crate) fn history(
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn paths_are_absolute_and_clean() {
-        for (dir, path, expected) in [
-            ("/", "a", "/a"),
-            ("/w", "../../x", "/x"),
-            ("/w", "/a/./b//c", "/a/b/c"),
-            ("/w", ".", "/w"),
-            ("/", "..", "/"),
-        ] {
-            assert_eq!(absolute(dir, path), expected, "{dir} {path}");
-        }
-    }
-
-    #[test]
-    fn ports_are_listed_one_by_one() {
-        assert_eq!(exposed("80").unwrap(), ["80/tcp"]);
-        assert_eq!(exposed("7000-7002/UDP").unwrap(), ["7000/udp", "7001/udp", "7002/udp"]);
-        for bad in ["", "x", "80/http", "65536", "9-8", "1-2-3"] {
-            assert!(exposed(bad).is_err(), "{bad:?}");
-        }
-    }
 
     #[test]
     fn history_takes_its_times_from_layers() {

@@ -4,6 +4,8 @@
 //! mod.rs     the request: reads the context and the Dockerfile, runs the four steps
 //! graph.rs   a Dockerfile becomes a graph of operations and a config
 //! solve.rs   operations become snapshots: from the cache, or by doing them
+//! remote.rs  what ADD takes from elsewhere
+//! values.rs  what single values of instructions mean
 //! config.rs  the image config in the making
 //! cache_from.rs  images that may have a step's result
 //! ```
@@ -11,10 +13,13 @@
 mod cache_from;
 mod config;
 mod graph;
+mod remote;
 mod solve;
+mod values;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use plies_image::{ImageError, LayerStoreError, NewImage, history_cache};
 use plies_oci::{DiffId, ErrorKind, ImageConfig, ImageId, Platform, Reference};
@@ -22,18 +27,25 @@ use plies_store::{CatalogueError, CommitError, Expected, IngestError, LayerId, L
 use serde::Serialize;
 
 use crate::context::Tree;
-use crate::dockerfile::{self, BuildArgs, Dockerfile, DockerfileError, Ignore, IgnoreError};
+use crate::dockerfile::{
+    self, BuildArgs, CheckOptions, Dockerfile, DockerfileError, Ignore, IgnoreError, Location, Warning,
+};
 use crate::exec::{self, Cancel, ExecError, ExecutorChoice};
 use crate::images::{ImagesError, plain_name};
 use crate::progress::{Outcome, Progress, Task};
 use crate::{Canceled, Engine};
 
 pub(crate) use config::{Config, DEFAULT_PATH};
+use graph::Lower;
+pub use remote::{Fetch, FetchRequest, Fetched, RemoteError};
 pub use solve::SolveError;
 pub(crate) use solve::{make_directory, user};
 
 /// Bytes of a Dockerfile. Generated ones reach some hundred KiB.
 const DOCKERFILE_BYTES_MAX: u64 = 16 << 20;
+
+/// The build argument that takes the place of a file's `# check=` line, as in BuildKit.
+const CHECK_ARG: &str = "BUILDKIT_DOCKERFILE_CHECK";
 
 /// Digits of an image ID that `FROM` takes for one: as many as docker prints.
 const ID_DIGITS_MIN: usize = 12;
@@ -63,6 +75,8 @@ pub struct BuildRequest {
     pub executor: ExecutorChoice,
     /// Directories in which OCI runtimes are looked for.
     pub search_path: Vec<PathBuf>,
+    /// Who downloads what ADD takes from the network. Without it such a step fails.
+    pub fetch: Option<Arc<dyn Fetch>>,
 }
 
 /// What was built.
@@ -85,6 +99,9 @@ pub enum BuildError {
     /// The Dockerfile, or something that one of its lines asks for.
     #[error(transparent)]
     Dockerfile(#[from] DockerfileError),
+    /// The file wants to be told by an error what it is else warned of.
+    #[error("{}", first_of(.0))]
+    Check(Vec<Warning>),
     /// A step, with the line that asks for it.
     #[error("{at}")]
     Step {
@@ -135,6 +152,14 @@ pub enum BuildError {
     Canceled(#[from] Canceled),
 }
 
+fn first_of(warnings: &[Warning]) -> String {
+    let first = warnings.first().map(ToString::to_string).unwrap_or_default();
+    match warnings.len() {
+        0 | 1 => first,
+        count => format!("{first}\n(and {} more: see ply build --check)", count - 1),
+    }
+}
+
 impl From<ImageError> for BuildError {
     fn from(source: ImageError) -> Self {
         Self::Image(source.into())
@@ -145,7 +170,7 @@ impl BuildError {
     /// What a caller can do about it.
     pub fn kind(&self) -> ErrorKind {
         match self {
-            Self::Dockerfile(_) => ErrorKind::InvalidInput,
+            Self::Dockerfile(_) | Self::Check(_) => ErrorKind::InvalidInput,
             Self::Step { source, .. } => source.kind(),
             Self::Ignore(source) => source.kind(),
             Self::Read { source, .. } if source.kind() == std::io::ErrorKind::NotFound => ErrorKind::NotFound,
@@ -170,37 +195,86 @@ impl Engine {
     /// [`BuildError`]. Steps that succeeded stay in the cache, so that a repaired Dockerfile goes on from there.
     pub fn build(&self, request: &BuildRequest, progress: &dyn Progress, cancel: &Cancel) -> Result<Built, BuildError> {
         let names = request.names.iter().map(|name| plain_name(name)).collect::<Result<Vec<Reference>, _>>()?;
-        let (file, bytes, in_context) = read_dockerfile(request)?;
+        let (file, bytes) = read_dockerfile(request)?;
         let dockerfile = dockerfile::parse(&file, &bytes)?;
         self.with_lease(&format!("build {}", request.context.display()), |lease| {
-            self.build_held(request, &dockerfile, in_context.as_deref(), &names, lease, progress, cancel)
+            self.build_held(request, &dockerfile, &names, lease, progress, cancel)
         })
     }
 
-    #[allow(clippy::too_many_arguments, reason = "the parts of one request, each of its own type")]
+    /// What `docker build --check` says about a Dockerfile: nothing is built, and a base image that is not here is taken
+    /// for one that says nothing.
+    ///
+    /// # Errors
+    /// [`BuildError::Dockerfile`] for what would stop a build before its first step, [`BuildError::Read`],
+    /// [`BuildError::Ignore`].
+    pub fn check(&self, request: &BuildRequest) -> Result<Vec<Warning>, BuildError> {
+        let (file, bytes) = read_dockerfile(request)?;
+        let dockerfile = dockerfile::parse(&file, &bytes)?;
+        let platform = Platform::host();
+        let args = build_args(request, &dockerfile, &platform)?;
+        let ignore = ignore_of(request)?;
+        let plan = self.with_lease("check a Dockerfile", |lease| {
+            let mut find_image = |name: &str| match self.base_image(name, lease) {
+                Ok(image) => Ok(image),
+                Err(_) => {
+                    let config = Config::scratch(&platform).finish(None, &[], &[]);
+                    let config = ImageConfig::parse(&config).map_err(|error| with_causes(&error))?;
+                    Ok(graph::BaseImage { config, name: name.to_owned() })
+                }
+            };
+            let what = Lower {
+                dockerfile: &dockerfile,
+                args: &args,
+                target: request.target.as_deref(),
+                labels: &request.labels,
+                platform: &platform,
+                ignore: &ignore,
+                all_stages: request.target.is_none(),
+            };
+            graph::lower(&what, &mut find_image).map_err(BuildError::from)
+        })?;
+        Ok(dockerfile.wanted(plan.warnings, Some(&check_options(&dockerfile, &args)?)))
+    }
+
     fn build_held(
         &self,
         request: &BuildRequest,
         dockerfile: &Dockerfile,
-        in_context: Option<&str>,
         names: &[Reference],
         lease: &Lease,
         progress: &dyn Progress,
         cancel: &Cancel,
     ) -> Result<Built, BuildError> {
         let platform = Platform::host();
-        let given: BTreeMap<String, String> = request.build_args.iter().cloned().collect();
-        let args = BuildArgs::new(dockerfile, given, &platform, &platform, request.target.as_deref())?;
+        let args = build_args(request, dockerfile, &platform)?;
         let mut find_image = |name: &str| self.base_image(name, lease);
-        let plan =
-            graph::lower(dockerfile, &args, request.target.as_deref(), &request.labels, &platform, &mut find_image)?;
-        for warning in &plan.warnings {
+        let ignore = ignore_of(request)?;
+        let plan = graph::lower(
+            &Lower {
+                dockerfile,
+                args: &args,
+                target: request.target.as_deref(),
+                labels: &request.labels,
+                platform: &platform,
+                ignore: &ignore,
+                all_stages: false,
+            },
+            &mut find_image,
+        )?;
+        let options = check_options(dockerfile, &args)?;
+        let warnings = dockerfile.wanted(plan.warnings, Some(&options));
+        let told = warnings
+            .iter()
+            .map(|found| format!("{}: {} ({}:{})", found.rule(), found.message(), found.file(), found.line()));
+        for warning in plan.notes.iter().cloned().chain(told) {
             let task = Task::start(progress, &format!("warning: {warning}"), None);
             task.end(Outcome::Done);
         }
+        if options.error && !warnings.is_empty() {
+            return Err(BuildError::Check(warnings));
+        }
 
-        let context = open_context(&request.context)?;
-        let ignore = Ignore::of_context(&Tree::context(context, None), in_context)?;
         let context = Tree::context(open_context(&request.context)?, Some(ignore)).cancelable(cancel);
         let executor = exec::pick(&request.executor, self.store().run_dir(), &request.search_path)?;
         let cache_from = cache_from::CacheFrom::open(self, &request.cache_from, &platform, progress);
@@ -215,6 +289,7 @@ impl Engine {
             progress,
             cancel,
             no_cache: request.no_cache,
+            fetch: request.fetch.as_deref(),
         };
         let solved = solver.solve(plan.target).map_err(|failed| match failed.error {
             SolveError::Canceled(canceled) => canceled.into(),
@@ -295,6 +370,38 @@ impl Engine {
     }
 }
 
+fn build_args(
+    request: &BuildRequest,
+    dockerfile: &Dockerfile,
+    platform: &Platform,
+) -> Result<BuildArgs, DockerfileError> {
+    let given: BTreeMap<String, String> = request.build_args.iter().cloned().collect();
+    BuildArgs::new(dockerfile, given, platform, platform, request.target.as_deref())
+}
+
+/// Which warnings are wanted: the build argument's word goes before the file's.
+fn check_options(dockerfile: &Dockerfile, args: &BuildArgs) -> Result<CheckOptions, DockerfileError> {
+    match args.given(CHECK_ARG) {
+        Some(text) => CheckOptions::parse(text)
+            .map_err(|why| dockerfile.error(Location::default(), "", format!("build argument {CHECK_ARG}: {why}"))),
+        None => Ok(dockerfile.check.clone()),
+    }
+}
+
+/// What of the context is not there. An ignore file may stand beside the Dockerfile, wherever that is.
+fn ignore_of(request: &BuildRequest) -> Result<Ignore, BuildError> {
+    let context = Tree::context(open_context(&request.context)?, None);
+    let path = dockerfile_path(request);
+    let Some(name) = path.file_name() else { return Ok(Ignore::of_context(&context, None)?) };
+    let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let dir = Tree::context(open_context(dir)?, None);
+    Ok(Ignore::of_context(&context, Some((&dir, &name.to_string_lossy())))?)
+}
+
+fn dockerfile_path(request: &BuildRequest) -> PathBuf {
+    request.dockerfile.clone().unwrap_or_else(|| request.context.join("Dockerfile"))
+}
+
 /// An error and its causes in one sentence.
 fn with_causes(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
@@ -310,10 +417,9 @@ fn open_context(path: &Path) -> Result<std::os::fd::OwnedFd, BuildError> {
     Tree::open_dir(path).map_err(|source| BuildError::Read { path: path.to_owned(), source })
 }
 
-/// The Dockerfile's name for messages, its bytes, and its path inside the context if it lies there (an ignore file may
-/// stand beside it).
-fn read_dockerfile(request: &BuildRequest) -> Result<(String, Vec<u8>, Option<String>), BuildError> {
-    let path = request.dockerfile.clone().unwrap_or_else(|| request.context.join("Dockerfile"));
+/// The Dockerfile's name for messages, and its bytes.
+fn read_dockerfile(request: &BuildRequest) -> Result<(String, Vec<u8>), BuildError> {
+    let path = dockerfile_path(request);
     let read = || -> std::io::Result<Vec<u8>> {
         let metadata = std::fs::metadata(&path)?;
         // A pipe would block and a device might never end.
@@ -327,13 +433,9 @@ fn read_dockerfile(request: &BuildRequest) -> Result<(String, Vec<u8>, Option<St
         std::fs::read(&path)
     };
     let bytes = read().map_err(|source| BuildError::Read { path: path.clone(), source })?;
-    let inside = match (path.canonicalize(), request.context.canonicalize()) {
-        (Ok(file), Ok(context)) => file.strip_prefix(context).ok().map(|inside| inside.display().to_string()),
-        _ => None,
-    };
     let name = match &request.dockerfile {
         None => "Dockerfile".to_owned(),
         Some(path) => path.display().to_string(),
     };
-    Ok((name, bytes, inside))
+    Ok((name, bytes))
 }

@@ -12,17 +12,20 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use plies_archive::tar::EntryPath;
-use plies_archive::{ApplyStyle, UnpackError, compress, unpack};
+use plies_archive::{ApplyStyle, NewOwner, UnpackError, compress, unpack};
 use plies_cache::contenthash::inroot;
-use plies_cache::{Accessor, CacheError, CacheKey, ImmutableRef, KeyBuilder, Parents, RecordOptions, RecordRow, State};
-use plies_oci::{Compression, DiffId, ErrorKind, limits};
+use plies_cache::{
+    Accessor, CacheError, CacheKey, Changes, ImmutableRef, KeyBuilder, Parents, RecordOptions, RecordRow, State, Value,
+};
+use plies_oci::{BlobDigest, Compression, DiffId, ErrorKind, limits};
 use plies_store::{Attach, CatalogueError, LayerError, LayerId, Mounted, SnapshotError, Stamp, canceled_inside};
 
 use super::cache_from::CacheFrom;
 use super::config::DEFAULT_PATH;
 use super::graph::{CopyOp, FilesFrom, Graph, Op, RunOp, Vertex, VertexId};
+use super::remote::{DOWNLOAD_BYTES_MAX, Download, Fetch, FetchRequest, Fetched, GitSource, RemoteError};
 use crate::context::{
-    self, Chmod, CopyError, CopyOptions, Destination, HashError, Owner, SelectError, Selection, Tree,
+    self, Chmod, ContentHash, CopyError, CopyOptions, Destination, HashError, Owner, SelectError, Selection, Tree,
 };
 use crate::dockerfile::{Ignore, IgnoreError, Location, SCRIPT_DIR};
 use crate::exec::{
@@ -34,7 +37,20 @@ use crate::records::RecordsError;
 use crate::{Canceled, Engine};
 
 /// Goes up when a step comes to mean something else, so that results of an older Plies are not taken for it.
-const KEY_VERSION: u32 = 2;
+const KEY_VERSION: u32 = 3;
+
+/// What is kept with the record of a download, under BuildKit's names.
+const HTTP_CHECKSUM: &str = "http.checksum";
+/// See [`HTTP_CHECKSUM`].
+const HTTP_ETAG: &str = "http.etag";
+/// See [`HTTP_CHECKSUM`].
+const HTTP_MODIFIED: &str = "http.modtime";
+
+/// How much of a download is read at a time, in bytes.
+const DOWNLOAD_CHUNK_BYTES: usize = 128 << 10;
+
+/// Memory that unpacking xz may take, in KiB: 256 MiB, over the 65 that `xz -9` asks for.
+const XZ_MEMORY_KIB_MAX: u32 = 256 << 10;
 
 /// Output of one step that is shown, as in BuildKit (`BUILDKIT_STEP_LOG_MAX_SIZE`).
 const OUTPUT_BYTES_MAX: usize = 2 << 20;
@@ -103,14 +119,9 @@ pub enum SolveError {
         /// Where.
         path: EntryPath,
     },
-    /// Its archive is of a kind that is not unpacked yet.
-    #[error("{name} is {format}-compressed, and only plain, gzip and zstd archives are unpacked yet (use COPY)")]
-    Archive {
-        /// Which file.
-        name: String,
-        /// How it is compressed.
-        format: &'static str,
-    },
+    /// A download or a repository.
+    #[error(transparent)]
+    Remote(#[from] RemoteError),
     /// A directory could not be made.
     #[error("make directory {path}")]
     Directory {
@@ -162,7 +173,8 @@ impl SolveError {
             Self::Hash(source) => source.kind(),
             Self::Copy(source) => source.kind(),
             Self::Exclude(source) => source.kind(),
-            Self::Chmod(_) | Self::Archive { .. } | Self::Link { .. } => ErrorKind::InvalidInput,
+            Self::Remote(source) => source.kind(),
+            Self::Chmod(_) | Self::Link { .. } => ErrorKind::InvalidInput,
             Self::TooManyLayers { .. } => ErrorKind::Limit,
             Self::Unpack { source, .. } => source.kind(),
             Self::Directory { .. } | Self::Io { .. } => ErrorKind::Unavailable,
@@ -241,6 +253,8 @@ pub(crate) struct Solver<'a> {
     pub(crate) progress: &'a dyn Progress,
     pub(crate) cancel: &'a Cancel,
     pub(crate) no_cache: bool,
+    /// Who downloads.
+    pub(crate) fetch: Option<&'a dyn Fetch>,
     /// Images that are asked for what the cache has not.
     pub(crate) cache_from: &'a CacheFrom,
     /// Say for every step where its result came from.
@@ -280,6 +294,14 @@ impl Made {
 enum Source<'a> {
     Context(&'a Tree),
     Stage(Box<Stage>),
+}
+
+/// What a copy takes from one tree.
+struct Part<'a> {
+    source: Source<'a>,
+    selection: Selection,
+    content: ContentHash,
+    unpack: bool,
 }
 
 /// The tree of an earlier stage or of an image.
@@ -394,37 +416,198 @@ impl Solver<'_> {
             }
             Op::Copy { base, copy } => {
                 let base = results.of(*base);
-                let source = self.source(copy.from, results)?;
                 let excludes = match copy.excludes.as_slice() {
                     [] => None,
                     patterns => Some(Ignore::from_patterns(patterns.iter().map(String::as_str))?),
                 };
-                let mut selection = Selection::new(excludes);
-                for path in &copy.paths {
-                    selection.add(source.tree(), path.as_bytes())?;
+                let parts = copy.parts.iter().map(|part| {
+                    let source = self.source(part.from, results)?;
+                    let mut selection = Selection::new(excludes.clone());
+                    for path in &part.paths {
+                        match part.parents {
+                            true => selection.add_with_parents(source.tree(), path.as_bytes())?,
+                            false => selection.add(source.tree(), path.as_bytes())?,
+                        };
+                    }
+                    for (name, bytes) in &part.inline {
+                        selection.add_inline(name.as_bytes(), bytes.clone());
+                    }
+                    let content = source.tree().hash(&selection)?;
+                    Ok(Part { source, selection, content, unpack: part.unpack })
+                });
+                let parts = parts.collect::<Result<Vec<_>, SolveError>>()?;
+                let mut key = KeyBuilder::new("copy", KEY_VERSION).input(&base.key).number(parts.len() as u64);
+                for part in &parts {
+                    key = key.bytes(part.content.as_bytes()).number(part.unpack.into());
                 }
-                for (name, bytes) in &copy.inline {
-                    selection.add_inline(name.as_bytes(), bytes.clone());
-                }
-                let content = source.tree().hash(&selection)?;
-                let key = KeyBuilder::new("copy", KEY_VERSION)
-                    .input(&base.key)
-                    .bytes(content.as_bytes())
+                let key = key
                     .bytes(copy.dest.as_bytes())
                     .list(copy.chown.iter())
                     .list(copy.chmod.iter())
-                    .number(copy.unpack.into())
                     .number(copy.link.into())
                     .finish();
                 self.step(vertex, base, key, task, |root, _| {
-                    let made = self.copy(copy, &source, &selection, root)?;
+                    let made = self.copy(copy, &parts, root)?;
                     // A context is a directory that people work in.
-                    let changing =
-                        matches!(source, Source::Context(_)) && source.tree().hash(&selection).ok() != Some(content);
+                    let changing = parts.iter().any(|part| {
+                        matches!(part.source, Source::Context(_))
+                            && part.source.tree().hash(&part.selection).ok() != Some(part.content)
+                    });
                     Ok(Made { changing, ..made })
                 })
             }
+            Op::Download(download) => self.download(download, &vertex.name),
+            Op::Git(git) => self.git(git, &vertex.name),
         }
+    }
+
+    /// What is known of a URL, or what comes from there: a tree with that one file.
+    fn download(&self, download: &Download, name: &str) -> Result<(Solved, Outcome), SolveError> {
+        let Download { url, name: file_name, checksum } = download;
+        let index = KeyBuilder::new("download", KEY_VERSION).bytes(url.as_bytes()).bytes(file_name.as_bytes()).finish();
+        let known = self.known_alone(&index)?;
+        let of = |tree: &ImmutableRef, key: &str| self.cache.value(tree.id(), key);
+        if let (Some(tree), Some(checksum)) = (&known, checksum)
+            && of(tree, HTTP_CHECKSUM)?.as_ref() == Some(checksum)
+        {
+            return Ok((self.alone(tree.clone(), file_name)?, Outcome::Cached));
+        }
+        let failed = |source| RemoteError::Download { url: url.clone(), source };
+        let client = self.fetch.ok_or_else(|| RemoteError::NoClient { url: url.clone() })?;
+        let (etag, last_modified) = match &known {
+            Some(tree) => (of(tree, HTTP_ETAG)?, of(tree, HTTP_MODIFIED)?),
+            None => (None, None),
+        };
+        let request = FetchRequest { url, etag: etag.as_deref(), last_modified: last_modified.as_deref() };
+        let old = known.as_ref().map(ImmutableRef::id);
+        let (mut bytes, etag, last_modified) = match (client.fetch(&request, self.cancel).map_err(failed)?, known) {
+            // What is here can't be what the file expects: that was looked at before.
+            (Fetched::NotModified, Some(tree)) => {
+                let actual = of(&tree, HTTP_CHECKSUM)?.unwrap_or_default();
+                return match checksum {
+                    Some(expected) => {
+                        Err(RemoteError::Checksum { what: url.clone(), expected: expected.clone(), actual }.into())
+                    }
+                    None => Ok((self.alone(tree, file_name)?, Outcome::Cached)),
+                };
+            }
+            (Fetched::NotModified, None) => {
+                let source = io::Error::other("not modified, says the server, and nothing is here");
+                return Err(failed(source).into());
+            }
+            (Fetched::Body { bytes, etag, last_modified }, _) => (bytes, etag, last_modified),
+        };
+        let options = RecordOptions { description: Some(short(name)), ..RecordOptions::by("build") };
+        let record = self.cache.create(None, &options)?;
+        let mounted = record.mount(Attach::InStore)?;
+        let path = mounted.path().expect("because it was attached").join(file_name);
+        let written = self.write_download(&mut bytes, &path, last_modified.as_deref(), url);
+        let unmounted = mounted.unmount();
+        let actual = written?;
+        unmounted?;
+        if let Some(expected) = checksum.as_ref().filter(|expected| **expected != actual) {
+            return Err(RemoteError::Checksum { what: url.clone(), expected: expected.clone(), actual }.into());
+        }
+        let tree = record.seal(&[], Some(&index))?;
+        let values = [(HTTP_CHECKSUM, Some(actual)), (HTTP_ETAG, etag), (HTTP_MODIFIED, last_modified)];
+        let values =
+            values.into_iter().map(|(key, value)| (key.to_owned(), value.map(|value| Value { value, index: None })));
+        self.cache.update(tree.id(), &Changes { values: values.collect(), ..Changes::default() })?;
+        // The next question is about the newest.
+        if let Some(old) = old {
+            self.cache.remove_result(&index, old)?;
+        }
+        Ok((self.alone(tree, file_name)?, Outcome::Done))
+    }
+
+    /// Writes what comes, as BuildKit does: root's, mode 0600, as old as the server says. Gives the digest.
+    fn write_download(
+        &self,
+        bytes: &mut dyn io::Read,
+        path: &Path,
+        last_modified: Option<&str>,
+        url: &str,
+    ) -> Result<String, SolveError> {
+        use std::os::unix::fs::OpenOptionsExt as _;
+        let io = |op| move |source| SolveError::Io { op, path: path.to_owned(), source };
+        let options = || std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path);
+        let mut file = options().map_err(io("create"))?;
+        let mut sum = plies_oci::Sha256Hasher::default();
+        let mut buffer = vec![0; DOWNLOAD_CHUNK_BYTES];
+        let mut total = 0u64;
+        loop {
+            let failed = |source| RemoteError::Download { url: url.to_owned(), source };
+            self.cancel.check().map_err(failed)?;
+            let length = match bytes.read(&mut buffer) {
+                Ok(0) => break,
+                Ok(length) => length,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => return Err(failed(error).into()),
+            };
+            total += length as u64;
+            if total > DOWNLOAD_BYTES_MAX {
+                return Err(RemoteError::TooLong { url: url.to_owned() }.into());
+            }
+            sum.update(&buffer[..length]);
+            file.write_all(&buffer[..length]).map_err(io("write"))?;
+        }
+        // Without a word of the server, the file is of no time at all: equal downloads are equal files.
+        let modified = last_modified.and_then(|text| jiff::fmt::rfc2822::parse(text).ok());
+        let modified = modified.map_or(std::time::UNIX_EPOCH, |zoned| zoned.timestamp().into());
+        file.set_modified(modified).map_err(io("change the times of"))?;
+        Ok(BlobDigest::from_bytes(sum.finish()).to_string())
+    }
+
+    /// The tree of a repository at the commit that it stands for now.
+    fn git(&self, git: &GitSource, name: &str) -> Result<(Solved, Outcome), SolveError> {
+        let run_dir = self.engine.store().run_dir();
+        let commit = git.resolve(run_dir, self.cancel)?;
+        let key = KeyBuilder::new("git", KEY_VERSION)
+            .bytes(git.remote.as_bytes())
+            .bytes(commit.as_bytes())
+            .bytes(git.subdir.as_bytes())
+            .number(git.keep_git_dir.into())
+            .number(git.submodules.into())
+            .finish();
+        if let Some(tree) = self.known_alone(&key)?.filter(|_| !self.no_cache) {
+            return Ok((self.alone(tree, &commit)?, Outcome::Cached));
+        }
+        let work = git.check_out(&commit, run_dir, self.cancel)?;
+        let io = |op, path: &Path| {
+            let path = path.to_owned();
+            move |source| SolveError::Io { op, path, source }
+        };
+        let dir = Tree::open_dir(&work.path).map_err(io("open", &work.path))?;
+        let from = Tree::context(dir, None).cancelable(self.cancel);
+        let mut selection = Selection::new(None);
+        selection.add(&from, if git.subdir.is_empty() { b"/" } else { git.subdir.as_bytes() })?;
+        let options = RecordOptions { description: Some(short(name)), ..RecordOptions::by("build") };
+        let record = self.cache.create(None, &options)?;
+        let mounted = record.mount(Attach::InStore)?;
+        // Git knows of a file whether it is a program; the rest is the umask of whoever builds.
+        let chmod = Some(Chmod::parse("u=rwX,go=rX")?);
+        let options = CopyOptions { dest: Destination::new(b"/", b"/"), owner: None, chmod };
+        let copied = context::copy(&from, &selection, mounted.root(), &options);
+        let unmounted = mounted.unmount();
+        copied?;
+        unmounted?;
+        let tree = record.seal(&[], Some(&key))?;
+        Ok((self.alone(tree, &commit)?, Outcome::Done))
+    }
+
+    /// The record of a source that stands on nothing, if it is here.
+    fn known_alone(&self, key: &CacheKey) -> Result<Option<ImmutableRef>, SolveError> {
+        let nothing = Solved { key: *key, tree: None, base_diff_ids: vec![], layers: vec![], made: None };
+        self.lookup(&nothing, key)
+    }
+
+    /// A source that stands on nothing, as what others stand on. Its own key tells only about others' files, which are
+    /// hashed when they are taken.
+    fn alone(&self, tree: ImmutableRef, named: &str) -> Result<Solved, SolveError> {
+        let id = tree.id().to_string();
+        let key = KeyBuilder::new("source", KEY_VERSION).bytes(id.as_bytes()).bytes(named.as_bytes()).finish();
+        let nothing = Solved { key, tree: None, base_diff_ids: vec![], layers: vec![], made: None };
+        self.solved(&nothing, key, tree)
     }
 
     /// Finds the result of a step in the cache, or does `work` in a tree on top of `base`.
@@ -618,40 +801,33 @@ impl Solver<'_> {
         Ok(Source::Stage(Box::new(Stage { tree, _mounted: Some(mounted) })))
     }
 
-    fn copy(
-        &self,
-        copy: &CopyOp,
-        source: &Source<'_>,
-        selection: &Selection,
-        root: BorrowedFd<'_>,
-    ) -> Result<Made, SolveError> {
+    fn copy(&self, copy: &CopyOp, parts: &[Part<'_>], root: BorrowedFd<'_>) -> Result<Made, SolveError> {
         let owner = copy.chown.as_ref().map(|chown| owner(root, chown)).transpose()?;
         let chmod = copy.chmod.as_ref().map(|chmod| Chmod::parse(chmod)).transpose()?;
-        let dest = Destination::new(b"/", copy.dest.as_bytes());
-        let options = CopyOptions { dest, owner, chmod };
-        if !copy.unpack {
-            context::copy(source.tree(), selection, root, &options)?;
-            return Made::by(copy, root);
-        }
-        // ADD: archives go where they are unpacked, the rest is copied.
-        let mut plain = Selection::new(None);
-        for item in selection.items() {
-            let archive = match item.path() {
-                Some(path) if !item.is_dir() => Archive::open(source.tree(), path)?,
-                _ => None,
-            };
-            match archive {
-                Some(archive) => {
-                    make_directory(root, &copy.dest, owner)?;
-                    let dir = inroot::open(root, copy.dest.as_bytes(), rustix::fs::OFlags::DIRECTORY);
-                    let dir = dir.map_err(|source| SolveError::Directory { path: copy.dest.clone(), source })?;
-                    archive.unpack(dir.as_fd(), self.engine.limits(), self.cancel)?;
+        let several = parts.iter().map(|part| part.selection.items().len()).sum::<usize>() > 1;
+        let dest = if several && !copy.dest.ends_with('/') { format!("{}/", copy.dest) } else { copy.dest.clone() };
+        let options = CopyOptions { dest: Destination::new(b"/", dest.as_bytes()), owner, chmod };
+        for part in parts {
+            let mut plain = part.selection.emptied();
+            for item in part.selection.items() {
+                let archive = match item.path() {
+                    Some(path) if part.unpack && !item.is_dir() => Archive::open(part.source.tree(), path)?,
+                    _ => None,
+                };
+                match archive {
+                    // ADD: archives go where they are unpacked, the rest is copied.
+                    Some(archive) => {
+                        make_directory(root, &copy.dest, owner)?;
+                        let dir = inroot::open(root, copy.dest.as_bytes(), rustix::fs::OFlags::DIRECTORY);
+                        let dir = dir.map_err(|source| SolveError::Directory { path: copy.dest.clone(), source })?;
+                        archive.unpack(dir.as_fd(), owner, self.engine.limits(), self.cancel)?;
+                    }
+                    None => plain.push(item.clone()),
                 }
-                None => plain.push(item.clone()),
             }
-        }
-        if !plain.items().is_empty() {
-            context::copy(source.tree(), &plain, root, &options)?;
+            if !plain.items().is_empty() {
+                context::copy(part.source.tree(), &plain, root, &options)?;
+            }
         }
         Made::by(copy, root)
     }
@@ -676,7 +852,7 @@ impl Op {
     /// What a complaint about its files points at.
     fn focus(&self) -> String {
         match self {
-            Op::Copy { copy, .. } => copy.paths.first().cloned().unwrap_or_default(),
+            Op::Copy { copy, .. } => copy.parts.iter().flat_map(|part| &part.paths).next().cloned().unwrap_or_default(),
             _ => String::new(),
         }
     }
@@ -804,11 +980,59 @@ impl Drop for Script {
     }
 }
 
-/// A local file that ADD unpacks.
+/// A file that ADD unpacks.
 struct Archive {
     name: String,
     file: std::fs::File,
-    compression: Compression,
+    packing: Packing,
+}
+
+/// How an archive is compressed.
+#[derive(Clone, Copy)]
+enum Packing {
+    /// As layers may be.
+    Layers(Compression),
+    Bzip2,
+    Xz,
+}
+
+impl Packing {
+    fn detect(first: &[u8]) -> Self {
+        match first {
+            [b'B', b'Z', b'h', b'1'..=b'9', ..] => Self::Bzip2,
+            [0xfd, b'7', b'z', b'X', b'Z', 0, ..] => Self::Xz,
+            first => Self::Layers(compress::detect(first)),
+        }
+    }
+
+    /// The bytes, and how those still are compressed for whoever reads layers.
+    fn open<R: io::Read + Send>(self, packed: R) -> (Unpacking<R>, Compression) {
+        match self {
+            Self::Layers(compression) => (Unpacking::No(packed), compression),
+            Self::Bzip2 => (Unpacking::Bzip2(bzip2::read::MultiBzDecoder::new(packed)), Compression::None),
+            Self::Xz => {
+                let reader = lzma_rust2::XzReader::new_mem_limit(packed, true, XZ_MEMORY_KIB_MAX);
+                (Unpacking::Xz(Box::new(reader)), Compression::None)
+            }
+        }
+    }
+}
+
+/// A reader that undoes what no layer has.
+enum Unpacking<R: io::Read> {
+    No(R),
+    Bzip2(bzip2::read::MultiBzDecoder<R>),
+    Xz(Box<lzma_rust2::XzReader<R>>),
+}
+
+impl<R: io::Read> io::Read for Unpacking<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Self::No(reader) => reader.read(buffer),
+            Self::Bzip2(reader) => reader.read(buffer),
+            Self::Xz(reader) => reader.read(buffer),
+        }
+    }
 }
 
 impl Archive {
@@ -821,29 +1045,27 @@ impl Archive {
         let file = std::fs::File::from(inroot::open(tree.as_fd(), path, flags).map_err(io)?);
         let mut head = [0; 512];
         let length = file.read_at(&mut head, 0).map_err(io)?;
-        let head = &head[..length];
-        for (magic, format) in [(&b"\xfd7zXZ\0"[..], "xz"), (b"BZh", "bzip2")] {
-            if head.starts_with(magic) {
-                return Err(SolveError::Archive { name, format });
-            }
-        }
-        let compression = compress::detect(head);
+        let packing = Packing::detect(&head[..length]);
         let mut first = [0; 512];
-        let decoder = compress::Decoder::new(file.try_clone().map_err(io)?, compression, &Default::default());
-        let peeked = decoder.and_then(|mut decoder| {
-            use std::io::Read as _;
-            decoder.read_exact(&mut first)
-        });
+        let (reader, compression) = packing.open(file.try_clone().map_err(io)?);
+        let decoder = compress::Decoder::new(reader, compression, &Default::default());
+        let peeked = decoder.and_then(|mut decoder| io::Read::read_exact(&mut decoder, &mut first));
         // What does not decompress to a tar is a file like any other.
         let is_tar = peeked.is_ok() && plies_archive::tar::is_header(&first);
         io::Seek::rewind(&mut &file).map_err(io)?;
-        Ok(is_tar.then_some(Self { name, file, compression }))
+        Ok(is_tar.then_some(Self { name, file, packing }))
     }
 
-    fn unpack(self, dir: BorrowedFd<'_>, limits: &plies_archive::Limits, cancel: &Cancel) -> Result<(), SolveError> {
-        let style = ApplyStyle::Added;
-        let file = Watched { inner: self.file, task: None, cancel };
-        let unpacked = unpack(file, self.compression, dir, style, limits, None);
+    fn unpack(
+        self,
+        dir: BorrowedFd<'_>,
+        owner: Option<Owner>,
+        limits: &plies_archive::Limits,
+        cancel: &Cancel,
+    ) -> Result<(), SolveError> {
+        let style = ApplyStyle::Added { owner: owner.map(|Owner { uid, gid }| NewOwner { uid, gid }) };
+        let (reader, compression) = self.packing.open(Watched { inner: self.file, task: None, cancel });
+        let unpacked = unpack(reader, compression, dir, style, limits, None);
         unpacked.map(drop).map_err(|source| SolveError::Unpack { name: self.name, source })
     }
 }

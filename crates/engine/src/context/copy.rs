@@ -128,7 +128,8 @@ impl From<WalkError> for CopyError {
 
 /// Copies `selection` out of `tree` into the tree below `root`.
 ///
-/// The destination is resolved inside `root`, its last component included; missing directories are made (0755). A source
+/// The destination is resolved inside `root`, its last component included; missing directories are made, with the mode
+/// that an octal `--chmod` says, else 0755. A source
 /// directory's contents go into the destination; a file goes to the destination, or into it if that is a directory, is
 /// written as one, or if there are several sources. Existing files are replaced, links too; existing directories are
 /// kept, those below the destination with the source's metadata. Modes, times and extended attributes come along, owners
@@ -179,10 +180,13 @@ struct Target {
 fn target(item: &Selected, root: BorrowedFd<'_>, options: &CopyOptions, several: bool) -> Result<Target, CopyError> {
     let path = &options.dest.path;
     let failed = |op| move |source| CopyError::Io { op, path: Escaped::of(path), source };
-    // A directory made for the copy belongs to whom the copies belong.
-    let own = |dir: BorrowedFd<'_>| match options.owner {
-        None => Ok(()),
-        Some(owner) => rustix::fs::fchown(dir, Some(Uid::from_raw(owner.uid)), Some(Gid::from_raw(owner.gid))),
+    // A directory made for the copy belongs to whom the copies belong, and has the mode they get.
+    let mode = Mode::from_raw_mode(options.chmod.as_ref().and_then(Chmod::octal).unwrap_or(0o755));
+    let own = |dir: BorrowedFd<'_>| {
+        if let Some(owner) = options.owner {
+            rustix::fs::fchown(dir, Some(Uid::from_raw(owner.uid)), Some(Gid::from_raw(owner.gid)))?;
+        }
+        rustix::fs::fchmod(dir, mode)
     };
     let mut made = |_: BorrowedFd<'_>, dir: Option<MadeDir>| match dir {
         Some(made) => Ok(own(made.dir.as_fd())?),
@@ -207,8 +211,7 @@ fn target(item: &Selected, root: BorrowedFd<'_>, options: &CopyOptions, several:
             rustix::fs::mkdirat(resolved.dir(), name_os, Mode::from_raw_mode(0o755))
                 .map_err(|e| failed("make the directory")(e.into()))?;
             let dir = inroot::open_dir(resolved.dir(), name).map_err(failed("open"))?;
-            own(dir.as_fd()).map_err(|e| failed("change the owner of")(e.into()))?;
-            rustix::fs::fchmod(&dir, Mode::from_raw_mode(0o755)).map_err(|e| failed("change the mode of")(e.into()))?;
+            own(dir.as_fd()).map_err(|e| failed("change the owner or mode of")(e.into()))?;
             (dir, resolved.path.clone())
         }
         Some(name) => {
@@ -580,6 +583,14 @@ impl Chmod {
             }
         }
         Ok(Self(ChmodKind::Changes(changes)))
+    }
+
+    /// The mode itself, if it is one.
+    fn octal(&self) -> Option<u32> {
+        match &self.0 {
+            ChmodKind::Octal(mode) => Some(*mode),
+            ChmodKind::Changes(_) => None,
+        }
     }
 
     /// The mode that a file of mode `mode` gets.

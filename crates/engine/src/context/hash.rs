@@ -112,7 +112,7 @@ impl Tree {
                     hasher.number(u64::from(*mode));
                     hasher.bytes(bytes);
                 }
-                SelectedKind::Tree { is_dir, path } => {
+                SelectedKind::Tree { is_dir, path, .. } => {
                     hasher.source.clone_from(path);
                     hasher.sum.update(if *is_dir { b"D" } else { b"F" });
                     hasher.links = Links::default();

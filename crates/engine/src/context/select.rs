@@ -7,6 +7,7 @@ use plies_archive::tar::Escaped;
 pub(super) use plies_cache::contenthash::walk::join;
 use plies_cache::contenthash::{
     inroot::{self, Missing},
+    patterns::{BadPattern, Patterns},
     wildcard::{ExpandError, MATCHES_MAX, Wildcard},
 };
 use plies_oci::ErrorKind;
@@ -84,8 +85,9 @@ pub struct Selected {
 
 #[derive(Debug, Clone)]
 pub(super) enum SelectedKind {
-    /// Something in the tree; all links of the path resolved, no leading slash, empty for the root.
-    Tree { path: Vec<u8>, is_dir: bool },
+    /// Something in the tree; all links of the path resolved, no leading slash, empty for the root. Of a directory only
+    /// what `include` matches, with the directories on the way to it.
+    Tree { path: Vec<u8>, is_dir: bool, include: Option<Patterns> },
     /// A file whose bytes came with the Dockerfile.
     Inline { bytes: Vec<u8>, mode: u32 },
 }
@@ -155,10 +157,45 @@ impl Selection {
         Ok(self.items.len() - before)
     }
 
+    /// Adds what `source` stands for as `COPY --parents` does: with the directories that lead to it, those behind a `/./`
+    /// if there is one. Any number of directories can be written `**` behind that. Tells how many were added.
+    ///
+    /// # Errors
+    /// As [`Selection::add`]; a path without wildcards must be there.
+    pub fn add_with_parents(&mut self, tree: &Tree, source: &[u8]) -> Result<usize, SelectError> {
+        let pivot = source.windows(3).position(|part| part == b"/./");
+        let (base, pattern) = pivot.map_or((&b"/"[..], source), |at| (&source[..at], &source[at + 3..]));
+        let bad = |why: BadPattern| SelectError::Pattern { pattern: Escaped::of(source), why: why.0 };
+        let mut include = Patterns::default();
+        // At the front it would take back.
+        let escaped = if pattern.starts_with(b"!") { [b"\\", pattern].concat() } else { pattern.to_vec() };
+        if !escaped.is_empty() {
+            include.add(&escaped).map_err(bad)?;
+        }
+        let whole = Wildcard::parse(&[base, b"/", pattern].concat()).map_err(bad)?;
+        if whole.patterns.is_empty() {
+            self.found(tree, &whole.plain, Vec::new(), source)?;
+        }
+        let before = self.items.len();
+        self.add(tree, base)?;
+        for item in &mut self.items[before..] {
+            if let SelectedKind::Tree { is_dir: true, include: of, .. } = &mut item.kind {
+                *of = (!include.is_empty()).then(|| include.clone());
+            }
+        }
+        Ok(self.items.len() - before)
+    }
+
     /// Adds a file whose bytes stand in the Dockerfile: mode 0644, root's.
     pub fn add_inline(&mut self, name: &[u8], bytes: Vec<u8>) {
         let kind = SelectedKind::Inline { bytes, mode: 0o644 };
         self.items.push(Selected { name: name.to_vec(), kind });
+    }
+
+    /// Nothing yet, with the same excludes.
+    #[must_use]
+    pub(crate) fn emptied(&self) -> Self {
+        Self { items: Vec::new(), excludes: self.excludes.clone() }
     }
 
     /// Adds a source that was chosen before.
@@ -188,7 +225,7 @@ impl Selection {
                 return Err(missing(true));
             }
         }
-        Ok(Selected { name, kind: SelectedKind::Tree { path: resolved, is_dir } })
+        Ok(Selected { name, kind: SelectedKind::Tree { path: resolved, is_dir, include: None } })
     }
 }
 

@@ -465,7 +465,8 @@ fn f06_read_file_stays_inside_and_within_its_limit() {
 fn ignore_file_beside_the_dockerfile_wins() {
     let root = dir(&[("app.Dockerfile.dockerignore", "a"), (".dockerignore", "b")]);
     let tree = context(root.path(), "");
-    let hides = |dockerfile: &str, path: &[u8]| Ignore::of_context(&tree, Some(dockerfile)).unwrap().hides(path);
+    let hides =
+        |dockerfile: &str, path: &[u8]| Ignore::of_context(&tree, Some((&tree, dockerfile))).unwrap().hides(path);
     assert!(hides("app.Dockerfile", b"a") && !hides("app.Dockerfile", b"b"));
     assert!(hides("Dockerfile", b"b") && !hides("Dockerfile", b"a"));
     fs::remove_file(root.path().join(".dockerignore")).unwrap();

@@ -24,7 +24,7 @@ pub(super) fn walk<V: Visitor>(
     item: &Selected,
     visitor: &mut V,
 ) -> Result<(), V::Error> {
-    let SelectedKind::Tree { path, is_dir } = &item.kind else { return Ok(()) };
+    let SelectedKind::Tree { path, is_dir, include } = &item.kind else { return Ok(()) };
     let mut rules = Vec::new();
     if let Some(excludes) = &selection.excludes {
         // An excluded file is excluded by its name.
@@ -32,6 +32,9 @@ pub(super) fn walk<V: Visitor>(
             return Ok(());
         }
         rules.push(Rule { patterns: excludes.patterns(), keep: Keep::Others, base: b"" });
+    }
+    if let Some(include) = include {
+        rules.push(Rule { patterns: include, keep: Keep::Matching, base: b"" });
     }
     if let Some(ignore) = &tree.ignore {
         rules.push(Rule { patterns: ignore.patterns(), keep: Keep::Others, base: path });

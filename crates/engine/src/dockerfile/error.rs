@@ -72,6 +72,11 @@ impl DockerfileError {
         }))
     }
 
+    /// The name of the file.
+    pub fn file(&self) -> &str {
+        &self.0.file
+    }
+
     /// The line it is on, from 1; 0 when it is about the whole file.
     pub fn line(&self) -> u32 {
         self.0.line
@@ -90,11 +95,18 @@ impl DockerfileError {
 
 impl fmt::Display for DockerfileError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.fmt_with(f, "")
+    }
+}
+
+impl DockerfileError {
+    /// With something in front of the message.
+    pub(super) fn fmt_with(&self, f: &mut fmt::Formatter<'_>, title: &str) -> fmt::Result {
         let Inner { file, line, message, source_line, caret, .. } = &*self.0;
         if *line == 0 {
-            return write!(f, "{file}: {message}");
+            return write!(f, "{file}: {title}{message}");
         }
-        write!(f, "{file}:{line}: {message}")?;
+        write!(f, "{file}:{line}: {title}{message}")?;
         if !source_line.is_empty() {
             let (before, width) = (caret.start, caret.len().max(1));
             write!(f, "\n  {source_line}\n  {:before$}{:^<width$}", "", "")?;
@@ -106,7 +118,7 @@ impl fmt::Display for DockerfileError {
 impl std::error::Error for DockerfileError {}
 
 /// The one of `known` that `word` was probably meant to be.
-pub(super) fn suggest<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+pub(crate) fn suggest<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     let word = word.to_ascii_lowercase();
     known
         .into_iter()

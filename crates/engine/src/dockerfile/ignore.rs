@@ -104,18 +104,23 @@ impl Ignore {
         Ok(ignore)
     }
 
-    /// The ignore file of a context: `<dockerfile>.dockerignore` beside the Dockerfile if that is in the context, else
-    /// `.dockerignore`; without either nothing is hidden.
+    /// The ignore file of a context: `<dockerfile>.dockerignore` beside the Dockerfile if there is one, else the
+    /// context's `.dockerignore`; without either nothing is hidden. `dockerfile` is the directory that the Dockerfile is
+    /// in, which may be the context or lie elsewhere, and its name there.
     ///
     /// # Errors
-    /// [`IgnoreError::Read`] for anything but a regular file of a sane size inside the context.
-    pub fn of_context(context: &crate::context::Tree, dockerfile: Option<&str>) -> Result<Self, IgnoreError> {
-        let own = dockerfile.map(|dockerfile| format!("{dockerfile}.dockerignore"));
-        for file in own.as_deref().into_iter().chain([".dockerignore"]) {
-            match context.read_file(file.as_bytes(), FILE_BYTES_MAX) {
-                Ok(bytes) => return Self::parse(file, &bytes),
+    /// [`IgnoreError::Read`] for anything but a regular file of a sane size inside the directory.
+    pub fn of_context(
+        context: &crate::context::Tree,
+        dockerfile: Option<(&crate::context::Tree, &str)>,
+    ) -> Result<Self, IgnoreError> {
+        let own = dockerfile.map(|(dir, name)| (dir, format!("{name}.dockerignore")));
+        let common = (context, ".dockerignore".to_owned());
+        for (dir, file) in own.into_iter().chain([common]) {
+            match dir.read_file(file.as_bytes(), FILE_BYTES_MAX) {
+                Ok(bytes) => return Self::parse(&file, &bytes),
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(source) => return Err(IgnoreError::Read { file: file.to_owned(), source }),
+                Err(source) => return Err(IgnoreError::Read { file, source }),
             }
         }
         Ok(Self::default())

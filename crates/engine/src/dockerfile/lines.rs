@@ -1,6 +1,7 @@
 //! A Dockerfile as logical lines.
 
 use super::Heredoc;
+use super::check::CheckOptions;
 use super::error::{DockerfileError, Location};
 use super::words::{Lexer, NoVariables};
 
@@ -14,6 +15,10 @@ pub(super) struct LogicalLine {
     /// Continuations joined, comments inside them left out.
     pub(super) text: String,
     pub(super) heredocs: Vec<Heredoc>,
+    /// What the comments above it say, without `#`.
+    pub(super) comments: Vec<String>,
+    /// The first empty line among its continuations, from 1.
+    pub(super) empty_line: Option<u32>,
 }
 
 /// The file cut up.
@@ -24,6 +29,7 @@ pub(super) struct Lines {
     pub(super) physical: Vec<String>,
     pub(super) escape: char,
     pub(super) syntax: Option<String>,
+    pub(super) check: CheckOptions,
 }
 
 /// Cuts `bytes` into logical lines. `holds_heredocs` says whether `<<` means something in an instruction.
@@ -55,20 +61,35 @@ pub(super) fn split(
     let directives = Directives::read(file, &physical)?;
     let escape = directives.escape;
     let mut logical = Vec::new();
+    let mut comments = Vec::new();
     let mut at = 0;
     while at < physical.len() {
         let first = at;
         let line = trim_newline(&physical[at]).trim_start();
         at += 1;
-        if line.is_empty() || is_comment(line) {
+        if let Some(comment) = line.strip_prefix('#') {
+            // An empty comment ends what was said before; directives say nothing about an instruction.
+            match comment.trim() {
+                "" => comments.clear(),
+                _ if at <= directives.count => {}
+                comment => comments.push(comment.to_owned()),
+            }
+            continue;
+        }
+        if line.is_empty() {
             continue;
         }
         let (start, mut continues) = continuation(line, escape);
         let mut text = start.to_owned();
+        let mut empty_line = None;
         while continues && at < physical.len() {
             let line = trim_newline(&physical[at]);
             at += 1;
-            if is_comment(line) || line.trim().is_empty() {
+            if is_comment(line) {
+                continue;
+            }
+            if line.trim().is_empty() {
+                empty_line = empty_line.or(Some(number(at - 1)));
                 continue;
             }
             let (part, more) = continuation(line, escape);
@@ -101,12 +122,12 @@ pub(super) fn split(
             }
         }
         let location = Location { first_line: number(first), last_line: number(at - 1) };
-        logical.push(LogicalLine { location, text, heredocs });
+        logical.push(LogicalLine { location, text, heredocs, comments: std::mem::take(&mut comments), empty_line });
     }
     if logical.is_empty() {
         return Err(whole("the file has no instructions: at least FROM is expected".to_owned()));
     }
-    Ok(Lines { logical, physical, escape, syntax: directives.syntax })
+    Ok(Lines { logical, physical, escape, syntax: directives.syntax, check: directives.check })
 }
 
 /// The number of the line at `index`.
@@ -135,12 +156,15 @@ fn continuation(line: &str, escape: char) -> (&str, bool) {
 struct Directives {
     escape: char,
     syntax: Option<String>,
+    check: CheckOptions,
+    /// How many lines they are.
+    count: usize,
 }
 
 impl Directives {
     /// `# name=value` comments at the very top; the first line that is anything else ends them.
     fn read(file: &str, physical: &[String]) -> Result<Self, DockerfileError> {
-        let mut found = Self { escape: '\\', syntax: None };
+        let mut found = Self { escape: '\\', syntax: None, check: CheckOptions::default(), count: 0 };
         let mut seen: Vec<String> = Vec::new();
         for (index, line) in physical.iter().enumerate() {
             let Some((name, value)) =
@@ -165,8 +189,9 @@ impl Directives {
                     }
                 }
                 "syntax" => found.syntax = Some(value.to_owned()),
-                _ => {}
+                _ => found.check = CheckOptions::parse(value).map_err(error)?,
             }
+            found.count = index + 1;
             seen.push(name);
         }
         Ok(found)

@@ -2,9 +2,11 @@
 //!
 //! ```text
 //! mod.rs    the instructions and the stages they make
+//! check.rs  what is worth a warning
 //! lines.rs  the file as logical lines: directives, continuations, comments, here-documents
 //! parse.rs  one logical line as an instruction
 //! words.rs  variables, quotes and escapes
+//! mount.rs  RUN --mount, --network, --security
 //! scope.rs  which variables an instruction sees: ARG, ENV, predefined arguments
 //! ignore.rs .dockerignore
 //! error.rs  messages with file, line and caret
@@ -12,20 +14,28 @@
 //!
 //! The grammar is `BuildKit`'s, quirks included, because files are written against it. Nothing is expanded while
 //! parsing: values keep their `$` and their quotes, and whoever builds expands them with [`words`] in a [`Scope`] as it
-//! goes along. What this release can't do yet (`RUN --mount`, `COPY --parents`, …) is an error with its line, never
-//! ignored.
+//! goes along. What this release can't do yet (`RUN --device`) is an error with its line, never ignored.
 
+mod check;
 mod error;
 mod ignore;
 mod lines;
+mod mount;
 mod parse;
+#[cfg(test)]
+mod proptests;
 mod scope;
 pub mod words;
 
+pub use check::{CheckOptions, Rule, Warning, names_a_secret};
+pub(crate) use error::suggest;
 pub use error::{DockerfileError, Location};
 pub use ignore::{Ignore, IgnoreError};
+pub use mount::{Mount, MountError, MountKind, Permissions, RunMount, RunNetwork, RunSecurity, Sharing};
 pub use parse::parse;
 pub use scope::{BuildArgs, Scope};
+
+use std::collections::BTreeMap;
 
 /// A parsed Dockerfile.
 #[derive(Debug, Clone)]
@@ -36,6 +46,12 @@ pub struct Dockerfile {
     pub escape: char,
     /// What a `# syntax=` line asks for. Kept to be told about, never fetched.
     pub syntax: Option<String>,
+    /// What a `# check=` line asks for.
+    pub check: CheckOptions,
+    /// What `check=` in the comments above an instruction asks for, by the instruction's first line.
+    check_above: BTreeMap<u32, CheckOptions>,
+    /// What was found while parsing.
+    found: Vec<Warning>,
     /// The `ARG`s before the first `FROM`.
     pub global_args: Vec<GlobalArg>,
     /// The stages, in order; at least one.
@@ -165,6 +181,16 @@ pub enum InstructionKind {
     Maintainer(String),
 }
 
+impl InstructionKind {
+    /// The stages that it takes files from.
+    pub fn stages(&self) -> impl Iterator<Item = usize> {
+        let mounts = if let Self::Run(run) = self { run.mounts.as_slice() } else { &[] };
+        let copy = if let Self::Copy(copy) = self { Some(&copy.from) } else { None };
+        let from = copy.into_iter().chain(mounts.iter().filter_map(|mount| mount.from.as_ref()));
+        from.filter_map(|from| if let CopyFrom::Stage(stage) = from { Some(*stage) } else { None })
+    }
+}
+
 /// A name and a value of `ENV` or `LABEL`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Pair {
@@ -236,6 +262,12 @@ pub struct Run {
     pub command: CommandLine,
     /// The here-documents of a shell form.
     pub heredocs: Vec<Heredoc>,
+    /// `--mount`, in order.
+    pub mounts: Vec<RunMount>,
+    /// `--network`
+    pub network: RunNetwork,
+    /// `--security`
+    pub security: RunSecurity,
 }
 
 /// Where a `#!` here-document is put for its step, as `BuildKit` does. A directory for the caller to mount read-only.
@@ -293,6 +325,8 @@ pub struct Copy {
     pub chmod: Option<String>,
     /// `--link`
     pub link: bool,
+    /// `--parents`: the directories above a source come along.
+    pub parents: bool,
     /// `--exclude`, expanded by word: patterns as in .dockerignore.
     pub excludes: Vec<String>,
 }
@@ -302,9 +336,9 @@ pub struct Copy {
 pub enum CopyFrom {
     /// The build context.
     Context,
-    /// The tree of an earlier stage.
+    /// The tree of another stage, earlier or later.
     Stage(usize),
-    /// An image, or a mistake: the name is no earlier stage's. If there is no such image, [`Dockerfile::stage_like`] may
+    /// An image, or a mistake: the name is no stage's. If there is no such image, [`Dockerfile::stage_like`] may
     /// know what was meant.
     Image(String),
 }
@@ -337,6 +371,8 @@ pub struct Add {
     pub unpack: Option<bool>,
     /// `--checksum`, expanded by word.
     pub checksum: Option<String>,
+    /// `--keep-git-dir`
+    pub keep_git_dir: Option<bool>,
 }
 
 /// `HEALTHCHECK`

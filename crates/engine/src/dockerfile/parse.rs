@@ -1,10 +1,13 @@
 //! Logical lines as instructions.
 
+use std::collections::{BTreeMap, HashMap};
+
+use super::check::{CheckOptions, Found, Rule};
 use super::error::{DockerfileError, Location, suggest};
 use super::lines::{self, LogicalLine};
 use super::{
     Add, ArgDeclaration, CommandLine, Copy, CopyFrom, CopySource, Dockerfile, GlobalArg, Healthcheck, Heredoc,
-    Instruction, InstructionKind, Pair, Run, Stage,
+    Instruction, InstructionKind, MountError, Pair, Run, RunMount, RunNetwork, RunSecurity, Stage, mount,
 };
 
 const INSTRUCTIONS: [&str; 18] = [
@@ -42,6 +45,9 @@ pub fn parse(file: &str, bytes: &[u8]) -> Result<Dockerfile, DockerfileError> {
         lines: lines.physical,
         escape: lines.escape,
         syntax: lines.syntax,
+        check: lines.check,
+        check_above: BTreeMap::new(),
+        found: Vec::new(),
         global_args: Vec::new(),
         stages: Vec::new(),
     };
@@ -52,7 +58,23 @@ pub fn parse(file: &str, bytes: &[u8]) -> Result<Dockerfile, DockerfileError> {
     }
     for line in lines.logical {
         let at = line.location;
-        let parsed = Parser { file: &dockerfile, stage: dockerfile.stages.len() }.parse(&line);
+        let mut parser = Parser { escape: dockerfile.escape, found: Vec::new() };
+        let parsed = parser.parse(&line);
+        let found = parser.found.into_iter();
+        let found: Vec<_> =
+            found.map(|found| dockerfile.warning(at, &found.focus, found.rule, found.message)).collect();
+        dockerfile.found.extend(found);
+        if let Some(empty) = line.empty_line {
+            let empty = Location { first_line: empty, last_line: empty };
+            let message = "an empty line stands inside an instruction: one day it will end it";
+            let warning = dockerfile.warning(empty, "", Rule::NoEmptyContinuation, message).about(at);
+            dockerfile.found.push(warning);
+        }
+        // Of several, the first counts.
+        let above = line.comments.iter().find_map(|comment| comment.strip_prefix("check=")).map(CheckOptions::parse);
+        if let Some(Ok(options)) = above {
+            dockerfile.check_above.insert(at.first_line, options);
+        }
         match parsed.map_err(|mistake| dockerfile.error(at, &mistake.focus, mistake.message))? {
             Parsed::From(stage) => dockerfile.stages.push(stage),
             Parsed::Instruction(InstructionKind::Arg(args)) if dockerfile.stages.is_empty() => {
@@ -74,7 +96,84 @@ pub fn parse(file: &str, bytes: &[u8]) -> Result<Dockerfile, DockerfileError> {
     if dockerfile.stages.is_empty() {
         return Err(dockerfile.error(Location::default(), "", "the file has no FROM: a stage is expected"));
     }
+    let mut stages = std::mem::take(&mut dockerfile.stages);
+    let names = StageNames::of(&stages);
+    for (own, stage) in stages.iter_mut().enumerate() {
+        for Instruction { location, kind, .. } in &mut stage.instructions {
+            names.resolve(own, kind).map_err(|mistake| dockerfile.error(*location, &mistake.focus, mistake.message))?;
+        }
+    }
+    dockerfile.stages = stages;
+    let found = dockerfile.check_stages();
+    dockerfile.found.extend(found);
     Ok(dockerfile)
+}
+
+impl Dockerfile {
+    /// Parses an instruction that a base image left for the builds on top of it, as one of the stage `own` at its `FROM`.
+    ///
+    /// # Errors
+    /// A sentence.
+    pub fn trigger(&self, text: &str, from: Location, own: usize) -> Result<Instruction, String> {
+        let lines = lines::split("ONBUILD", text.as_bytes(), holds_heredocs).map_err(|e| e.message().to_owned())?;
+        let [line] = lines.logical.as_slice() else { return Err("it is not one instruction".to_owned()) };
+        let parsed = Parser { escape: lines.escape, found: Vec::new() }.parse(line);
+        let mut kind = match parsed.map_err(|mistake| mistake.message)? {
+            Parsed::Instruction(kind) => kind,
+            Parsed::From(_) => return Err("FROM can't be the instruction of an ONBUILD".to_owned()),
+        };
+        let before = &self.stages[..own];
+        StageNames::of(before).resolve(own, &mut kind).map_err(|mistake| mistake.message)?;
+        Ok(Instruction { location: from, text: line.text.trim().to_owned(), kind })
+    }
+}
+
+/// The stages that `--from` can name: those that come later too.
+struct StageNames {
+    /// Names in lower case, of equal ones the last.
+    numbers: HashMap<String, usize>,
+    count: usize,
+}
+
+impl StageNames {
+    fn of(stages: &[Stage]) -> Self {
+        let named = stages.iter().enumerate().filter_map(|(number, stage)| Some((stage.name.clone()?, number)));
+        Self { numbers: named.collect(), count: stages.len() }
+    }
+
+    /// Tells the stages and the images in an instruction's `from` apart.
+    fn resolve(&self, own: usize, kind: &mut InstructionKind) -> Result<(), Mistake> {
+        match kind {
+            InstructionKind::Copy(copy) => self.resolve_one(own, &mut copy.from),
+            InstructionKind::Run(run) => run
+                .mounts
+                .iter_mut()
+                .filter_map(|mount| mount.from.as_mut())
+                .try_for_each(|from| self.resolve_one(own, from)),
+            _ => Ok(()),
+        }
+    }
+
+    fn resolve_one(&self, own: usize, from: &mut CopyFrom) -> Result<(), Mistake> {
+        let CopyFrom::Image(name) = &*from else { return Ok(()) };
+        let number = match self.numbers.get(&name.to_ascii_lowercase()) {
+            Some(number) => *number,
+            None if name.bytes().all(|byte| byte.is_ascii_digit()) => match name.parse::<usize>() {
+                Ok(number) if number < self.count => number,
+                _ if self.count == 0 => {
+                    return mistake(name, format!("no stage {name}: there is none before this one"));
+                }
+                _ => return mistake(name, format!("no stage {name}: there are 0 to {}", self.count - 1)),
+            },
+            // Whether an image of that name exists is found out later: see [`Dockerfile::stage_like`].
+            None => return Ok(()),
+        };
+        if number == own {
+            return mistake(name, format!("the stage {name} can't take files from itself"));
+        }
+        *from = CopyFrom::Stage(number);
+        Ok(())
+    }
 }
 
 /// What is wrong, and which part of the line to point at.
@@ -116,18 +215,33 @@ fn holds_heredocs(text: &str, escape: char) -> bool {
 }
 
 /// The parser of one instruction.
-struct Parser<'a> {
-    file: &'a Dockerfile,
-    /// The number of the stage that the next `FROM` would begin: the instruction's own stage is the one before.
-    stage: usize,
+struct Parser {
+    escape: char,
+    /// What is worth a warning.
+    found: Vec<Found>,
 }
 
-impl Parser<'_> {
-    fn parse(&self, line: &LogicalLine) -> Result<Parsed, Mistake> {
+impl Parser {
+    fn warn(&mut self, rule: Rule, focus: &str, message: impl Into<String>) {
+        self.found.push(Found { rule, focus: focus.to_owned(), message: message.into() });
+    }
+
+    /// A comment above something with names begins with one of them, or describes something else.
+    fn check_description<'n>(&mut self, line: &LogicalLine, names: impl IntoIterator<Item = &'n str>) {
+        let Some(described) = line.comments.last().and_then(|comment| comment.split(' ').next()) else { return };
+        let mut names = names.into_iter().peekable();
+        let Some(first) = names.peek().copied() else { return };
+        if !names.any(|name| name == described) {
+            let message = format!("a comment here describes {first}: write `# {first} …`, or leave a `#` line between");
+            self.warn(Rule::InvalidDefinitionDescription, first, message);
+        }
+    }
+
+    fn parse(&mut self, line: &LogicalLine) -> Result<Parsed, Mistake> {
         let text = line.text.trim();
         let (word, rest) = text.split_once(is_blank).unwrap_or((text, ""));
         let command = word.to_ascii_uppercase();
-        let (flags, rest) = flags(rest, self.file.escape);
+        let (flags, rest) = flags(rest, self.escape);
         let flags = Flags { command: &command, given: flags };
         let rest = rest.trim();
         let kind = match command.as_str() {
@@ -139,11 +253,12 @@ impl Parser<'_> {
                 InstructionKind::Onbuild(text)
             }
             "RUN" => {
-                refuse_run_flags(&flags)?;
+                let (mounts, network, security) = run_flags(flags)?;
                 if rest.is_empty() {
                     return mistake(word, "RUN requires at least one argument: a command");
                 }
-                InstructionKind::Run(Run { command: command_line(rest)?, heredocs: line.heredocs.clone() })
+                let (command, heredocs) = (command_line(rest)?, line.heredocs.clone());
+                InstructionKind::Run(Run { command, heredocs, mounts, network, security })
             }
             "COPY" => InstructionKind::Copy(self.copy(rest, flags, line)?),
             "ADD" => InstructionKind::Add(add(rest, flags, line)?),
@@ -157,7 +272,9 @@ impl Parser<'_> {
             }
             "ARG" => {
                 flags.none()?;
-                InstructionKind::Arg(self.args(rest)?)
+                let args = self.args(rest)?;
+                self.check_description(line, args.iter().map(|arg| arg.name.as_str()));
+                InstructionKind::Arg(args)
             }
             "WORKDIR" | "USER" | "STOPSIGNAL" | "MAINTAINER" => {
                 flags.none()?;
@@ -169,7 +286,11 @@ impl Parser<'_> {
                     "WORKDIR" => InstructionKind::Workdir(value),
                     "USER" => InstructionKind::User(value),
                     "STOPSIGNAL" => InstructionKind::StopSignal(value),
-                    _ => InstructionKind::Maintainer(value),
+                    _ => {
+                        let message = "MAINTAINER is deprecated: use LABEL org.opencontainers.image.authors=…";
+                        self.warn(Rule::MaintainerDeprecated, word, message);
+                        InstructionKind::Maintainer(value)
+                    }
                 }
             }
             "EXPOSE" => {
@@ -215,7 +336,7 @@ impl Parser<'_> {
         Ok(Parsed::Instruction(kind))
     }
 
-    fn from(&self, line: &LogicalLine, rest: &str, mut flags: Flags<'_>) -> Result<Stage, Mistake> {
+    fn from(&mut self, line: &LogicalLine, rest: &str, mut flags: Flags<'_>) -> Result<Stage, Mistake> {
         let platform = flags.text("platform")?;
         flags.done()?;
         let words = blank_words(rest);
@@ -238,6 +359,17 @@ impl Parser<'_> {
                 );
                 return mistake(name, message);
             }
+            if name.chars().any(|c| c.is_ascii_uppercase()) {
+                self.warn(Rule::StageNameCasing, name, format!("the stage name {name} is not lower case"));
+            }
+            let (from, r#as) = (first_word(&line.text), &words[1]);
+            let is_lower = |word: &str| !word.contains(|c: char| c.is_ascii_uppercase());
+            let is_upper = |word: &str| !word.contains(|c: char| c.is_ascii_lowercase());
+            // A FROM of both cases is the business of another rule.
+            if (is_lower(from) || is_upper(from)) && is_lower(from) != is_lower(r#as) {
+                self.warn(Rule::FromAsCasing, r#as, format!("{from} and {as} are not in the same case", as = r#as));
+            }
+            self.check_description(line, [name.to_ascii_lowercase().as_str()]);
         }
         Ok(Stage {
             location: line.location,
@@ -250,7 +382,7 @@ impl Parser<'_> {
     }
 
     /// Finds mistakes in what will run in other builds now, where its author sees them.
-    fn onbuild(&self, line: &LogicalLine, rest: &str) -> Result<(), Mistake> {
+    fn onbuild(&mut self, line: &LogicalLine, rest: &str) -> Result<(), Mistake> {
         let trigger = first_word(rest).to_ascii_uppercase();
         match trigger.as_str() {
             "" => return mistake("ONBUILD", "ONBUILD requires at least one argument: an instruction"),
@@ -260,9 +392,9 @@ impl Parser<'_> {
             }
             _ => {}
         }
-        let inner = LogicalLine { location: line.location, text: rest.to_owned(), heredocs: line.heredocs.clone() };
-        // Numbers and names of stages are those of the build that it will run in.
-        Parser { file: self.file, stage: usize::MAX }.parse(&inner).map(|_| ())
+        let (text, heredocs) = (rest.to_owned(), line.heredocs.clone());
+        let inner = LogicalLine { location: line.location, text, heredocs, comments: vec![], empty_line: None };
+        self.parse(&inner).map(|_| ())
     }
 
     fn copy(&self, rest: &str, mut flags: Flags<'_>, line: &LogicalLine) -> Result<Copy, Mistake> {
@@ -271,58 +403,26 @@ impl Parser<'_> {
         let chmod = flags.text("chmod")?;
         let link = flags.boolean("link")?.unwrap_or(false);
         let excludes = flags.texts("exclude")?;
-        if flags.boolean("parents")? == Some(true) {
-            return not_yet("--parents", "COPY --parents");
-        }
+        let parents = flags.boolean("parents")?.unwrap_or(false);
         flags.done()?;
         let (sources, dest) = sources_and_dest("COPY", rest, &line.heredocs)?;
         let from = match from {
             None => CopyFrom::Context,
-            Some(from) => self.copy_from(&from)?,
+            Some(from) if from.is_empty() => return mistake("--from", "--from requires a stage or an image"),
+            Some(from) if from.contains('$') => return mistake(from, mount::FROM_IS_FIXED),
+            Some(from) => CopyFrom::Image(from),
         };
         if from != CopyFrom::Context
             && let Some(CopySource::Heredoc(doc)) = sources.iter().find(|s| matches!(s, CopySource::Heredoc(_)))
         {
             return mistake(&doc.name, "a here-document can't be copied --from another stage");
         }
-        Ok(Copy { from, sources, dest, chown, chmod, link, excludes })
-    }
-
-    /// A number or a name of an earlier stage; anything else is an image.
-    fn copy_from(&self, from: &str) -> Result<CopyFrom, Mistake> {
-        if from.is_empty() {
-            return mistake("--from", "--from requires a stage or an image");
-        }
-        if from.contains('$') {
-            let message = "variables are not expanded in --from: name a stage with FROM … AS, and use its name";
-            return mistake(from, message);
-        }
-        // In an ONBUILD nothing is known about the stages.
-        if self.stage == usize::MAX {
-            return Ok(CopyFrom::Image(from.to_owned()));
-        }
-        // Before the first FROM: the missing FROM is the mistake to tell about.
-        let Some(own) = self.stage.checked_sub(1) else { return Ok(CopyFrom::Image(from.to_owned())) };
-        if let Some(stage) = self.file.stage_named(from, own) {
-            return Ok(CopyFrom::Stage(stage));
-        }
-        if from.bytes().all(|byte| byte.is_ascii_digit()) {
-            return match from.parse::<usize>() {
-                Ok(number) if number < own => Ok(CopyFrom::Stage(number)),
-                _ if own == 0 => mistake(from, format!("no stage {from}: there is no stage before this one")),
-                _ => mistake(from, format!("no stage {from}: stages before this one are 0 to {}", own - 1)),
-            };
-        }
-        if self.file.stages[own].name.as_deref().is_some_and(|name| name.eq_ignore_ascii_case(from)) {
-            return mistake(from, format!("the stage {from} can't copy from itself"));
-        }
-        // Whether an image of that name exists is found out later: see [`Dockerfile::stage_like`].
-        Ok(CopyFrom::Image(from.to_owned()))
+        Ok(Copy { from, sources, dest, chown, chmod, link, parents, excludes })
     }
 
     /// `name=value …`, or the old `name value`.
-    fn pairs(&self, command: &str, rest: &str) -> Result<Vec<Pair>, Mistake> {
-        let words = quoted_words(rest, self.file.escape);
+    fn pairs(&mut self, command: &str, rest: &str) -> Result<Vec<Pair>, Mistake> {
+        let words = quoted_words(rest, self.escape);
         let Some(first) = words.first() else {
             return mistake(command, format!("{command} requires at least one argument: name=value"));
         };
@@ -330,6 +430,8 @@ impl Parser<'_> {
             let Some((name, value)) = rest.split_once(is_blank) else {
                 return mistake(rest, format!("{command} requires a value: {command} {rest}=value"));
             };
+            let message = format!("write {command} {name}=…: the form without '=' is old, and takes the whole line");
+            self.warn(Rule::LegacyKeyValueFormat, name, message);
             return Ok(vec![Pair { name: name.to_owned(), value: value.trim_start_matches(is_blank).to_owned() }]);
         }
         let pair = |word: &String| match word.split_once('=') {
@@ -343,7 +445,7 @@ impl Parser<'_> {
     }
 
     fn args(&self, rest: &str) -> Result<Vec<ArgDeclaration>, Mistake> {
-        let words = quoted_words(rest, self.file.escape);
+        let words = quoted_words(rest, self.escape);
         if words.is_empty() {
             return mistake("ARG", "ARG requires at least one argument: name or name=default");
         }
@@ -362,22 +464,29 @@ fn onbuild_text(rest: &str, heredocs: &[Heredoc]) -> String {
     [rest].into_iter().chain(bodies).collect()
 }
 
-fn not_yet<T>(focus: &str, what: &str) -> Result<T, Mistake> {
-    mistake(focus, format!("{what} is not supported yet"))
-}
-
-fn refuse_run_flags(flags: &Flags<'_>) -> Result<(), Mistake> {
-    for flag in &flags.given {
-        let name = flag_name(flag);
-        match name {
-            "mount" | "security" | "device" => return not_yet(&format!("--{name}"), &format!("RUN --{name}")),
-            // What every step has here anyway is no promise broken.
-            "network" if matches!(flag.split_once('='), Some((_, "default" | "host"))) => {}
-            "network" => return not_yet("--network", "RUN --network other than default or host"),
-            _ => return flags.unknown(flag, &["mount", "network", "security"]),
-        }
+fn run_flags(mut flags: Flags<'_>) -> Result<(Vec<RunMount>, RunNetwork, RunSecurity), Mistake> {
+    let mounts = flags.texts("mount")?;
+    let mounts = mounts.iter().map(|text| RunMount::parse(text)).collect::<Result<_, MountError>>();
+    let mounts = mounts.map_err(|error| Mistake { focus: error.focus, message: error.why })?;
+    let network = match flags.text("network")? {
+        None => RunNetwork::default(),
+        Some(text) => match RunNetwork::parse(&text) {
+            Some(network) => network,
+            None => return mistake(&text, format!("--network is default, none or host, not {text:?}")),
+        },
+    };
+    let security = match flags.text("security")? {
+        None => RunSecurity::default(),
+        Some(text) => match RunSecurity::parse(&text) {
+            Some(security) => security,
+            None => return mistake(&text, format!("--security is sandbox or insecure, not {text:?}")),
+        },
+    };
+    if !flags.take("device").is_empty() {
+        return mistake("--device", "RUN --device is not supported yet");
     }
-    Ok(())
+    flags.done()?;
+    Ok((mounts, network, security))
 }
 
 fn add(rest: &str, mut flags: Flags<'_>, line: &LogicalLine) -> Result<Add, Mistake> {
@@ -387,12 +496,10 @@ fn add(rest: &str, mut flags: Flags<'_>, line: &LogicalLine) -> Result<Add, Mist
     let excludes = flags.texts("exclude")?;
     let unpack = flags.boolean("unpack")?;
     let checksum = flags.text("checksum")?;
-    if flags.boolean("keep-git-dir")?.is_some() {
-        return not_yet("--keep-git-dir", "ADD --keep-git-dir");
-    }
+    let keep_git_dir = flags.boolean("keep-git-dir")?;
     flags.done()?;
     let (sources, dest) = sources_and_dest("ADD", rest, &line.heredocs)?;
-    Ok(Add { sources, dest, chown, chmod, link, excludes, unpack, checksum })
+    Ok(Add { sources, dest, chown, chmod, link, excludes, unpack, checksum, keep_git_dir })
 }
 
 fn sources_and_dest(command: &str, rest: &str, heredocs: &[Heredoc]) -> Result<(Vec<CopySource>, String), Mistake> {
@@ -525,6 +632,7 @@ impl Flags<'_> {
     fn done(&self) -> Result<(), Mistake> {
         let known: &[&str] = match self.command {
             "FROM" => &["platform"],
+            "RUN" => &["mount", "network", "security"],
             "COPY" => &["from", "chown", "chmod", "link", "exclude", "parents"],
             "ADD" => &["chown", "chmod", "link", "exclude", "unpack", "checksum", "keep-git-dir"],
             "HEALTHCHECK" => &["interval", "timeout", "start-period", "start-interval", "retries"],

@@ -89,6 +89,21 @@ fn commands_are_json_or_else_shell() {
 }
 
 #[test]
+fn run_flags_and_what_they_name() {
+    let file = parsed(
+        "FROM x AS one\nRUN --mount=type=cache,target=/c,from=Two --mount=from=img:1,target=/i --network=none --security=insecure make\n\
+         FROM y AS two\nCOPY --from=0 a b\n",
+    );
+    let InstructionKind::Run(run) = &file.stages[0].instructions[0].kind else { panic!() };
+    let from: Vec<_> = run.mounts.iter().map(|mount| mount.from.clone().unwrap()).collect();
+    // Stages that come later count too.
+    assert_eq!(from, [CopyFrom::Stage(1), CopyFrom::Image("img:1".to_owned())]);
+    assert_eq!((run.network, run.security), (RunNetwork::None, RunSecurity::Insecure));
+    let plain = super::tests::run("RUN make");
+    assert_eq!((plain.mounts.len(), plain.network, plain.security), (0, RunNetwork::Default, RunSecurity::Sandbox));
+}
+
+#[test]
 fn heredocs_become_scripts_shell_text_or_stay() {
     let script = invocation("RUN <<EOF\necho a\necho b\nEOF");
     assert_eq!(script.argv, ["/bin/sh", "-c", "echo a\necho b\n"]);
@@ -225,20 +240,16 @@ fn errors_name_line_word_and_remedy() {
             "Dockerfile:2: unknown flag --form (did you mean --from?)\n  COPY --form=y a b\n       ^^^^^^",
         ),
         (
-            "FROM x\nFROM y\nCOPY --from=1 a b\n",
-            "Dockerfile:3: no stage 1: stages before this one are 0 to 0\n  COPY --from=1 a b\n              ^",
+            "FROM x\nFROM y\nCOPY --from=2 a b\n",
+            "Dockerfile:3: no stage 2: there are 0 to 1\n  COPY --from=2 a b\n              ^",
         ),
         (
-            "FROM x AS me\nCOPY --from=me a b\n",
-            "Dockerfile:2: the stage me can't copy from itself\n  COPY --from=me a b\n              ^^",
+            "FROM x AS me\nCOPY --from=Me a b\n",
+            "Dockerfile:2: the stage Me can't take files from itself\n  COPY --from=Me a b\n              ^^",
         ),
         (
-            "FROM x\nRUN --mount=type=cache,target=/x make\n",
-            "Dockerfile:2: RUN --mount is not supported yet\n  RUN --mount=type=cache,target=/x make\n      ^^^^^^^",
-        ),
-        (
-            "FROM x\nCOPY --parents a b\n",
-            "Dockerfile:2: COPY --parents is not supported yet\n  COPY --parents a b\n       ^^^^^^^^^",
+            "FROM x\nRUN --mount=type=cache,target=/x \\\n  --mount=type=tmpfs,size=x make\n",
+            "Dockerfile:3: size requires a size like 64m or 1.5g, not \"x\"\n  --mount=type=tmpfs,size=x make\n                     ^^^^",
         ),
         // The line that the mistake is on, not the one on which the instruction begins.
         (
@@ -287,13 +298,12 @@ fn errors_name_line_word_and_remedy() {
         ("FROM x\nCOPY --chown a b\n", "Dockerfile:2: --chown requires a value"),
         ("FROM x\nCOPY --chown=1 --chown=2 a b\n", "Dockerfile:2: --chown is given more than once"),
         ("FROM x\nCOPY --link=maybe a b\n", "Dockerfile:2: --link requires true or false"),
-        ("FROM x\nCOPY --from=$X a b\n", "Dockerfile:2: variables are not expanded in --from"),
+        ("FROM x\nCOPY --from=$X a b\n", "Dockerfile:2: variables are not expanded in from"),
         ("FROM x\nCOPY a <<EOF\nEOF\n", "Dockerfile:2: the destination of COPY can't be a here-document"),
-        (
-            "FROM x\nRUN --network=none x\n",
-            "Dockerfile:2: RUN --network other than default or host is not supported yet",
-        ),
-        ("FROM x\nADD --keep-git-dir=true a b\n", "Dockerfile:2: ADD --keep-git-dir is not supported yet"),
+        ("FROM x\nRUN --network=nope x\n", "Dockerfile:2: --network is default, none or host, not \"nope\""),
+        ("FROM x\nRUN --security=none x\n", "Dockerfile:2: --security is sandbox or insecure, not \"none\""),
+        ("FROM x\nRUN --device=x y\n", "Dockerfile:2: RUN --device is not supported yet"),
+        ("FROM x\nRUN --mout=x y\n", "Dockerfile:2: unknown flag --mout (did you mean --mount?)"),
     ] {
         assert!(error(text).starts_with(begins), "{text:?}: {}", error(text));
     }

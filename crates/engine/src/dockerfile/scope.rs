@@ -1,10 +1,10 @@
 //! Which variables an instruction sees.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use plies_oci::Platform;
 
-use super::words::{Lexer, Variables, WordError};
+use super::words::{Expansion, Lexer, Variables, WordError};
 use super::{ArgDeclaration, Dockerfile, DockerfileError};
 
 /// Arguments that `RUN` sees without an `ARG`, and that no cache key and no history contains.
@@ -26,6 +26,10 @@ const PROXY_ARGS: [&str; 10] = [
 pub struct BuildArgs {
     given: BTreeMap<String, String>,
     global: BTreeMap<String, String>,
+    /// `global` as it were if nothing was given.
+    defaults: BTreeMap<String, String>,
+    /// The names of the global `ARG`s, and the predefined ones.
+    declared: BTreeSet<String>,
 }
 
 impl BuildArgs {
@@ -40,14 +44,29 @@ impl BuildArgs {
         target: &Platform,
         target_stage: Option<&str>,
     ) -> Result<Self, DockerfileError> {
-        let mut global = BTreeMap::new();
+        let mut predefined = BTreeMap::new();
         for (prefix, platform) in [("BUILD", build), ("TARGET", target)] {
-            global.insert(format!("{prefix}PLATFORM"), platform.to_string());
-            global.insert(format!("{prefix}OS"), platform.os.clone());
-            global.insert(format!("{prefix}ARCH"), platform.architecture.clone());
-            global.insert(format!("{prefix}VARIANT"), platform.variant.clone().unwrap_or_default());
+            predefined.insert(format!("{prefix}PLATFORM"), platform.to_string());
+            predefined.insert(format!("{prefix}OS"), platform.os.clone());
+            predefined.insert(format!("{prefix}ARCH"), platform.architecture.clone());
+            predefined.insert(format!("{prefix}VARIANT"), platform.variant.clone().unwrap_or_default());
         }
-        global.insert("TARGETSTAGE".to_owned(), target_stage.unwrap_or("default").to_owned());
+        predefined.insert("TARGETSTAGE".to_owned(), target_stage.unwrap_or("default").to_owned());
+        let declared = dockerfile.global_args.iter().flat_map(|instruction| &instruction.args).map(|arg| &arg.name);
+        let declared = declared.chain(predefined.keys()).cloned().collect();
+        let global = Self::global(dockerfile, &given, predefined.clone())?;
+        // Only for a warning, and what fails without build arguments can't be told about like that.
+        let defaults = Self::global(dockerfile, &BTreeMap::new(), predefined).unwrap_or_else(|_| global.clone());
+        Ok(Self { given, global, defaults, declared })
+    }
+
+    /// The variables before the first `FROM`.
+    fn global(
+        dockerfile: &Dockerfile,
+        given: &BTreeMap<String, String>,
+        predefined: BTreeMap<String, String>,
+    ) -> Result<BTreeMap<String, String>, DockerfileError> {
+        let mut global = predefined;
         // The predefined ones can be overridden like any.
         for (name, value) in &mut global {
             if let Some(given) = given.get(name) {
@@ -70,7 +89,27 @@ impl BuildArgs {
                 global.insert(arg.name.clone(), value);
             }
         }
-        Ok(Self { given, global })
+        Ok(global)
+    }
+
+    /// What `FROM` would see without any build argument.
+    pub(crate) fn defaults(&self) -> &dyn Variables {
+        &self.defaults
+    }
+
+    /// The names that `FROM` may use.
+    pub(crate) fn declared(&self) -> impl Iterator<Item = &str> {
+        self.declared.iter().map(String::as_str)
+    }
+
+    /// Whether `FROM` may use `name`, which may be unset all the same.
+    pub(crate) fn is_declared(&self, name: &str) -> bool {
+        self.declared.contains(name)
+    }
+
+    /// What a `--build-arg` says.
+    pub(crate) fn given(&self, name: &str) -> Option<&str> {
+        self.given.get(name).map(String::as_str)
     }
 
     /// What `FROM` sees: the global `ARG`s and the predefined ones.
@@ -88,7 +127,9 @@ impl BuildArgs {
         });
         let declared: std::collections::BTreeSet<&str> =
             global.chain(in_stages.flatten()).map(|arg| arg.name.as_str()).collect();
-        let predefined = |name: &str| PROXY_ARGS.contains(&name) || name.starts_with("BUILDKIT_");
+        // They mean something without being declared.
+        let predefined =
+            |name: &str| PROXY_ARGS.contains(&name) || name.starts_with("BUILDKIT_") || name == "SOURCE_DATE_EPOCH";
         self.given.keys().map(String::as_str).filter(|name| !declared.contains(name) && !predefined(name)).collect()
     }
 
@@ -104,6 +145,8 @@ impl BuildArgs {
 pub struct Scope {
     /// In order of first appearance, as an image's configuration lists them.
     variables: Vec<Variable>,
+    /// What `ARG` declared and nothing gave a value.
+    unset: BTreeSet<String>,
 }
 
 #[derive(Debug, Clone)]
@@ -137,26 +180,29 @@ impl Scope {
     }
 
     /// `ARG`: declares one name with what was given for it, its default, or the global value; without any of these the
-    /// name stays unset. Tells the value.
+    /// name stays unset. Tells what became of the default.
     ///
     /// # Errors
     /// A default that can't be expanded.
-    pub fn declare(
-        &mut self,
-        arg: &ArgDeclaration,
-        args: &BuildArgs,
-        lexer: &Lexer,
-    ) -> Result<Option<String>, WordError> {
-        let value = match (args.given.get(&arg.name), &arg.default, args.global.get(&arg.name)) {
-            (Some(given), _, _) => given.clone(),
-            (None, Some(default), _) => lexer.expand(default, self)?.text,
-            (None, None, Some(global)) => global.clone(),
-            (None, None, None) => return Ok(None),
+    pub fn declare(&mut self, arg: &ArgDeclaration, args: &BuildArgs, lexer: &Lexer) -> Result<Expansion, WordError> {
+        let expansion = match (args.given.get(&arg.name), &arg.default, args.global.get(&arg.name)) {
+            (Some(given), _, _) => Expansion { text: given.clone(), ..Expansion::default() },
+            (None, Some(default), _) => lexer.expand(default, self)?,
+            (None, None, Some(global)) => Expansion { text: global.clone(), ..Expansion::default() },
+            (None, None, None) => {
+                self.unset.insert(arg.name.clone());
+                return Ok(Expansion::default());
+            }
         };
         let variable = self.variable(&arg.name);
-        variable.value.clone_from(&value);
+        variable.value.clone_from(&expansion.text);
         variable.is_arg = true;
-        Ok(Some(value))
+        Ok(expansion)
+    }
+
+    /// Whether an `ARG` declares `name`, whether it has a value or not.
+    pub(crate) fn declares(&self, name: &str) -> bool {
+        self.unset.contains(name) || self.variables.iter().any(|variable| variable.is_arg && variable.name == name)
     }
 
     /// The environment for the image's configuration: `ENV` only.
@@ -174,10 +220,17 @@ impl Scope {
         self.variables.iter().filter(|v| v.is_arg).map(|v| (v.name.as_str(), v.value.as_str()))
     }
 
-    /// What a stage `FROM` this one starts with: everything, as in `BuildKit`.
+    /// What a stage `FROM` this one starts with: everything, as in `BuildKit`, where the image's environment goes before
+    /// the arguments.
     #[must_use]
     pub fn for_child(&self) -> Self {
-        self.clone()
+        let mut child = self.clone();
+        for variable in &mut child.variables {
+            if let Some(env) = &variable.env {
+                variable.value.clone_from(env);
+            }
+        }
+        child
     }
 
     fn variable(&mut self, name: &str) -> &mut Variable {
