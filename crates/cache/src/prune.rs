@@ -33,8 +33,8 @@ use crate::{CacheError, RecordId};
 /// for longer than the 5 ms that they should have to wait.
 const BATCH: usize = 32;
 
-/// Records that are gone before the caller is told of them: they share a sync. At 100 µs each that is every 50 ms.
-const TOLD_AT_ONCE: usize = 512;
+/// Records that are gone before the caller is told of them: they share a sync. At 100 µs each that is every 13 ms.
+const TOLD_AT_ONCE: usize = 4 * BATCH;
 
 /// Says which records an image store keeps as well: those are shared, and removing them frees nothing.
 pub trait SharedChecker: Send + Sync {

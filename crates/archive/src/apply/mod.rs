@@ -659,11 +659,12 @@ impl Applier {
     /// Asks for the base where lower layers say what stands here, and this layer is about to hide or to replace it.
     fn check_marks(&self, top: Node, path: &EntryPath) -> Result<(), ApplyError> {
         match self.dirs.doubtful(top) {
-            Some(dir) => {
+            // In the other styles the base is there.
+            Some(dir) if self.style == ApplyStyle::Layer => {
                 let why = BaseNeed::Marks { dir: self.dirs.path(dir) };
                 Err(ApplyError::NeedsBase { path: path.clone(), why })
             }
-            None => Ok(()),
+            _ => Ok(()),
         }
     }
 

@@ -494,6 +494,7 @@ fn privileged_marks_below_what_is_taken_away_ask_for_the_base() {
             ApplyError::NeedsBase { why: BaseNeed::Marks { dir }, .. } => assert_eq!(dir, path(at)),
             other => panic!("{items:?}: {other:?}"),
         }
+        Place::new().apply(Merged, &items).unwrap();
     }
     // With anything else in it, or when it was taken away before, it is a directory whatever lies below.
     for (items, shown) in [
