@@ -16,7 +16,7 @@ mod solve;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use plies_image::{ImageError, LayerStoreError, NewImage, history_cache};
+use plies_image::{Found, ImageError, LayerStoreError, NewImage, history_cache};
 use plies_oci::{DiffId, ErrorKind, ImageConfig, ImageId, Platform, Reference};
 use plies_store::{CatalogueError, CommitError, Expected, IngestError, LayerId, Lease, TransferError};
 use serde::Serialize;
@@ -35,9 +35,6 @@ pub(crate) use solve::{make_directory, user};
 /// Bytes of a Dockerfile. Generated ones reach some hundred KiB.
 const DOCKERFILE_BYTES_MAX: u64 = 16 << 20;
 
-/// Digits of an image ID that `FROM` takes for one: as many as docker prints.
-const ID_DIGITS_MIN: usize = 12;
-
 /// What to build.
 #[derive(Debug, Clone, Default)]
 pub struct BuildRequest {
@@ -55,6 +52,8 @@ pub struct BuildRequest {
     pub labels: Vec<(String, String)>,
     /// Run every step, whatever is cached.
     pub no_cache: bool,
+    /// Ask the registries for images to build on, also for those that are here.
+    pub pull: bool,
     /// Images that may have the results of steps that the build cache has not, in the order in which they are asked.
     pub cache_from: Vec<String>,
     /// Say for every step where its result came from.
@@ -191,7 +190,16 @@ impl Engine {
         let platform = Platform::host();
         let given: BTreeMap<String, String> = request.build_args.iter().cloned().collect();
         let args = BuildArgs::new(dockerfile, given, &platform, &platform, request.target.as_deref())?;
-        let mut find_image = |name: &str| self.base_image(name, lease);
+        let mut find_image = |name: &str| {
+            let found = self.ensure_image(name, request.pull, &platform, progress, cancel);
+            let found = found.map_err(|error| match self.find_image(name) {
+                Err(ImageError::NotFound { .. }) => {
+                    format!("image {name:?} is not here and could not be pulled: {}", with_causes(&error))
+                }
+                _ => with_causes(&error),
+            })?;
+            self.base_image(name, &found, lease)
+        };
         let plan =
             graph::lower(dockerfile, &args, request.target.as_deref(), &request.labels, &platform, &mut find_image)?;
         for warning in &plan.warnings {
@@ -270,17 +278,8 @@ impl Engine {
         })
     }
 
-    /// An image to build on, held by `lease`. An ID counts only if it is long enough to be meant: a misspelt name must
-    /// not find an image whose ID happens to begin so.
-    fn base_image(&self, name: &str, lease: &Lease) -> Result<graph::BaseImage, String> {
-        let missing = || format!("image {name:?} is not here: load it first (pulling comes with a later version)");
-        let found = self.find_image(name).map_err(|error| match error {
-            ImageError::NotFound { .. } => missing(),
-            other => with_causes(&other),
-        })?;
-        if found.name.is_none() && name.strip_prefix("sha256:").unwrap_or(name).len() < ID_DIGITS_MIN {
-            return Err(missing());
-        }
+    /// An image to build on, held by `lease`.
+    fn base_image(&self, name: &str, found: &Found, lease: &Lease) -> Result<graph::BaseImage, String> {
         let held = match found.row.snapshot {
             Some(snapshot) => lease.hold_if_present(snapshot).map_err(|error| with_causes(&error))?,
             None => true,

@@ -349,7 +349,7 @@ impl Solver<'_> {
             Op::Image { diff_ids, name } => {
                 let key = KeyBuilder::new("image", KEY_VERSION).list(diff_ids.iter().map(DiffId::as_bytes)).finish();
                 let base_diff_ids = diff_ids.clone();
-                let tree = self.engine.image_record(diff_ids, name).map_err(Box::new)?;
+                let tree = self.engine.image_record(diff_ids, name, self.cancel).map_err(Box::new)?;
                 let solved = Solved { key, tree, base_diff_ids, layers: vec![], made: None };
                 Ok((solved, Outcome::Cached))
             }
