@@ -31,6 +31,23 @@ pub struct DockerRegistry {
 impl DockerRegistry {
     /// Starts one that keeps its files in `dir`. With a user it wants that name and password for everything.
     pub fn start(dir: &Path, user: Option<(&str, &str)>) -> Self {
+        Self::start_with(dir, user, "")
+    }
+
+    /// Starts one that speaks TLS, with a certificate of its own making: `certificate.pem` in `dir`.
+    pub fn start_tls(dir: &Path) -> Self {
+        fs::create_dir_all(dir).unwrap_or_else(|error| panic!("make {}: {error}", dir.display()));
+        let (certificate, key) = (dir.join("certificate.pem"), dir.join("key.pem"));
+        let mut openssl = Command::new("openssl");
+        openssl.args(["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"]);
+        openssl.args(["-subj", "/CN=test", "-addext", "subjectAltName=IP:127.0.0.1"]);
+        openssl.args(["-addext", "basicConstraints=critical,CA:FALSE"]);
+        tools::run(openssl.arg("-keyout").arg(&key).arg("-out").arg(&certificate));
+        let tls = format!("  tls:\n    certificate: {}\n    key: {}\n", certificate.display(), key.display());
+        Self::start_with(dir, None, &tls)
+    }
+
+    fn start_with(dir: &Path, user: Option<(&str, &str)>, tls: &str) -> Self {
         fs::create_dir_all(dir).unwrap_or_else(|error| panic!("make {}: {error}", dir.display()));
         let auth = user.map_or_else(String::new, |(name, password)| {
             let file = dir.join("htpasswd");
@@ -45,7 +62,7 @@ impl DockerRegistry {
             let config = dir.join("config.yml");
             let text = format!(
                 "version: 0.1\nlog:\n  level: error\nstorage:\n  filesystem:\n    rootdirectory: {}/data\n\
-                 http:\n  addr: {address}\n{auth}",
+                 http:\n  addr: {address}\n{tls}{auth}",
                 dir.display()
             );
             fs::write(&config, text).unwrap_or_else(|error| panic!("write {}: {error}", config.display()));

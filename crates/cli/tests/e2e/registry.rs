@@ -442,6 +442,38 @@ fn hosts_are_configured_in_a_file() {
 }
 
 #[test]
+fn h01_r08_a_certificate_is_checked_and_nothing_is_sent_in_plain_instead() {
+    if !tools::have(&["docker-registry", "openssl"]) {
+        return;
+    }
+    let Some(ply) = store() else { return };
+    let dir = ply.scratch().join("registry");
+    let registry = DockerRegistry::start_tls(&dir);
+    let name = format!("{}/app:1", registry.host());
+    load(&ply, &one_layer(&name, noise(5000), Packing::Gzip));
+    let push = |settings: &str| {
+        let text = format!("[registry.\"{}\"]\nhttp = false\n{settings}\n", registry.host());
+        ply.run(args!["--config", ply.scratch().file("config.toml", text), "push", name])
+    };
+    let refused = push("");
+    assert!(!refused.status.success() && refused.stderr.contains("certificate"), "{refused}");
+    // Another one does not help.
+    fs::create_dir(ply.scratch().join("other")).unwrap();
+    let other = DockerRegistry::start_tls(&ply.scratch().join("other"));
+    let refused = push(&format!("ca = [\"{}/other/certificate.pem\"]", ply.scratch().path().display()));
+    assert!(!refused.status.success() && refused.stderr.contains("certificate"), "{refused}");
+    drop(other);
+    for settings in [format!("ca = [\"{}/certificate.pem\"]", dir.display()), "insecure = true".to_owned()] {
+        let pushed = push(&settings);
+        assert!(pushed.status.success(), "{settings}: {pushed}");
+    }
+    let config = ply.scratch().join("config.toml");
+    let fresh = store().unwrap();
+    fresh.ok(args!["--config", config, "pull", name]);
+    assert_eq!(fs::read(fresh.mount(&name).path().join("data")).unwrap(), noise(5000));
+}
+
+#[test]
 fn a_built_image_is_pushed_and_read_by_skopeo() {
     if !tools::have(&["skopeo"]) {
         return;
