@@ -11,7 +11,7 @@ use std::sync::Arc;
 use plies_oci::{ChainId, Compression, MediaClass, MediaType, classify};
 use plies_store::progress::Silent;
 use plies_store::{
-    Cancel, Canceled, CatalogueError, LayerId, LayerSource, LeaseOptions, Rows as _, SnapshotError, SnapshotId,
+    Cancel, Canceled, CatalogueError, LayerId, LayerSource, LeaseOptions, Origin, Rows as _, SnapshotError, SnapshotId,
     Transfer, Tx,
 };
 
@@ -373,11 +373,12 @@ impl Inner {
         let chain_id = row.chain_id.unwrap_or_else(|| ChainId::extend(None, blob.diff_id));
         let provider = providers.get(digest).cloned();
         let (diff_id, size_bytes) = (blob.diff_id, blob.size_bytes);
-        let open = Box::new(move || match &provider {
+        let open = Box::new(move |_| match &provider {
             Some(provider) => provider.open(&blob),
             None => Err(io::Error::new(io::ErrorKind::NotFound, "nobody was named who could fetch it")),
         });
-        Ok(LayerSource { digest: Some(digest), size_bytes, compression, diff_id, chain_id, open })
+        let (digest, origin) = (Some(digest), Origin::Near);
+        Ok(LayerSource { digest, size_bytes, compression, diff_id, chain_id, origin, open })
     }
 
     /// Computes a diff of two trees that do not stand on each other.

@@ -8,7 +8,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use plies_engine::IdRange;
 use plies_engine::exec::ExecutorChoice;
-use plies_oci::Reference;
+use plies_oci::{Platform, Reference};
 
 use crate::commands::search_path;
 use crate::progress;
@@ -31,6 +31,9 @@ pub(crate) struct Global {
     /// How layers are kept and mounted
     #[arg(long, global = true, value_enum, default_value_t, value_name = "DRIVER", help_heading = "Global options")]
     pub(crate) driver: Driver,
+    /// Config file [default: /etc/plies/config.toml as root, plies/config.toml in the XDG config directory otherwise]
+    #[arg(long, global = true, env = "PLY_CONFIG", value_name = "FILE", help_heading = "Global options")]
+    pub(crate) config: Option<PathBuf>,
     /// One JSON document on standard output instead of a table
     #[arg(long, global = true, help_heading = "Global options")]
     pub(crate) json: bool,
@@ -60,6 +63,16 @@ pub(crate) enum Driver {
 pub(crate) enum Command {
     /// Build an image from a Dockerfile
     Build(Build),
+    /// Fetch an image from a registry
+    Pull(Pull),
+    /// Send an image to a registry
+    Push {
+        /// Image name or ID
+        image: String,
+        /// Names to push it under [default: its own]
+        #[arg(value_name = "NAME[:TAG]", value_parser = image_name)]
+        names: Vec<String>,
+    },
     /// Take in images from an archive: OCI layout or docker archive, directory or tar
     Load(Load),
     /// Write images into an archive
@@ -146,6 +159,19 @@ pub(crate) enum Command {
 }
 
 #[derive(Debug, Args)]
+pub(crate) struct Pull {
+    /// What it is to run on, of the platforms that there are: `linux/arm64`, `linux/arm/v7` [default: this machine]
+    #[arg(long, value_name = "OS/ARCH[/VARIANT]", value_parser = platform)]
+    pub(crate) platform: Option<Platform>,
+    /// Fetch manifests and config only; layers come when they are needed
+    #[arg(long)]
+    pub(crate) lazy: bool,
+    /// Image name, with a tag or a digest
+    #[arg(value_name = "NAME[:TAG|@DIGEST]", value_parser = reference)]
+    pub(crate) image: String,
+}
+
+#[derive(Debug, Args)]
 pub(crate) struct Load {
     /// File or directory to read [default: standard input]
     #[arg(short, long, value_name = "PATH")]
@@ -202,6 +228,9 @@ pub(crate) struct Build {
     /// Only say what is questionable in the Dockerfile, as `docker build --check` does, and exit with 1 if anything is
     #[arg(long, conflicts_with_all = ["tag", "iidfile"])]
     pub(crate) check: bool,
+    /// Ask the registries for images to build on, also for those that are here
+    #[arg(long)]
+    pub(crate) pull: bool,
     /// Image that may have the results of steps that the build cache has not; may be given several times
     #[arg(long, value_name = "IMAGE", value_parser = cache_source)]
     pub(crate) cache_from: Vec<String>,
@@ -272,6 +301,15 @@ fn image_name(text: &str) -> Result<String, String> {
         Some(_) => Err("a digest cannot be given as a name".into()),
         None => Ok(text.to_owned()),
     }
+}
+
+/// A name that an image can be pulled by.
+fn reference(text: &str) -> Result<String, String> {
+    text.parse::<Reference>().map(|_| text.to_owned()).map_err(|error| format!("{:#}", anyhow::Error::new(error)))
+}
+
+fn platform(text: &str) -> Result<Platform, String> {
+    text.parse().map_err(|error: plies_oci::PlatformError| error.to_string())
 }
 
 /// Something with a key, whatever its value.

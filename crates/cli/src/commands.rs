@@ -14,13 +14,15 @@ use plies_engine::build::BuildRequest;
 use plies_engine::dockerfile::Warning;
 use plies_engine::exec::Cancel;
 use plies_engine::{
-    DriverKind, Engine, EngineOptions, Input, Output, PruneOptions, RemovedImage, RunRequest, SaveFormat, TreeNode,
+    DriverKind, Engine, EngineOptions, Input, Output, PruneOptions, PullRequest, RemovedImage, RunRequest, SaveFormat,
+    TreeNode,
 };
 use serde::Serialize;
 use serde_json::json;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use crate::args::{self, Command, Global, Ply, Ref};
+use crate::config;
 use crate::format::{self, Column};
 use crate::layers;
 use crate::progress::Style;
@@ -111,6 +113,16 @@ fn with_engine(engine: &Engine, global: &Global, command: Command, cancel: &Canc
                     [] => say(&format!("Loaded image ID: {}", image.id))?,
                     names => names.iter().try_for_each(|name| say(&format!("Loaded image: {}", format::safe(name))))?,
                 }
+            }
+        }
+        Command::Pull(pull) => return run_pull(engine, json, style, pull, cancel),
+        Command::Push { image, names } => {
+            let pushed = engine.push(&image, &names, &*style.renderer(), cancel)?;
+            if json {
+                return print_json(&pushed);
+            }
+            for one in pushed {
+                say(&format!("{}: digest: {} size: {}", format::safe(&one.name), one.digest, one.size_bytes))?;
             }
         }
         Command::Save(save) => {
@@ -245,6 +257,21 @@ fn with_engine(engine: &Engine, global: &Global, command: Command, cancel: &Canc
     Ok(ExitCode::SUCCESS)
 }
 
+fn run_pull(engine: &Engine, json: bool, style: Style, pull: args::Pull, cancel: &Cancel) -> anyhow::Result<ExitCode> {
+    let request = PullRequest { name: pull.image, platform: pull.platform, lazy: pull.lazy };
+    let pulled = engine.pull(&request, &*style.renderer(), cancel)?;
+    if json {
+        return print_json(&pulled);
+    }
+    let name = format::safe(&pulled.name);
+    if let Some(from) = pulled.moved_from {
+        eprintln!("ply: {name} was the name of image {} until now", format::short_id(&from.hex()));
+    }
+    say(&format!("{}: {name}", if pulled.up_to_date { "Image is up to date" } else { "Pulled image" }))?;
+    say(&format!("Digest: {}", pulled.digest))?;
+    Ok(ExitCode::SUCCESS)
+}
+
 fn run_prune(engine: &Engine, json: bool, prune: args::Prune, cancel: &Cancel) -> anyhow::Result<ExitCode> {
     let rule = PruneOptions {
         all: prune.all,
@@ -305,11 +332,11 @@ fn run_build(engine: &Engine, global: &Global, build: args::Build, cancel: &Canc
         build_args,
         labels: build.label.iter().map(label).collect(),
         no_cache: build.no_cache,
+        pull: build.pull,
         cache_from: build.cache_from,
         explain: build.explain,
         executor: build.executor.executor,
         search_path: search_path(),
-        fetch: None,
     };
     if build.check {
         return show_warnings(&engine.check(&request)?, global);
@@ -516,6 +543,7 @@ fn open(global: &Global) -> anyhow::Result<Engine> {
         },
         wait: !global.no_wait,
         on_wait: Box::new(|holder| eprintln!("ply: waiting for {holder}")),
+        registry: config::registries(global.config.as_deref())?,
         command: std::env::args().take(2).collect::<Vec<_>>().join(" "),
         warn: Arc::new(|error| eprintln!("ply: warning: {error}")),
     };

@@ -5,6 +5,7 @@
 //! lib.rs        Engine: a store with what requests need; opening and closing
 //! archive.rs    an image archive that a user hands in, readable at any place
 //! load.rs       archive -> images          save.rs     images -> archive
+//! pull.rs       registry -> images         push.rs     images -> registry
 //! images.rs     list, inspect, history, tag, remove     layers.rs  `ply layer`
 //! build/        Dockerfile -> graph -> solve -> image
 //! run.rs        run, mount, umount         records.rs  `ply ref`
@@ -24,6 +25,8 @@ mod images;
 mod layers;
 mod load;
 mod prune;
+mod pull;
+mod push;
 mod records;
 mod run;
 mod save;
@@ -37,6 +40,7 @@ use plies_archive::Limits;
 use plies_cache::{CacheError, Manager, ManagerOptions, SharedChecker};
 pub use plies_cache::{PruneOptions, parse_bytes, parse_duration};
 use plies_oci::ErrorKind;
+use plies_registry::ClientOptions;
 use plies_store::{
     Cancel, CatalogueError, GcMode, Holder, Lease, LeaseOptions, OpenError, OpenOptions, Stamp, Store, Transfer,
     WaitPolicy, Warn,
@@ -47,8 +51,11 @@ pub use images::{HistoryLine, ImageDetails, ImageSummary, ImagesError, familiar}
 pub use layers::{ChangeSummary, LayerDetails, LayerSummary, LayersError, RemovedLayerSummary, RwSummary};
 pub use load::{LoadError, LoadedImage, MovedName};
 pub use plies_image::Removed as RemovedImage;
+pub use plies_registry as registry;
 pub use plies_store::{Canceled, DriverKind, IdMapError, IdMaps, IdRange, TransferError, progress};
 pub use prune::{PruneError, PruneRow, PruneSummary};
+pub use pull::{PullRequest, PulledImage};
+pub use push::{PushError, PushedImage};
 pub use records::{RecordSummary, RecordsError};
 pub use run::{RunError, RunRequest};
 pub use save::{Output, SaveError, SaveFormat};
@@ -64,6 +71,8 @@ pub struct EngineOptions {
     pub on_wait: Box<dyn FnMut(&Holder)>,
     /// What this process calls itself to those who wait for it.
     pub command: String,
+    /// What is known of registries.
+    pub registry: ClientOptions,
     /// Told of errors that no caller is there to get.
     pub warn: Warn,
 }
@@ -106,6 +115,7 @@ pub struct Engine {
     store: Store,
     cache: Manager,
     limits: Limits,
+    registry: ClientOptions,
 }
 
 impl Engine {
@@ -128,7 +138,7 @@ impl Engine {
         let checker: Option<Arc<dyn SharedChecker>> = Some(Arc::new(prune::ImageChecker::new(store.clone())));
         let cache_options = ManagerOptions { limits: limits.clone(), checker, warn: options.warn };
         let cache = Manager::open(store.clone(), cache_options)?;
-        Ok(Self { store, cache, limits })
+        Ok(Self { store, cache, limits, registry: options.registry })
     }
 
     /// Gives the store up, telling what went wrong.

@@ -1,4 +1,5 @@
-//! `ply load`: images out of an archive.
+//! `ply load`: images out of an archive. And what `ply pull` does in the same way, whoever brings an image's documents and
+//! layers ([`ImageSource`]).
 
 use std::io::{self, Read};
 
@@ -8,11 +9,14 @@ use plies_oci::{
     Manifest, MediaClass, MediaType, Platform, Reference, classify, limits,
 };
 use plies_store::{
-    CatalogueError, CommitError, Expected, IngestError, LayerBlob, LayerSource, Lease, Resource, SnapshotId, Taken,
-    TransferError,
+    BlobError, CatalogueError, CommitError, Expected, IngestError, LayerBlob, LayerSource, Lease, Origin, SnapshotId,
+    Taken, TransferError, Tx,
 };
 use serde::{Deserialize, Serialize};
 
+use plies_registry::RegistryError;
+
+use crate::Canceled;
 use crate::Engine;
 use crate::archive::{Archive, ArchiveError, Input, Section};
 use crate::exec::Cancel;
@@ -184,6 +188,12 @@ pub enum LoadError {
         #[source]
         source: TransferError,
     },
+    /// A registry.
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
+    /// A document that is here could not be read.
+    #[error("read a document")]
+    Read(#[from] BlobError),
     /// A name.
     #[error(transparent)]
     Name(#[from] ImagesError),
@@ -203,6 +213,9 @@ pub enum LoadError {
     /// The catalogue failed.
     #[error("read or change the catalogue")]
     Catalogue(#[from] CatalogueError),
+    /// The caller asked to stop.
+    #[error(transparent)]
+    Canceled(#[from] Canceled),
 }
 
 impl From<ImageError> for LoadError {
@@ -229,6 +242,9 @@ impl LoadError {
             | Self::LayerCount { .. }
             | Self::TagForMany { .. } => ErrorKind::InvalidInput,
             Self::Layer { source, .. } => source.kind(),
+            Self::Registry(source) => source.kind(),
+            Self::Read(source) => source.kind(),
+            Self::Canceled(source) => source.kind(),
             Self::Name(source) => source.kind(),
             Self::Write { .. } => ErrorKind::Unavailable,
             Self::Ingest(source) => source.kind(),
@@ -259,22 +275,74 @@ pub struct MovedName {
     pub from: ImageId,
 }
 
-/// An image that an archive offers, checked as far as documents go.
-struct Candidate {
-    names: Vec<Reference>,
+/// Whoever brings an image: its documents and its layers, by their descriptors.
+pub(crate) trait ImageSource {
+    /// What messages call it.
+    fn path(&self) -> &str;
+    /// A document's bytes. Their size and digest are checked by whoever asked.
+    fn document(&self, descriptor: &Descriptor, maximum: u64, limit: &'static str) -> Result<Vec<u8>, LoadError>;
+    /// A layer, that may be read later on.
+    fn layer(
+        &self,
+        descriptor: &Descriptor,
+        compression: Compression,
+        diff_id: DiffId,
+        chain_id: ChainId,
+    ) -> Result<LayerSource<'static>, LoadError>;
+}
+
+/// An archive in the form of an OCI layout.
+struct Layout<'a> {
+    archive: &'a Archive,
+    path: &'a str,
+}
+
+impl ImageSource for Layout<'_> {
+    fn path(&self) -> &str {
+        self.path
+    }
+
+    fn document(&self, descriptor: &Descriptor, maximum: u64, _: &'static str) -> Result<Vec<u8>, LoadError> {
+        Ok(self.archive.read(&blob_name(descriptor.digest), maximum)?)
+    }
+
+    fn layer(
+        &self,
+        descriptor: &Descriptor,
+        compression: Compression,
+        diff_id: DiffId,
+        chain_id: ChainId,
+    ) -> Result<LayerSource<'static>, LoadError> {
+        let section = self.archive.section(&blob_name(descriptor.digest))?;
+        check_size(self.path, "layer", descriptor, section.size_bytes())?;
+        Ok(source(section, Some(descriptor.digest), compression, diff_id, chain_id))
+    }
+}
+
+/// An image that somebody offers, checked as far as documents go.
+pub(crate) struct Candidate {
+    pub(crate) names: Vec<Reference>,
     /// `None`: a docker archive has no manifests, it is made once the layers' digests are known.
-    manifest: Option<Manifest>,
-    config: ImageConfig,
-    layers: Vec<LayerSource<'static>>,
+    pub(crate) manifest: Option<Manifest>,
+    pub(crate) config: ImageConfig,
+    pub(crate) layers: Vec<LayerSource<'static>>,
 }
 
 /// An image whose blobs and layers are here.
-struct ReadyImage {
+pub(crate) struct ReadyImage {
     manifest: ManifestRow,
     snapshot: Option<SnapshotId>,
-    layers: Vec<ChainLayer>,
+    /// `None`: they are still to come.
+    layers: Option<Vec<ChainLayer>>,
     /// What its layers take on disk.
     size_bytes: u64,
+}
+
+impl ReadyImage {
+    /// An image whose layers come when they are needed.
+    pub(crate) fn lazy(manifest: &Manifest) -> Self {
+        Self { manifest: manifest_row(manifest), snapshot: None, layers: None, size_bytes: 0 }
+    }
 }
 
 /// An OCI layout's marker file.
@@ -330,39 +398,14 @@ impl Engine {
             }
             // All images of an archive appear at once.
             self.store().write(|tx| {
-                let mut loaded = Vec::new();
-                for (candidate, ready) in candidates.iter().zip(&ready) {
-                    let id = plies_image::put(
-                        tx,
-                        &NewImage {
-                            config: &candidate.config,
-                            manifests: vec![ready.manifest.clone()],
-                            snapshot: ready.snapshot,
-                            layers: Some(&ready.layers),
-                            size_bytes: ready.size_bytes,
-                            built_here: false,
-                        },
-                    )?;
-                    let mut moved = Vec::new();
-                    for name in &candidate.names {
-                        match plies_image::named(tx, name)? {
-                            Some(before) if before != id => {
-                                moved.push(MovedName { name: name.familiar(), from: before });
-                            }
-                            _ => {}
-                        }
-                        plies_image::set_name(tx, name, id, Some(ready.manifest.digest))?;
-                    }
-                    let names = candidate.names.iter().map(Reference::familiar).collect();
-                    loaded.push(LoadedImage { id, names, moved });
-                }
-                Ok::<_, LoadError>(loaded)
+                let loaded = candidates.iter().zip(&ready).map(|(candidate, ready)| put_image(tx, candidate, ready));
+                loaded.collect::<Result<Vec<_>, LoadError>>()
             })
         })
     }
 
     /// Keeps the blobs and layers of one image, held by `lease`.
-    fn take_image(
+    pub(crate) fn take_image(
         &self,
         candidate: &Candidate,
         path: &str,
@@ -392,7 +435,7 @@ impl Engine {
         let layer_blobs: Vec<BlobDigest> = blobs.iter().map(|blob| blob.digest).collect();
         self.keep_documents(&manifest, config, &layer_blobs, lease)?;
         let layers = chain.map_err(|error| failed(error.into()))?;
-        Ok(ReadyImage { manifest: manifest_row(&manifest), snapshot, layers, size_bytes })
+        Ok(ReadyImage { manifest: manifest_row(&manifest), snapshot, layers: Some(layers), size_bytes })
     }
 
     /// Keeps an image's documents as blobs, and writes down what the manifest needs.
@@ -413,8 +456,13 @@ impl Engine {
         content.commit_all(ingests, lease)?;
         let (manifest, config) = (manifest.document().digest(), BlobDigest::of(config));
         self.store().write(|tx| {
-            for needed in layer_blobs.iter().chain([&config]) {
-                tx.add_edge(Resource::Blob(manifest), Resource::Blob(*needed))?;
+            tx.add_edge(manifest, config)?;
+            for needed in layer_blobs {
+                // One whose layer was here already was not fetched.
+                match tx.add_edge(manifest, *needed) {
+                    Err(CatalogueError::NoSuchResource { .. }) => {}
+                    added => added?,
+                }
             }
             Ok::<_, CatalogueError>(())
         })?;
@@ -434,56 +482,19 @@ impl Engine {
         let index = Index::parse(&archive.read("index.json", limits::MANIFEST_BYTES_MAX)?)
             .map_err(|source| LoadError::Document { path: format!("{path}: index.json"), source })?;
         let mut candidates: Vec<Candidate> = Vec::new();
+        let layout = Layout { archive, path };
         for descriptor in index.manifests() {
-            let manifest = self.manifest(archive, path, descriptor, 0)?;
+            let manifest = manifest_for(&layout, descriptor, &Platform::host(), 0)?;
             let ref_name = || descriptor.annotations.get(REF_NAME_ANNOTATION).filter(|name| name.contains(['/', ':']));
             let name = descriptor.annotations.get(NAME_ANNOTATION).or_else(ref_name);
             // What is no name leaves the image nameless rather than unloaded.
             let name = name.and_then(|name| name.parse::<Reference>().ok()).filter(|name| name.digest().is_none());
             match candidates.iter_mut().find(|have| have.manifest.as_ref() == Some(&manifest)) {
                 Some(have) => have.names.extend(name),
-                None => candidates.push(oci_candidate(archive, path, manifest, name.into_iter().collect())?),
+                None => candidates.push(candidate(&layout, manifest, name.into_iter().collect())?),
             }
         }
         Ok(candidates)
-    }
-
-    /// Follows indexes down to the manifest for this machine.
-    fn manifest(
-        &self,
-        archive: &Archive,
-        path: &str,
-        descriptor: &Descriptor,
-        depth: usize,
-    ) -> Result<Manifest, LoadError> {
-        let document = |source| LoadError::Document { path: path.to_owned(), source };
-        match classify(&descriptor.media_type) {
-            Some(MediaClass::Manifest) => {
-                let raw = document_bytes(archive, path, "manifest", descriptor, limits::MANIFEST_BYTES_MAX)?;
-                let manifest = Manifest::parse(&raw).map_err(document)?;
-                same_media_type(path, descriptor, manifest.document().value().media_type().as_ref())?;
-                Ok(manifest)
-            }
-            Some(MediaClass::Index) if depth < INDEX_DEPTH_MAX => {
-                let raw = document_bytes(archive, path, "index", descriptor, limits::MANIFEST_BYTES_MAX)?;
-                let index = Index::parse(&raw).map_err(document)?;
-                same_media_type(path, descriptor, index.document().value().media_type().as_ref())?;
-                let wanted = Platform::host();
-                let serves = |one: &&Descriptor| one.platform.as_ref().is_none_or(|there| there.serves(&wanted));
-                let chosen = index.manifests().iter().find(serves).ok_or_else(|| {
-                    let there: Vec<String> =
-                        index.manifests().iter().flat_map(|one| one.platform.iter().map(Platform::to_string)).collect();
-                    LoadError::NoPlatform { path: path.to_owned(), wanted: wanted.to_string(), there: there.join(", ") }
-                })?;
-                self.manifest(archive, path, chosen, depth + 1)
-            }
-            Some(MediaClass::Index) => Err(LoadError::Nested { path: path.to_owned() }),
-            _ => Err(LoadError::MediaType {
-                path: path.to_owned(),
-                digest: descriptor.digest,
-                media_type: descriptor.media_type.to_string(),
-            }),
-        }
     }
 
     fn docker_candidates(&self, archive: &Archive, path: &str) -> Result<Vec<Candidate>, LoadError> {
@@ -554,24 +565,87 @@ pub(crate) fn manifest_row(manifest: &Manifest) -> ManifestRow {
     }
 }
 
-fn oci_candidate(
-    archive: &Archive,
-    path: &str,
+/// Adds an image that is ready, and gives it its names.
+pub(crate) fn put_image(tx: &mut Tx<'_>, candidate: &Candidate, ready: &ReadyImage) -> Result<LoadedImage, LoadError> {
+    let id = plies_image::put(
+        tx,
+        &NewImage {
+            config: &candidate.config,
+            manifests: vec![ready.manifest.clone()],
+            snapshot: ready.snapshot,
+            layers: ready.layers.as_deref(),
+            size_bytes: ready.size_bytes,
+            built_here: false,
+        },
+    )?;
+    let mut moved = Vec::new();
+    for name in &candidate.names {
+        match plies_image::named(tx, name)? {
+            Some(before) if before != id => moved.push(MovedName { name: name.familiar(), from: before }),
+            _ => {}
+        }
+        plies_image::set_name(tx, name, id, Some(ready.manifest.digest))?;
+    }
+    let names = candidate.names.iter().map(Reference::familiar).collect();
+    Ok(LoadedImage { id, names, moved })
+}
+
+/// Follows indexes down to the manifest for a platform.
+pub(crate) fn manifest_for(
+    from: &dyn ImageSource,
+    descriptor: &Descriptor,
+    wanted: &Platform,
+    depth: usize,
+) -> Result<Manifest, LoadError> {
+    let path = from.path();
+    let document = |source| LoadError::Document { path: path.to_owned(), source };
+    match classify(&descriptor.media_type) {
+        Some(MediaClass::Manifest) => {
+            let raw = document_bytes(from, "manifest", descriptor, limits::MANIFEST_BYTES_MAX, "MANIFEST_BYTES_MAX")?;
+            let manifest = Manifest::parse(&raw).map_err(document)?;
+            same_media_type(path, descriptor, manifest.document().value().media_type().as_ref())?;
+            Ok(manifest)
+        }
+        Some(MediaClass::Index) if depth < INDEX_DEPTH_MAX => {
+            let raw = document_bytes(from, "index", descriptor, limits::MANIFEST_BYTES_MAX, "MANIFEST_BYTES_MAX")?;
+            let index = Index::parse(&raw).map_err(document)?;
+            same_media_type(path, descriptor, index.document().value().media_type().as_ref())?;
+            let is_exact = |one: &&Descriptor| one.platform.as_ref() == Some(wanted);
+            let serves = |one: &&Descriptor| one.platform.as_ref().is_none_or(|there| there.serves(wanted));
+            let chosen = index.manifests().iter().find(is_exact).or_else(|| index.manifests().iter().find(serves));
+            let chosen = chosen.ok_or_else(|| {
+                let there: Vec<String> =
+                    index.manifests().iter().flat_map(|one| one.platform.iter().map(Platform::to_string)).collect();
+                LoadError::NoPlatform { path: path.to_owned(), wanted: wanted.to_string(), there: there.join(", ") }
+            })?;
+            manifest_for(from, chosen, wanted, depth + 1)
+        }
+        Some(MediaClass::Index) => Err(LoadError::Nested { path: path.to_owned() }),
+        _ => Err(LoadError::MediaType {
+            path: path.to_owned(),
+            digest: descriptor.digest,
+            media_type: descriptor.media_type.to_string(),
+        }),
+    }
+}
+
+/// The image of a manifest: its config is read, its layers are not.
+pub(crate) fn candidate(
+    from: &dyn ImageSource,
     manifest: Manifest,
     names: Vec<Reference>,
 ) -> Result<Candidate, LoadError> {
-    let raw = document_bytes(archive, path, "config", manifest.config(), limits::CONFIG_BYTES_MAX)?;
+    let path = from.path();
+    let raw = document_bytes(from, "config", manifest.config(), limits::CONFIG_BYTES_MAX, "CONFIG_BYTES_MAX")?;
     let config = ImageConfig::parse(&raw).map_err(|source| LoadError::Document { path: path.to_owned(), source })?;
     let mut chain = Chain::new(path, &config, manifest.layers().len())?;
     let mut layers = Vec::new();
     for layer in manifest.layers() {
-        let section = archive.section(&blob_name(layer.digest))?;
-        check_size(path, "layer", layer, section.size_bytes())?;
         let Some(MediaClass::Layer(compression)) = classify(&layer.media_type) else {
             unreachable!("because a manifest with another kind of layer does not parse");
         };
         let (diff_id, chain_id) = chain.next();
-        layers.push(source(section, Some(layer.digest), compression, diff_id, chain_id));
+        layers.push(from.layer(layer, compression, diff_id, chain_id)?);
     }
     Ok(Candidate { names, manifest: Some(manifest), config, layers })
 }
@@ -585,8 +659,8 @@ fn source(
     chain_id: ChainId,
 ) -> LayerSource<'static> {
     let size_bytes = section.size_bytes();
-    let open = Box::new(move || Ok(Box::new(section.clone()) as Box<dyn Read + Send>));
-    LayerSource { digest, size_bytes, compression, diff_id, chain_id, open }
+    let open = Box::new(move |_| Ok(Box::new(section.clone()) as Box<dyn Read + Send>));
+    LayerSource { digest, size_bytes, compression, diff_id, chain_id, origin: Origin::Near, open }
 }
 
 /// Where an OCI layout keeps a blob.
@@ -645,13 +719,14 @@ fn same_media_type(path: &str, descriptor: &Descriptor, own: Option<&MediaType>)
 
 /// Reads a document and checks that it is the one described.
 fn document_bytes(
-    archive: &Archive,
-    path: &str,
+    from: &dyn ImageSource,
     what: &'static str,
     descriptor: &Descriptor,
     maximum: u64,
+    limit: &'static str,
 ) -> Result<Vec<u8>, LoadError> {
-    let raw = archive.read(&blob_name(descriptor.digest), maximum)?;
+    let path = from.path();
+    let raw = from.document(descriptor, maximum, limit)?;
     check_size(path, what, descriptor, raw.len() as u64)?;
     let actual = BlobDigest::of(&raw);
     if actual != descriptor.digest {

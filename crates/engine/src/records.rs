@@ -8,7 +8,9 @@ use std::path::{Path, PathBuf};
 
 use plies_archive::compress::Encoder;
 use plies_archive::{DiffError, diff_trees, tar};
-use plies_cache::{Accessor, CacheError, ImmutableRef, RecordId, RecordOptions, RecordRow, State, UseRow};
+use plies_cache::{
+    Accessor, CacheError, ImmutableRef, RecordId, RecordOptions, RecordRow, State, UNCOMPRESSED, UseRow,
+};
 use plies_image::ImageError;
 use plies_oci::{Compression, DiffId, ErrorKind};
 use plies_store::{
@@ -280,7 +282,7 @@ impl Engine {
             Ok(found) => {
                 let config = self.config_of(found.id)?;
                 let name = found.name.as_ref().map_or_else(|| wanted.to_owned(), |name| name.familiar());
-                Ok(Named::Image(self.image_record(config.diff_ids(), &name)?))
+                Ok(Named::Image(self.image_record(config.diff_ids(), &name, &Cancel::new())?))
             }
             Err(ImageError::NotFound { .. }) => Ok(Named::Record(self.cache().find(wanted)?)),
             Err(other) => Err(other.into()),
@@ -288,17 +290,39 @@ impl Engine {
     }
 
     /// The record of an image's tree: one for each layer, found again or made now. `None` for an image without layers.
-    pub(crate) fn image_record(&self, diff_ids: &[DiffId], name: &str) -> Result<Option<ImmutableRef>, RecordsError> {
+    /// Layers that were left at a registry become lazy records, whose blobs are fetched when somebody needs their files.
+    pub(crate) fn image_record(
+        &self,
+        diff_ids: &[DiffId],
+        name: &str,
+        cancel: &Cancel,
+    ) -> Result<Option<ImmutableRef>, RecordsError> {
         let cache = self.cache();
-        let options = RecordOptions {
+        let mut options = RecordOptions {
             description: Some(format!("layer of {name}")),
             image_refs: vec![name.to_owned()],
             ..RecordOptions::by("image")
         };
         let mut top: Option<ImmutableRef> = None;
-        for diff_id in diff_ids {
-            let next = cache.get_by_diff_id(*diff_id, top.as_ref(), &options)?;
-            top = Some(next.ok_or(RecordsError::LayerGone { diff_id: *diff_id })?);
+        let mut remote = None;
+        for (at, diff_id) in diff_ids.iter().enumerate() {
+            let next = match cache.get_by_diff_id(*diff_id, top.as_ref(), &options)? {
+                Some(next) => next,
+                None => {
+                    let gone = || RecordsError::LayerGone { diff_id: *diff_id };
+                    let remote = match &remote {
+                        Some(remote) => remote,
+                        // An image that was never pulled has lost its layer.
+                        None => remote.insert(self.remote_layers(name, cancel).map_err(|_| gone())?),
+                    };
+                    options.providers = remote.providers.clone();
+                    let described = remote.layers.get(at).filter(|(have, _)| have == diff_id);
+                    let mut descriptor = described.ok_or_else(gone)?.1.clone();
+                    descriptor.annotations.insert(UNCOMPRESSED.to_owned(), diff_id.to_string());
+                    cache.get_by_blob(&descriptor, top.as_ref(), &options)?
+                }
+            };
+            top = Some(next);
         }
         Ok(top)
     }
@@ -310,7 +334,20 @@ impl Engine {
             Named::Record(id) if matches!(self.cache().row(id)?.state, State::Mutable { committed_as: None, .. }) => {
                 Err(RecordsError::MutableParent { parent: wanted.to_owned() })
             }
-            Named::Record(id) => Ok(Some(self.cache().get(id, &RecordOptions::by("ply ref"))?)),
+            Named::Record(id) => Ok(Some(self.held_record(id, &Cancel::new())?)),
+        }
+    }
+
+    /// A ref to an immutable record. Blobs below it that were left at a registry are fetched from where they were seen,
+    /// when they are needed.
+    fn held_record(&self, id: RecordId, cancel: &Cancel) -> Result<ImmutableRef, RecordsError> {
+        let mut options = RecordOptions::by("ply ref");
+        match self.cache().get(id, &options) {
+            Err(CacheError::NeedsProviders(missing)) => {
+                options.providers = self.providers_of(&missing, cancel)?;
+                Ok(self.cache().get(id, &options)?)
+            }
+            held => Ok(held?),
         }
     }
 
@@ -354,7 +391,7 @@ impl Engine {
         if let State::Mutable { .. } = self.cache().row(id)?.state {
             return Err(RecordsError::MutableParent { parent: wanted.to_owned() });
         }
-        let held = self.cache().get(id, &RecordOptions::by("ply ref get"))?;
+        let held = self.held_record(id, cancel)?;
         held.extract(cancel)?;
         Ok(held.id())
     }

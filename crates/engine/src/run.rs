@@ -22,6 +22,8 @@ use crate::Engine;
 use crate::build::SolveError;
 use crate::exec::{self, Cancel, ExecError, ExecutorChoice, Network, Step, StepMount, Streams, UserError};
 use crate::images::ImagesError;
+use crate::load::LoadError;
+use crate::progress::Silent;
 use crate::records::RecordsError;
 
 /// Where `ply mount` has mounted what.
@@ -81,6 +83,9 @@ pub enum RunError {
     /// Finding the image.
     #[error(transparent)]
     Image(#[from] ImagesError),
+    /// Fetching the layers of an image that was pulled without them.
+    #[error(transparent)]
+    Fetch(#[from] Box<LoadError>),
     /// Finding the record.
     #[error(transparent)]
     Record(#[from] RecordsError),
@@ -181,6 +186,7 @@ impl RunError {
             Self::Directory { source, .. } if source.kind() == io::ErrorKind::NotFound => ErrorKind::NotFound,
             Self::Directory { .. } => ErrorKind::Unavailable,
             Self::Image(source) => source.kind(),
+            Self::Fetch(source) => source.kind(),
             Self::Record(source) => source.kind(),
             Self::User(source) => source.kind(),
             Self::Exec(source) => source.kind(),
@@ -222,7 +228,7 @@ impl Engine {
     /// # Errors
     /// [`RunError`]. A command that fails is not an error.
     pub fn run(&self, request: &RunRequest, cancel: &Cancel) -> Result<i32, RunError> {
-        let found = self.find_image(&request.image)?;
+        let found = self.whole_image(self.find_image(&request.image)?, &Silent, cancel).map_err(Box::new)?;
         let image = self.config_of(found.id)?;
         let config = crate::build::Config::from_image(&image);
         let mut args: Vec<OsString> = config.entrypoint().iter().map(OsString::from).collect();
@@ -433,7 +439,10 @@ impl Engine {
     /// What a name or an ID means for looking at: an image first, then a record.
     pub(crate) fn target(&self, wanted: &str) -> Result<Target, RunError> {
         match self.find_image(wanted) {
-            Ok(found) => return Ok(Target::Tree(found.row.snapshot)),
+            Ok(found) => {
+                let found = self.whole_image(found, &Silent, &Cancel::new()).map_err(Box::new)?;
+                return Ok(Target::Tree(found.row.snapshot));
+            }
             Err(ImageError::NotFound { .. }) => {}
             Err(other) => return Err(other.into()),
         }

@@ -26,7 +26,7 @@ use serde_json::json;
 
 use crate::exec::Cancel;
 use crate::images::ImagesError;
-use crate::load::{DocumentsError, blob_name, manifest_row};
+use crate::load::{DocumentsError, LoadError, blob_name, manifest_row};
 use crate::progress::{Outcome, Progress, Task};
 use crate::{Canceled, Engine};
 
@@ -76,6 +76,9 @@ pub enum SaveError {
     /// Finding the image.
     #[error(transparent)]
     Image(ImagesError),
+    /// Fetching what is not here.
+    #[error(transparent)]
+    Fetch(Box<LoadError>),
     /// A manifest that is here does not parse.
     #[error("manifest {digest} is damaged")]
     Document {
@@ -170,6 +173,12 @@ impl From<ImagesError> for SaveError {
     }
 }
 
+impl From<LoadError> for SaveError {
+    fn from(source: LoadError) -> Self {
+        Self::Fetch(Box::new(source))
+    }
+}
+
 impl From<ImageError> for SaveError {
     fn from(source: ImageError) -> Self {
         Self::Image(source.into())
@@ -193,6 +202,7 @@ impl SaveError {
         match self {
             Self::Image(source) => source.kind(),
             Self::Cut { source, .. } => source.kind(),
+            Self::Fetch(source) => source.kind(),
             Self::Document { .. } | Self::Changed { .. } | Self::Damaged { .. } => ErrorKind::DataLoss,
             Self::Layer { source, .. } => source.kind(),
             Self::Write { .. } => ErrorKind::Unavailable,
@@ -251,7 +261,15 @@ impl Engine {
         for one in wanted {
             let found = self.store().read(|rows| plies_image::find(rows, one))?;
             let names: Vec<String> = found.name.iter().map(ToString::to_string).collect();
+            let found = self.whole_image(found, progress, cancel)?;
             let (manifest, config) = self.manifest_of(&found, one, lease, progress, cancel)?;
+            for (layer, diff_id) in manifest.layers().iter().zip(config.diff_ids()) {
+                // One whose layer was here already was not fetched when the image was pulled.
+                if !lease.hold_if_present(layer.digest)? {
+                    let failed = |source| SaveError::Layer { image: one.clone(), source };
+                    self.fetch_blob(layer, *diff_id, lease, progress, cancel).map_err(failed)?;
+                }
+            }
             match images.iter_mut().find(|have| have.manifest == manifest) {
                 Some(have) => names.into_iter().for_each(|name| have.add_name(name)),
                 None => images.push(Saved { names, manifest, config }),
@@ -275,7 +293,7 @@ impl Engine {
     }
 
     /// The manifest to save an image with: the one that its name was loaded with, else any, else a new one.
-    fn manifest_of(
+    pub(crate) fn manifest_of(
         &self,
         found: &Found,
         wanted: &str,

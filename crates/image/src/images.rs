@@ -306,6 +306,9 @@ pub fn put(tx: &mut Tx<'_>, new: &NewImage<'_>) -> Result<ImageId, ImageError> {
             listed: None,
         },
     };
+    // One that was pulled lazily has its layers now.
+    let was_lazy = row.snapshot.is_none() && new.snapshot.is_some();
+    row.snapshot = row.snapshot.or(new.snapshot);
     if let Some(snapshot) = row.snapshot {
         tx.hold(&owner, Resource::Snapshot(snapshot))?;
     }
@@ -323,11 +326,14 @@ pub fn put(tx: &mut Tx<'_>, new: &NewImage<'_>) -> Result<ImageId, ImageError> {
         add_manifest_to(tx, &owner, &mut row, manifest)?;
     }
     row.built_here |= new.built_here;
-    row.listed.get_or_insert_with(|| Listed {
-        created: config.document().value().created().clone(),
-        platform: config.platform().to_string(),
-        layers_count: u32::try_from(config.diff_ids().len()).unwrap_or(u32::MAX),
-        size_bytes: new.size_bytes,
+    let listed = row.listed.take().filter(|_| !was_lazy);
+    row.listed = listed.or_else(|| {
+        Some(Listed {
+            created: config.document().value().created().clone(),
+            platform: config.platform().to_string(),
+            layers_count: u32::try_from(config.diff_ids().len()).unwrap_or(u32::MAX),
+            size_bytes: new.size_bytes,
+        })
     });
     tx.put(&IMAGES, &id, &row)?;
     Ok(id)

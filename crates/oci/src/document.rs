@@ -196,6 +196,51 @@ impl Platform {
     }
 }
 
+/// Not a platform.
+#[derive(Debug, thiserror::Error)]
+#[error("{text:?} is not a platform, expected OS/ARCHITECTURE[/VARIANT], such as linux/arm64 or linux/arm/v7")]
+pub struct PlatformError {
+    /// What was given.
+    pub text: String,
+}
+
+impl PlatformError {
+    /// What a caller can do about it.
+    pub fn kind(&self) -> ErrorKind {
+        ErrorKind::InvalidInput
+    }
+}
+
+/// Takes the names of architectures that people use besides Go's (containerd, `platforms`, `normalizeArch`).
+impl std::str::FromStr for Platform {
+    type Err = PlatformError;
+
+    fn from_str(text: &str) -> Result<Self, PlatformError> {
+        let wrong = || PlatformError { text: text.chars().take(300).collect() };
+        let parts: Vec<String> = text.split('/').map(str::to_ascii_lowercase).collect();
+        let is_word = |word: &String| {
+            !word.is_empty() && word.bytes().all(|c| c.is_ascii_alphanumeric() || matches!(c, b'_' | b'-' | b'.'))
+        };
+        if !parts.iter().all(is_word) {
+            return Err(wrong());
+        }
+        let (os, architecture, variant) = match parts.as_slice() {
+            [os, architecture] => (os, architecture.as_str(), None),
+            [os, architecture, variant] => (os, architecture.as_str(), Some(variant.as_str())),
+            _ => return Err(wrong()),
+        };
+        let (architecture, variant) = match (architecture, variant) {
+            ("x86_64" | "x86-64", variant) => ("amd64", variant),
+            ("i386" | "i686", _) => ("386", None),
+            ("aarch64", variant) => ("arm64", variant),
+            ("armhf", _) => ("arm", Some("v7")),
+            ("armel", _) => ("arm", Some("v6")),
+            other => other,
+        };
+        Ok(Self { os: os.clone(), architecture: architecture.to_owned(), variant: variant.map(str::to_owned) })
+    }
+}
+
 impl std::fmt::Display for Platform {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{}/{}", self.os, self.architecture)?;

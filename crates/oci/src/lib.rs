@@ -23,5 +23,5 @@ pub use kind::ErrorKind;
 pub use media::{Compression, MediaClass, MediaType, classify};
 pub use reference::{Reference, ReferenceError};
 
-pub use document::{Descriptor, Platform};
+pub use document::{Descriptor, Platform, PlatformError};
 pub use oci_spec;

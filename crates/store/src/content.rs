@@ -27,6 +27,7 @@ use crate::catalogue::schema::{BLOBS, BlobRow};
 use crate::catalogue::{CatalogueError, Rows as _};
 use crate::error::{At as _, FileError};
 use crate::open::sync_dir;
+use crate::transfer::FromStart;
 use crate::{Lease, Stamp, Store};
 
 /// Read buffer when an ingest is hashed again; a few pages of read-ahead.
@@ -562,6 +563,11 @@ impl Ingest {
         self.offset_bytes
     }
 
+    /// The bytes so far, from the first on.
+    pub(crate) fn read_back(&self) -> io::Result<impl Read + Send + use<>> {
+        Ok(FromStart { file: self.file.try_clone()?, offset: 0 })
+    }
+
     /// Forgets all bytes: the source cannot go on where it was left.
     ///
     /// # Errors
@@ -595,7 +601,7 @@ impl Ingest {
     }
 
     /// Size before digest: a wrong size is the cheaper and the more telling answer.
-    fn verify(&self, expected: Expected) -> Result<BlobDigest, CommitError> {
+    pub(crate) fn verify(&self, expected: Expected) -> Result<BlobDigest, CommitError> {
         if let Some(size) = expected.size_bytes
             && size != self.offset_bytes
         {

@@ -30,7 +30,7 @@ use crate::catalogue::{CatalogueError, Row, Rows, Table, Tx};
 use crate::progress::{Outcome, Progress, Task, Watched};
 use crate::{
     ActiveId, ActiveOptions, Attach, BlobError, Cancel, Canceled, CommitError, Expected, FinishedStage, Ingest,
-    IngestError, LayerContents, LayerError, LayerId, Lease, Mounted, SnapshotError, SnapshotId, Store,
+    IngestError, IngestRef, LayerContents, LayerError, LayerId, Lease, Mounted, SnapshotError, SnapshotId, Store,
 };
 
 // Named for the crate that they began in. Which blobs hold a layer's tar, both ways, as we found it ourselves: memory,
@@ -66,6 +66,9 @@ const PIECES_AHEAD_MAX: usize = 4;
 /// Threads that take in layers at once, at most: beyond that they wait for the disk, and each holds buffers and a
 /// decompressor's window.
 const WORKERS_MAX: usize = 8;
+
+/// Threads that take in layers at once which come over a network: docker's `max-concurrent-downloads`.
+const DOWNLOADS: usize = 3;
 
 /// Why a layer could not be taken in or given out.
 #[derive(Debug, thiserror::Error)]
@@ -223,14 +226,35 @@ pub struct LayerSource<'a> {
     pub diff_id: DiffId,
     /// The chain that this layer completes.
     pub chain_id: ChainId,
-    /// Begins to read the blob from its start. Asked only if it is not in the store.
-    pub open: Box<dyn Fn() -> io::Result<Box<dyn Read + Send + 'a>> + Send + Sync + 'a>,
+    /// How dear the bytes are.
+    pub origin: Origin,
+    /// Begins to read the blob at a place: its start, or what a [`Origin::Far`] blob is to be resumed from. Asked only if
+    /// it is not in the store.
+    pub open: OpenBlob<'a>,
+}
+
+/// Begins to read a blob at a place.
+pub type OpenBlob<'a> = Box<dyn Fn(u64) -> io::Result<Box<dyn Read + Send + 'a>> + Send + Sync + 'a>;
+
+/// Where the bytes of a blob come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Origin {
+    /// They are at hand, and read whenever the blob is not here.
+    Near,
+    /// They come over a network. They are not fetched for a layer that is here, and those that came stay for a later try
+    /// when the rest does not come.
+    Far,
 }
 
 impl LayerSource<'_> {
     /// What messages call it.
     fn name(&self) -> String {
         self.digest.map_or_else(|| format!("with diff ID {}", self.diff_id), |digest| digest.to_string())
+    }
+
+    /// What a blob that comes from afar is resumed by.
+    pub fn ingest_ref(&self) -> IngestRef {
+        IngestRef::new(format!("layer-{}", self.name()))
     }
 
     fn expected(&self) -> Expected {
@@ -297,6 +321,8 @@ impl LayerBlob {
 struct Worked {
     /// The blob, if it was not here.
     ingest: Option<Ingest>,
+    /// The blob is not here and was not fetched, since its layer is here.
+    blob_absent: bool,
     layer: WorkedLayer,
 }
 
@@ -307,19 +333,34 @@ enum WorkedLayer {
     NeedsBase,
 }
 
-/// The bytes of a layer on their way from an archive: whoever reads them also writes them into the blob.
+/// The bytes of a layer on their way from whoever offers them: whoever reads them also writes them into the blob.
 struct Tee<'a> {
     blob: Watched<'a, Box<dyn Read + Send + 'a>>,
-    ingest: Option<&'a mut Ingest>,
+    ingest: Option<Ingest>,
+    /// The next so many come out of the ingest, from an earlier try.
+    kept_bytes: u64,
+    /// They stopped coming, or could not be written, so nothing is known of those that are left.
+    broken: bool,
+}
+
+impl Tee<'_> {
+    fn pass(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = self.blob.read(buffer)?;
+        let kept = self.kept_bytes.min(read as u64);
+        self.kept_bytes -= kept;
+        if let Some(ingest) = &mut self.ingest {
+            ingest.write_all(&buffer[usize::try_from(kept).unwrap_or(read)..read])?;
+        }
+        Ok(read)
+    }
 }
 
 impl Read for Tee<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let read = self.blob.read(buffer)?;
-        if let Some(ingest) = &mut self.ingest {
-            ingest.write_all(&buffer[..read])?;
-        }
-        Ok(read)
+        let passed = self.pass(buffer);
+        // A source that knows them to be wrong says so with this kind.
+        self.broken |= passed.as_ref().is_err_and(|error| error.kind() != io::ErrorKind::InvalidData);
+        passed
     }
 }
 
@@ -381,23 +422,28 @@ impl Transfer<'_> {
             })
             .collect();
         let work = |offer: &&LayerSource<'_>| self.work_on(offer);
-        let worked = parallel(&unique, |offer| offer.size_bytes, work)?;
+        // Waiting for a network is not computing.
+        let is_far = unique.iter().any(|offer| offer.origin == Origin::Far);
+        let workers = if is_far { DOWNLOADS } else { threads().get().min(WORKERS_MAX) };
+        let worked = parallel(&unique, workers, |offer| offer.size_bytes, work)?;
 
-        let (mut ingests, mut layers) = (Vec::new(), Vec::new());
+        let (mut ingests, mut layers, mut absent) = (Vec::new(), Vec::new(), Vec::new());
         for (work, offer) in worked.into_iter().zip(&unique) {
             ingests.push(work.ingest.map(|ingest| (ingest, offer.expected())));
             layers.push(work.layer);
+            absent.push(work.blob_absent);
         }
         let blobs = self.publish_blobs(ingests, &unique)?;
         let layers = self.publish_layers(layers, &unique)?;
-        self.connect(&unique, &blobs, &layers)?;
+        let rows = unique.iter().zip(&blobs).zip(&layers).zip(&absent).filter(|(_, absent)| !**absent);
+        self.connect(rows.map(|(((offer, blob), layer), _)| (offer.diff_id, *blob, *layer)))?;
 
         Ok((place.iter().map(|at| blobs[*at]).collect(), place.iter().map(|at| layers[*at]).collect()))
     }
 
     /// Does for one layer what is missing of it.
     fn work_on(&self, offer: &LayerSource<'_>) -> Result<Worked, TransferError> {
-        let Self { lease, progress, cancel, .. } = *self;
+        let Self { lease, progress, .. } = *self;
         let name = format!("layer {}", offer.name());
         let task = Task::start(progress, &name, Some(offer.size_bytes));
         let layers = self.store().layers();
@@ -410,25 +456,17 @@ impl Transfer<'_> {
             layers.root(layer)?;
         }
         let (here, known) = self.look_for(offer)?;
-        if let (Some(layer), true) = (layer, known) {
+        let blob_absent = here.is_none() && offer.origin == Origin::Far;
+        if let (Some(layer), true) = (layer, known || blob_absent) {
             task.end(Outcome::Cached);
-            return Ok(Worked { ingest: None, layer: WorkedLayer::Here(layer) });
+            return Ok(Worked { ingest: None, blob_absent, layer: WorkedLayer::Here(layer) });
         }
-        let blob = self.open(offer, here)?;
-        let mut ingest = if here.is_some() { None } else { Some(self.store().content().ingest_unnamed()?) };
-        let mut tee = Tee { blob: Watched { inner: blob, task: Some(&task), cancel }, ingest: ingest.as_mut() };
-        let layer = match layer {
-            Some(layer) => {
-                self.check_diff_id(&mut tee, offer)?;
-                WorkedLayer::Here(layer)
-            }
-            None => self.unpack_alone(&mut tee, offer)?,
-        };
-        // Whatever the decompressor left, so that the blob is whole.
-        io::copy(&mut tee, &mut io::sink()).map_err(|source| read_error(offer, source))?;
-        drop(tee);
+        let (layer, ingest) = self.with_bytes(offer, here, &task, |tee| match layer {
+            Some(layer) => self.check_diff_id(tee, offer).map(|()| WorkedLayer::Here(layer)),
+            None => self.unpack_alone(tee, offer),
+        })?;
         task.end(Outcome::Done);
-        Ok(Worked { ingest, layer })
+        Ok(Worked { ingest, blob_absent: false, layer })
     }
 
     /// The blob that is offered, if it is here, and whether we found ourselves that it decompresses to its diff ID: what
@@ -442,18 +480,79 @@ impl Transfer<'_> {
         Ok((here, known == Some(offer.diff_id)))
     }
 
-    /// The bytes that are offered: those that are here, or those that somebody brings.
-    fn open<'o>(
+    /// Does `work` with the bytes that are offered: those that are here, or those that somebody brings. All of them have
+    /// passed when it is done; the ingest has those that were not here.
+    fn with_bytes<T>(
         &self,
+        offer: &LayerSource<'_>,
+        here: Option<BlobDigest>,
+        task: &Task<'_>,
+        work: impl FnOnce(&mut Tee<'_>) -> Result<T, TransferError>,
+    ) -> Result<(T, Option<Ingest>), TransferError> {
+        let mut tee = self.open(offer, here, task)?;
+        let worked = work(&mut tee).and_then(|made| {
+            // Whatever the decompressor left, so that the blob is whole.
+            io::copy(&mut tee, &mut io::sink()).map_err(|source| read_error(offer, source))?;
+            Ok(made)
+        });
+        match worked {
+            Ok(made) => Ok((made, tee.ingest)),
+            Err(error) if tee.broken || offer.origin == Origin::Near => {
+                tee.ingest.map_or(Ok(()), keep_if_any)?;
+                Err(error)
+            }
+            Err(error) => {
+                // Other bytes than were asked for explain whatever came of them. To know, the rest is needed.
+                let whole = io::copy(&mut tee, &mut io::sink()).is_ok();
+                let ingest = tee.ingest.filter(|_| whole);
+                let checked = ingest.map_or(Ok(()), |ingest| ingest.verify(offer.expected()).map(drop));
+                checked.map_or_else(|mismatch| Err(mismatch.into()), |()| Err(error))
+            }
+        }
+    }
+
+    /// Opens the bytes that are offered, and what they are to be kept in, unless they are here.
+    fn open<'o>(
+        &'o self,
         offer: &'o LayerSource<'_>,
         here: Option<BlobDigest>,
-    ) -> Result<Box<dyn Read + Send + 'o>, TransferError> {
+        task: &'o Task<'_>,
+    ) -> Result<Tee<'o>, TransferError> {
+        let content = self.store().content();
+        let tee = |bytes, ingest, kept_bytes| {
+            let blob = Watched { inner: bytes, task: Some(task), cancel: self.cancel };
+            Tee { blob, ingest, kept_bytes, broken: false }
+        };
         if let Some(digest) = here {
-            return Ok(Box::new(self.store().content().open(digest)?));
+            return Ok(tee(Box::new(content.open(digest)?), None, 0));
         }
-        let bytes = (offer.open)().map_err(|source| read_error(offer, source))?;
+        let mut ingest = match offer.origin {
+            Origin::Near => content.ingest_unnamed()?,
+            Origin::Far => match content.ingest(offer.ingest_ref()) {
+                // Somebody else fetches it right now. To wait for them could be to wait for each other.
+                Err(IngestError::Busy { .. }) => content.ingest_unnamed()?,
+                opened => opened?,
+            },
+        };
+        if ingest.offset_bytes() > offer.size_bytes {
+            ingest.restart()?;
+        }
+        let kept = ingest.offset_bytes();
+        let failed = |source| read_error(offer, source);
         // One byte too many tells that it is too long; more would only fill the disk.
-        Ok(Box::new(bytes.take(offer.size_bytes.saturating_add(1))))
+        let left = (offer.size_bytes - kept).saturating_add(1);
+        let before = ingest.read_back().map_err(failed)?.take(kept);
+        let bytes: Box<dyn Read + Send + 'o> = match kept == offer.size_bytes && kept > 0 {
+            true => Box::new(before),
+            false => match (offer.open)(kept) {
+                Ok(rest) => Box::new(before.chain(rest.take(left))),
+                Err(error) => {
+                    keep_if_any(ingest)?;
+                    return Err(failed(error));
+                }
+            },
+        };
+        Ok(tee(bytes, Some(ingest), kept))
     }
 
     /// Takes in a layer's blob and does not unpack it: reads it from whoever offers it, unless it is here, and checks
@@ -469,13 +568,7 @@ impl Transfer<'_> {
             task.end(Outcome::Cached);
             return Ok(LayerBlob { digest, size_bytes: offer.size_bytes, compression: offer.compression });
         }
-        let mut ingest = if here.is_some() { None } else { Some(self.store().content().ingest_unnamed()?) };
-        let bytes = Watched { inner: self.open(offer, here)?, task: Some(&task), cancel: self.cancel };
-        let mut tee = Tee { blob: bytes, ingest: ingest.as_mut() };
-        self.check_diff_id(&mut tee, offer)?;
-        // Whatever the decompressor left, so that the blob is whole.
-        io::copy(&mut tee, &mut io::sink()).map_err(|source| read_error(offer, source))?;
-        drop(tee);
+        let ((), ingest) = self.with_bytes(offer, here, &task, |tee| self.check_diff_id(tee, offer))?;
         let ingest = ingest.map(|ingest| (ingest, offer.expected()));
         let taken = self.publish_blobs(vec![ingest], &[offer])?;
         let blob = *taken.first().expect("because one source makes one blob");
@@ -564,14 +657,12 @@ impl Transfer<'_> {
     /// or hashed, since what an image's config says of a blob may be a lie.
     fn connect(
         &self,
-        offered: &[&LayerSource<'_>],
-        blobs: &[LayerBlob],
-        layers: &[Option<LayerId>],
+        rows: impl Iterator<Item = (DiffId, LayerBlob, Option<LayerId>)> + Clone,
     ) -> Result<(), TransferError> {
         self.store().write(|tx| {
-            for ((offer, blob), layer) in offered.iter().zip(blobs).zip(layers) {
+            for (diff_id, blob, layer) in rows.clone() {
                 if let Some(layer) = layer {
-                    record_blob(tx, offer.diff_id, blob, *layer)?;
+                    record_blob(tx, diff_id, &blob, layer)?;
                 }
             }
             Ok::<_, CatalogueError>(())
@@ -628,6 +719,10 @@ impl Transfer<'_> {
         let Self { lease, cancel, .. } = *self;
         if let Some(layer) = self.store().layers().hold_by_chain(offer.chain_id, lease)? {
             return Ok(layer);
+        }
+        // That a layer of this diff ID is here may be why the blob was not fetched.
+        if !lease.hold_if_present(blob.digest)? {
+            self.take_blob(offer)?;
         }
         let snapshots = self.store().snapshots();
         let base = if below.is_empty() { None } else { Some(snapshots.ensure(below, lease)?) };
@@ -703,7 +798,7 @@ impl Transfer<'_> {
                     Err(other) => return Err(other.into()),
                 }
                 let blob = self.make_blob(diff_id, Some(layer), Compression::None, None)?;
-                let open = || Err(io::ErrorKind::NotFound.into());
+                let open = |_| Err(io::ErrorKind::NotFound.into());
                 self.plain_source(blob.digest, tar_bytes, diff_id, chain_id, Box::new(open))
             }
             (_, archive) => {
@@ -722,9 +817,9 @@ impl Transfer<'_> {
                 drop(stage);
                 // The digest of a plain blob is its diff ID.
                 let digest = BlobDigest::from_bytes(*diff_id.as_bytes());
-                let open = move || {
+                let open = move |offset| {
                     let file = archive.try_clone()?;
-                    Ok(Box::new(FromStart { file, offset: 0 }) as Box<dyn Read + Send>)
+                    Ok(Box::new(FromStart { file, offset }) as Box<dyn Read + Send>)
                 };
                 self.plain_source(digest, tar_bytes, diff_id, chain_id, Box::new(open))
             }
@@ -741,9 +836,10 @@ impl Transfer<'_> {
         size_bytes: u64,
         diff_id: DiffId,
         chain_id: ChainId,
-        open: Box<dyn Fn() -> io::Result<Box<dyn Read + Send + 's>> + Send + Sync + 's>,
+        open: OpenBlob<'s>,
     ) -> LayerSource<'s> {
-        LayerSource { digest: Some(digest), size_bytes, compression: Compression::None, diff_id, chain_id, open }
+        let (digest, compression, origin) = (Some(digest), Compression::None, Origin::Near);
+        LayerSource { digest, size_bytes, compression, diff_id, chain_id, origin, open }
     }
 
     /// A file that nobody sees and that goes with its last handle.
@@ -1005,9 +1101,9 @@ fn scratch(op: &'static str) -> impl FnOnce(io::Error) -> TransferError {
 }
 
 /// A file read by position: other handles of it have places of their own.
-struct FromStart {
-    file: File,
-    offset: u64,
+pub(crate) struct FromStart {
+    pub(crate) file: File,
+    pub(crate) offset: u64,
 }
 
 impl Read for FromStart {
@@ -1050,6 +1146,11 @@ pub fn blobs_of_diff_id(rows: &impl Rows, diff_id: DiffId) -> Result<Vec<LayerBl
     Ok(rows.into_iter().map(blob).collect())
 }
 
+/// Leaves an ingest for a later try, unless there is nothing in it.
+fn keep_if_any(ingest: Ingest) -> Result<(), IngestError> {
+    if ingest.offset_bytes() == 0 { ingest.abort() } else { Ok(()) }
+}
+
 fn read_error(offer: &LayerSource<'_>, source: io::Error) -> TransferError {
     match source.get_ref().and_then(|inner| inner.downcast_ref::<Canceled>()) {
         Some(canceled) => (*canceled).into(),
@@ -1080,10 +1181,14 @@ pub fn threads() -> NonZero<usize> {
     std::thread::available_parallelism().unwrap_or(NonZero::<usize>::MIN)
 }
 
-/// Does `work` for all `items` on a few threads, the largest first so that none is left over at the end. After the
+/// Does `work` for all `items` on `workers` threads, the largest first so that none is left over at the end. After the
 /// first failure nothing new is begun, and that failure is the result.
-fn parallel<I: Sync, T: Send, E: Send>(
+///
+/// # Errors
+/// Those of `work`.
+pub fn parallel<I: Sync, T: Send, E: Send>(
     items: &[I],
+    workers: usize,
     weight: impl Fn(&I) -> u64,
     work: impl Fn(&I) -> Result<T, E> + Sync,
 ) -> Result<Vec<T>, E> {
@@ -1093,7 +1198,7 @@ fn parallel<I: Sync, T: Send, E: Send>(
     let results: Mutex<Vec<Option<Result<T, E>>>> = Mutex::new(items.iter().map(|_| None).collect());
     let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
     std::thread::scope(|scope| {
-        for _ in 0..threads().get().min(WORKERS_MAX).min(items.len()) {
+        for _ in 0..workers.min(items.len()) {
             scope.spawn(|| {
                 while let Some(at) = next() {
                     let result = work(&items[at]);
@@ -1125,7 +1230,7 @@ mod tests {
     #[test]
     fn parallel_keeps_the_order_of_items() {
         let items: Vec<u64> = (0..100).collect();
-        let doubled = parallel(&items, |item| *item, |item| Ok::<_, ()>(item * 2)).unwrap();
+        let doubled = parallel(&items, 4, |item| *item, |item| Ok::<_, ()>(item * 2)).unwrap();
         assert_eq!(doubled, items.iter().map(|item| item * 2).collect::<Vec<_>>());
     }
 
@@ -1164,6 +1269,7 @@ mod tests {
         let items: Vec<u64> = (0..1000).collect();
         let result = parallel(
             &items,
+            WORKERS_MAX,
             |_| 1,
             |item| {
                 begun.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
@@ -1171,6 +1277,6 @@ mod tests {
             },
         );
         assert_eq!(result, Err("no"));
-        assert!(begun.into_inner() <= threads().get() * 2 + WORKERS_MAX, "workers went on");
+        assert!(begun.into_inner() <= WORKERS_MAX * 2, "workers went on");
     }
 }

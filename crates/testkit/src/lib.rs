@@ -8,6 +8,7 @@
 //! | [`scratch`] | a directory on a real disk that unmounts and removes what a test left in it |
 //! | [`ply`] | runs the binary on a store of its own |
 //! | [`kill`] | kills a process at its n-th mutating system call |
+//! | [`registry`] | registries on loopback: Debian's, and one in memory that does wrong on demand |
 //! | [`tools`] | the other programs, with their state kept inside a scratch directory |
 //!
 //! Nothing here knows the product's crates: an oracle that shares code with what it judges shares its
@@ -16,6 +17,7 @@
 pub mod image;
 pub mod kill;
 pub mod ply;
+pub mod registry;
 pub mod scratch;
 pub mod tar;
 pub mod tools;

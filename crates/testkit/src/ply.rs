@@ -55,6 +55,8 @@ impl Ply {
         let mut command = Command::new(&self.binary);
         command.arg("--root").arg(self.root()).args(args);
         command.env_clear().env("PATH", std::env::var_os("PATH").unwrap_or_default()).env("HOME", self.scratch.path());
+        // Nothing may be fetched from outside while tests run: whoever tries finds a port that nobody listens on.
+        command.env("https_proxy", "http://127.0.0.1:1");
         command.current_dir(self.scratch.path()).stdin(Stdio::null());
         command
     }

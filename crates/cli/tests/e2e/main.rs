@@ -18,6 +18,7 @@ mod load;
 mod lock;
 mod oracle;
 mod refs;
+mod registry;
 mod save;
 mod traps;
 mod trust;

@@ -19,9 +19,8 @@ mod values;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
-use plies_image::{ImageError, LayerStoreError, NewImage, history_cache};
+use plies_image::{Found, ImageError, LayerStoreError, NewImage, history_cache};
 use plies_oci::{DiffId, ErrorKind, ImageConfig, ImageId, Platform, Reference};
 use plies_store::{CatalogueError, CommitError, Expected, IngestError, LayerId, Lease, TransferError};
 use serde::Serialize;
@@ -37,7 +36,7 @@ use crate::{Canceled, Engine};
 
 pub(crate) use config::{Config, DEFAULT_PATH};
 use graph::Lower;
-pub use remote::{Fetch, FetchRequest, Fetched, RemoteError};
+pub use remote::RemoteError;
 pub use solve::SolveError;
 pub(crate) use solve::{make_directory, user};
 
@@ -46,9 +45,6 @@ const DOCKERFILE_BYTES_MAX: u64 = 16 << 20;
 
 /// The build argument that takes the place of a file's `# check=` line, as in BuildKit.
 const CHECK_ARG: &str = "BUILDKIT_DOCKERFILE_CHECK";
-
-/// Digits of an image ID that `FROM` takes for one: as many as docker prints.
-const ID_DIGITS_MIN: usize = 12;
 
 /// What to build.
 #[derive(Debug, Clone, Default)]
@@ -67,6 +63,8 @@ pub struct BuildRequest {
     pub labels: Vec<(String, String)>,
     /// Run every step, whatever is cached.
     pub no_cache: bool,
+    /// Ask the registries for images to build on, also for those that are here.
+    pub pull: bool,
     /// Images that may have the results of steps that the build cache has not, in the order in which they are asked.
     pub cache_from: Vec<String>,
     /// Say for every step where its result came from.
@@ -75,8 +73,6 @@ pub struct BuildRequest {
     pub executor: ExecutorChoice,
     /// Directories in which OCI runtimes are looked for.
     pub search_path: Vec<PathBuf>,
-    /// Who downloads what ADD takes from the network. Without it such a step fails.
-    pub fetch: Option<Arc<dyn Fetch>>,
 }
 
 /// What was built.
@@ -215,9 +211,13 @@ impl Engine {
         let args = build_args(request, &dockerfile, &platform)?;
         let ignore = ignore_of(request)?;
         let plan = self.with_lease("check a Dockerfile", |lease| {
-            let mut find_image = |name: &str| match self.base_image(name, lease) {
-                Ok(image) => Ok(image),
-                Err(_) => {
+            let here = |name: &str| {
+                let found = self.find_image(name).ok().filter(|found| found.name.is_some())?;
+                self.base_image(name, &found, lease).ok()
+            };
+            let mut find_image = |name: &str| match here(name) {
+                Some(image) => Ok(image),
+                None => {
                     let config = Config::scratch(&platform).finish(None, &[], &[]);
                     let config = ImageConfig::parse(&config).map_err(|error| with_causes(&error))?;
                     Ok(graph::BaseImage { config, name: name.to_owned() })
@@ -248,7 +248,16 @@ impl Engine {
     ) -> Result<Built, BuildError> {
         let platform = Platform::host();
         let args = build_args(request, dockerfile, &platform)?;
-        let mut find_image = |name: &str| self.base_image(name, lease);
+        let mut find_image = |name: &str| {
+            let found = self.ensure_image(name, request.pull, &platform, progress, cancel);
+            let found = found.map_err(|error| match self.find_image(name) {
+                Err(ImageError::NotFound { .. }) => {
+                    format!("image {name:?} is not here and could not be pulled: {}", with_causes(&error))
+                }
+                _ => with_causes(&error),
+            })?;
+            self.base_image(name, &found, lease)
+        };
         let ignore = ignore_of(request)?;
         let plan = graph::lower(
             &Lower {
@@ -278,6 +287,7 @@ impl Engine {
         let context = Tree::context(open_context(&request.context)?, Some(ignore)).cancelable(cancel);
         let executor = exec::pick(&request.executor, self.store().run_dir(), &request.search_path)?;
         let cache_from = cache_from::CacheFrom::open(self, &request.cache_from, &platform, progress);
+        let session = self.registries(cancel);
         let solver = solve::Solver {
             engine: self,
             graph: &plan.graph,
@@ -289,7 +299,7 @@ impl Engine {
             progress,
             cancel,
             no_cache: request.no_cache,
-            fetch: request.fetch.as_deref(),
+            client: &session.client,
         };
         let solved = solver.solve(plan.target).map_err(|failed| match failed.error {
             SolveError::Canceled(canceled) => canceled.into(),
@@ -346,17 +356,8 @@ impl Engine {
         })
     }
 
-    /// An image to build on, held by `lease`. An ID counts only if it is long enough to be meant: a misspelt name must
-    /// not find an image whose ID happens to begin so.
-    fn base_image(&self, name: &str, lease: &Lease) -> Result<graph::BaseImage, String> {
-        let missing = || format!("image {name:?} is not here: load it first (pulling comes with a later version)");
-        let found = self.find_image(name).map_err(|error| match error {
-            ImageError::NotFound { .. } => missing(),
-            other => with_causes(&other),
-        })?;
-        if found.name.is_none() && name.strip_prefix("sha256:").unwrap_or(name).len() < ID_DIGITS_MIN {
-            return Err(missing());
-        }
+    /// An image to build on, held by `lease`.
+    fn base_image(&self, name: &str, found: &Found, lease: &Lease) -> Result<graph::BaseImage, String> {
         let held = match found.row.snapshot {
             Some(snapshot) => lease.hold_if_present(snapshot).map_err(|error| with_causes(&error))?,
             None => true,

@@ -1,16 +1,16 @@
 //! What `ADD` takes from elsewhere: downloads and git repositories.
 //!
-//! Neither is done here. A download is asked of a [`Fetch`], which whoever speaks HTTP gives with the request; a
-//! repository is `git`'s business, which is run as a program.
+//! Neither is done here. Downloads are made by the client that also speaks to registries; a repository is `git`'s
+//! business, which is run as a program.
 
-use std::fmt;
-use std::io::{self, Read};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use plies_oci::ErrorKind;
+use plies_registry::RegistryError;
 
 use crate::exec::Cancel;
 
@@ -26,63 +26,14 @@ const GIT_POLL: Duration = Duration::from_millis(20);
 /// How much of what `git` says an error repeats, in characters.
 const GIT_SAYS_CHARS_MAX: usize = 2000;
 
-/// A download.
-#[derive(Debug, Clone, Copy)]
-pub struct FetchRequest<'a> {
-    /// `http://` or `https://`.
-    pub url: &'a str,
-    /// The `ETag` of what is here already: if it is still that, nothing need come.
-    pub etag: Option<&'a str>,
-    /// The `Last-Modified` of what is here already.
-    pub last_modified: Option<&'a str>,
-}
-
-/// What became of a [`FetchRequest`].
-pub enum Fetched {
-    /// What is here is what is there.
-    NotModified,
-    /// It comes.
-    Body {
-        /// The bytes, after redirects, without any transfer coding. A body that stops early is an error of the reader.
-        bytes: Box<dyn Read>,
-        /// `ETag`
-        etag: Option<String>,
-        /// `Last-Modified`
-        last_modified: Option<String>,
-    },
-}
-
-impl fmt::Debug for Fetched {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::NotModified => f.write_str("NotModified"),
-            Self::Body { etag, last_modified, .. } => {
-                f.debug_struct("Body").field("etag", etag).field("last_modified", last_modified).finish_non_exhaustive()
-            }
-        }
-    }
-}
-
-/// Downloads files: a client of HTTP.
-pub trait Fetch: fmt::Debug + Send + Sync {
-    /// Asks for a file, follows redirects, and gives what came with status 200, or that 304 came.
-    ///
-    /// # Errors
-    /// Anything else. The error says the status; its kind is `NotFound` for 404 and 410.
-    fn fetch(&self, request: &FetchRequest<'_>, cancel: &Cancel) -> io::Result<Fetched>;
-}
-
 /// Why something from elsewhere can't be added.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum RemoteError {
-    /// There is nobody to ask.
-    #[error("download {url}: this build of Plies speaks no HTTP (download it into the context)")]
-    NoClient {
-        /// What was asked for.
-        url: String,
-    },
-    /// It did not come.
+    /// Nothing came.
+    #[error(transparent)]
+    Refused(#[from] RegistryError),
+    /// Not all of it came.
     #[error("download {url}")]
     Download {
         /// What was asked for.
@@ -151,8 +102,8 @@ impl RemoteError {
     /// What a caller can do about it.
     pub fn kind(&self) -> ErrorKind {
         match self {
-            Self::NoClient { .. } | Self::NoGit { .. } => ErrorKind::FailedPrecondition,
-            Self::Download { source, .. } if source.kind() == io::ErrorKind::NotFound => ErrorKind::NotFound,
+            Self::NoGit { .. } => ErrorKind::FailedPrecondition,
+            Self::Refused(source) => source.kind(),
             Self::Download { .. } | Self::Git { .. } | Self::Io { .. } => ErrorKind::Unavailable,
             Self::TooLong { .. } => ErrorKind::Limit,
             Self::Checksum { .. } => ErrorKind::DataLoss,

@@ -18,12 +18,13 @@ use plies_cache::{
     Accessor, CacheError, CacheKey, Changes, ImmutableRef, KeyBuilder, Parents, RecordOptions, RecordRow, State, Value,
 };
 use plies_oci::{BlobDigest, Compression, DiffId, ErrorKind, limits};
+use plies_registry::{self as registry, Client};
 use plies_store::{Attach, CatalogueError, LayerError, LayerId, Mounted, SnapshotError, Stamp, canceled_inside};
 
 use super::cache_from::CacheFrom;
 use super::config::DEFAULT_PATH;
 use super::graph::{CopyOp, FilesFrom, Graph, Op, RunOp, Vertex, VertexId};
-use super::remote::{DOWNLOAD_BYTES_MAX, Download, Fetch, FetchRequest, Fetched, GitSource, RemoteError};
+use super::remote::{DOWNLOAD_BYTES_MAX, Download, GitSource, RemoteError};
 use crate::context::{
     self, Chmod, ContentHash, CopyError, CopyOptions, Destination, HashError, Owner, SelectError, Selection, Tree,
 };
@@ -254,7 +255,7 @@ pub(crate) struct Solver<'a> {
     pub(crate) cancel: &'a Cancel,
     pub(crate) no_cache: bool,
     /// Who downloads.
-    pub(crate) fetch: Option<&'a dyn Fetch>,
+    pub(crate) client: &'a Client,
     /// Images that are asked for what the cache has not.
     pub(crate) cache_from: &'a CacheFrom,
     /// Say for every step where its result came from.
@@ -371,7 +372,7 @@ impl Solver<'_> {
             Op::Image { diff_ids, name } => {
                 let key = KeyBuilder::new("image", KEY_VERSION).list(diff_ids.iter().map(DiffId::as_bytes)).finish();
                 let base_diff_ids = diff_ids.clone();
-                let tree = self.engine.image_record(diff_ids, name).map_err(Box::new)?;
+                let tree = self.engine.image_record(diff_ids, name, self.cancel).map_err(Box::new)?;
                 let solved = Solved { key, tree, base_diff_ids, layers: vec![], made: None };
                 Ok((solved, Outcome::Cached))
             }
@@ -472,17 +473,19 @@ impl Solver<'_> {
         {
             return Ok((self.alone(tree.clone(), file_name)?, Outcome::Cached));
         }
-        let failed = |source| RemoteError::Download { url: url.clone(), source };
-        let client = self.fetch.ok_or_else(|| RemoteError::NoClient { url: url.clone() })?;
         let (etag, last_modified) = match &known {
             Some(tree) => (of(tree, HTTP_ETAG)?, of(tree, HTTP_MODIFIED)?),
             None => (None, None),
         };
-        let request = FetchRequest { url, etag: etag.as_deref(), last_modified: last_modified.as_deref() };
         let old = known.as_ref().map(ImmutableRef::id);
-        let (mut bytes, etag, last_modified) = match (client.fetch(&request, self.cancel).map_err(failed)?, known) {
+        let came = self.client.download(url, etag.as_deref(), last_modified.as_deref());
+        let came = came.map_err(|error| match self.cancel.is_canceled() {
+            false => SolveError::from(RemoteError::from(error)),
+            true => Canceled.into(),
+        })?;
+        let (mut bytes, etag, last_modified) = match (came, known) {
             // What is here can't be what the file expects: that was looked at before.
-            (Fetched::NotModified, Some(tree)) => {
+            (registry::Download::NotModified, Some(tree)) => {
                 let actual = of(&tree, HTTP_CHECKSUM)?.unwrap_or_default();
                 return match checksum {
                     Some(expected) => {
@@ -491,11 +494,11 @@ impl Solver<'_> {
                     None => Ok((self.alone(tree, file_name)?, Outcome::Cached)),
                 };
             }
-            (Fetched::NotModified, None) => {
+            (registry::Download::NotModified, None) => {
                 let source = io::Error::other("not modified, says the server, and nothing is here");
-                return Err(failed(source).into());
+                return Err(RemoteError::Download { url: url.clone(), source }.into());
             }
-            (Fetched::Body { bytes, etag, last_modified }, _) => (bytes, etag, last_modified),
+            (registry::Download::Body { bytes, etag, last_modified }, _) => (bytes, etag, last_modified),
         };
         let options = RecordOptions { description: Some(short(name)), ..RecordOptions::by("build") };
         let record = self.cache.create(None, &options)?;
