@@ -10,7 +10,7 @@ use anyhow::Context as _;
 use clap::CommandFactory as _;
 use clap::error::ErrorKind;
 use jiff::Timestamp;
-use plies_engine::build::BuildRequest;
+use plies_engine::build::{BuildRequest, RunOptions};
 use plies_engine::dockerfile::Warning;
 use plies_engine::exec::Cancel;
 use plies_engine::{
@@ -303,6 +303,14 @@ fn run_build(engine: &Engine, global: &Global, build: args::Build, cancel: &Canc
         explain: build.explain,
         executor: build.executor.executor,
         search_path: search_path(),
+        run: RunOptions {
+            no_network: build.network == args::RunNetwork::None,
+            add_hosts: build.add_host,
+            limits: build.ulimit,
+            shm_size_bytes: build.shm_size,
+        },
+        secrets: build.secret,
+        ssh: build.ssh,
         fetch: None,
     };
     if build.check {

@@ -106,6 +106,8 @@ pub struct Engine {
     store: Store,
     cache: Manager,
     limits: Limits,
+    /// Caches that steps use, of all builds that run in this process.
+    cache_mounts: build::CacheMounts,
 }
 
 impl Engine {
@@ -128,7 +130,7 @@ impl Engine {
         let checker: Option<Arc<dyn SharedChecker>> = Some(Arc::new(prune::ImageChecker::new(store.clone())));
         let cache_options = ManagerOptions { limits: limits.clone(), checker, warn: options.warn };
         let cache = Manager::open(store.clone(), cache_options)?;
-        Ok(Self { store, cache, limits })
+        Ok(Self { store, cache, limits, cache_mounts: build::CacheMounts::default() })
     }
 
     /// Gives the store up, telling what went wrong.
@@ -143,6 +145,10 @@ impl Engine {
 
     pub(crate) fn store(&self) -> &Store {
         &self.store
+    }
+
+    pub(crate) fn cache_mounts(&self) -> &build::CacheMounts {
+        &self.cache_mounts
     }
 
     pub(crate) fn limits(&self) -> &Limits {

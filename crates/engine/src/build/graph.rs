@@ -12,7 +12,7 @@ use super::values::{absolute, exposed, has_drive, healthcheck, is_signal};
 use crate::dockerfile::words::{Expansion, Lexer, Variables as _};
 use crate::dockerfile::{
     self, Add, BuildArgs, CommandLine, Copy, CopyFrom, CopySource, Dockerfile, DockerfileError, Ignore, Instruction,
-    InstructionKind, Invocation, Location, Rule, Run, RunNetwork, RunSecurity, Scope, Stage, Warning,
+    InstructionKind, Invocation, Location, Mount, MountKind, Rule, Run, RunNetwork, RunSecurity, Scope, Stage, Warning,
 };
 
 /// A vertex of a [`Graph`].
@@ -37,6 +37,18 @@ pub(crate) struct RunOp {
     pub(crate) working_dir: String,
     /// As in the config: empty means root.
     pub(crate) user: String,
+    pub(crate) mounts: Vec<MountOp>,
+    pub(crate) network: RunNetwork,
+}
+
+/// What a process sees beside its tree.
+#[derive(Debug, Clone)]
+pub(crate) struct MountOp {
+    pub(crate) kind: MountKind,
+    /// Where a bind mount's files come from, and what a cache begins with.
+    pub(crate) from: Option<FilesFrom>,
+    /// Absolute; `None` for a secret that is only a variable.
+    pub(crate) target: Option<String>,
 }
 
 /// Files to put into a tree.
@@ -692,16 +704,10 @@ impl<'a> Lowering<'a> {
             let message = format!("RUN {focus} is not supported yet");
             Err(self.dockerfile.error(instruction.location, focus, message))
         };
-        if !run.mounts.is_empty() {
-            return refuse("--mount");
-        }
-        // What every step has here anyway is no promise broken.
-        if run.network == RunNetwork::None {
-            return refuse("--network=none");
-        }
         if run.security == RunSecurity::Insecure {
             return refuse("--security=insecure");
         }
+        let mounts = self.mounts(current, instruction.location, run)?;
         let lowered = &mut current.lowered;
         let pairs = |(name, value): (&str, &str)| (name.to_owned(), value.to_owned());
         let invocation = run.invocation(&lowered.config.shell());
@@ -714,15 +720,51 @@ impl<'a> Lowering<'a> {
             unkeyed_env: self.args.proxies().map(pairs).collect(),
             working_dir: lowered.config.working_dir().to_owned(),
             user: lowered.config.user().to_owned(),
+            mounts,
+            network: run.network,
         };
         let name = format!("{}{}", current.label, instruction.text);
         lowered.vertex = self.graph.add(Op::Run { base: lowered.vertex, run: op }, name, instruction.location);
         Ok(created_by)
     }
 
-    fn copy(&mut self, current: &mut Current, instruction: &Instruction, copy: &Copy) -> Result<(), DockerfileError> {
-        let at = instruction.location;
-        let from = match &copy.from {
+    fn mounts(&mut self, current: &Current, at: Location, run: &Run) -> Result<Vec<MountOp>, DockerfileError> {
+        let mut mounts = Vec::new();
+        for mount in &run.mounts {
+            let scope = &current.lowered.scope;
+            let mut expansions = Vec::new();
+            let resolved = mount.resolve(&mut |value| {
+                let expanded = self.lexer.expand(value, scope)?;
+                let text = expanded.text.clone();
+                expansions.push(expanded);
+                Ok(text)
+            });
+            let Mount { kind, target } = resolved.map_err(|error| self.dockerfile.mount_error(at, &error))?;
+            for expanded in &expansions {
+                self.warn_of_unset(scope, at, expanded);
+            }
+            let from = match (&mount.from, &kind) {
+                (Some(from), _) => Some(self.files_from(from, at)?),
+                (None, MountKind::Bind { .. }) => Some(FilesFrom::Context),
+                (None, _) => None,
+            };
+            let target = match (target, &kind) {
+                (Some(target), _) => Some(absolute(current.lowered.config.working_dir(), &target)),
+                // As in BuildKit.
+                (None, MountKind::Ssh { .. }) => Some(format!("/run/buildkit/ssh_agent.{}", mounts.len())),
+                (None, _) => None,
+            };
+            if target.as_deref() == Some("/") {
+                let message = "the root file system cannot be mounted over: give a target below it";
+                return Err(self.dockerfile.error(at, &mount.text, message));
+            }
+            mounts.push(MountOp { kind, from, target });
+        }
+        Ok(mounts)
+    }
+
+    fn files_from(&mut self, from: &CopyFrom, at: Location) -> Result<FilesFrom, DockerfileError> {
+        Ok(match from {
             CopyFrom::Context => FilesFrom::Context,
             CopyFrom::Stage(stage) => {
                 self.ensure(*stage)?;
@@ -736,7 +778,12 @@ impl<'a> Lowering<'a> {
                 let image = self.image(name, at)?;
                 FilesFrom::Vertex(self.image_vertex(&image, format!("FROM {name}"), at))
             }
-        };
+        })
+    }
+
+    fn copy(&mut self, current: &mut Current, instruction: &Instruction, copy: &Copy) -> Result<(), DockerfileError> {
+        let at = instruction.location;
+        let from = self.files_from(&copy.from, at)?;
         let (paths, inline) = self.sources(current, at, &copy.sources)?;
         for path in &paths {
             if let Ok(Some(_)) = Remote::parse(path) {
@@ -896,7 +943,7 @@ impl<'a> Lowering<'a> {
 }
 
 /// A name as a pattern that matches nothing else.
-fn escaped(name: &str) -> String {
+pub(crate) fn escaped(name: &str) -> String {
     let special = |c| matches!(c, '*' | '?' | '[' | '\\');
     name.chars().flat_map(|c| special(c).then_some('\\').into_iter().chain([c])).collect()
 }

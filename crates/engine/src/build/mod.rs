@@ -4,6 +4,7 @@
 //! mod.rs     the request: reads the context and the Dockerfile, runs the four steps
 //! graph.rs   a Dockerfile becomes a graph of operations and a config
 //! solve.rs   operations become snapshots: from the cache, or by doing them
+//! mounts.rs  what RUN --mount shows
 //! remote.rs  what ADD takes from elsewhere
 //! values.rs  what single values of instructions mean
 //! config.rs  the image config in the making
@@ -13,6 +14,7 @@
 mod cache_from;
 mod config;
 mod graph;
+mod mounts;
 mod remote;
 mod solve;
 mod values;
@@ -30,13 +32,15 @@ use crate::context::Tree;
 use crate::dockerfile::{
     self, BuildArgs, CheckOptions, Dockerfile, DockerfileError, Ignore, IgnoreError, Location, Warning,
 };
-use crate::exec::{self, Cancel, ExecError, ExecutorChoice};
+use crate::exec::{self, Cancel, ExecError, ExecutorChoice, ResourceLimit};
 use crate::images::{ImagesError, plain_name};
 use crate::progress::{Outcome, Progress, Task};
 use crate::{Canceled, Engine};
 
 pub(crate) use config::{Config, DEFAULT_PATH};
 use graph::Lower;
+pub(crate) use mounts::CacheMounts;
+pub use mounts::{MountError, SECRET_BYTES_MAX, Secret, SecretSource, SshAgent};
 pub use remote::{Fetch, FetchRequest, Fetched, RemoteError};
 pub use solve::SolveError;
 pub(crate) use solve::{make_directory, user};
@@ -75,8 +79,27 @@ pub struct BuildRequest {
     pub executor: ExecutorChoice,
     /// Directories in which OCI runtimes are looked for.
     pub search_path: Vec<PathBuf>,
+    /// How commands are run.
+    pub run: RunOptions,
+    /// Secrets that commands may ask for.
+    pub secrets: Vec<Secret>,
+    /// SSH agents that commands may ask for.
+    pub ssh: Vec<SshAgent>,
     /// Who downloads what ADD takes from the network. Without it such a step fails.
     pub fetch: Option<Arc<dyn Fetch>>,
+}
+
+/// How a build's commands are run: part of their keys.
+#[derive(Debug, Clone, Default)]
+pub struct RunOptions {
+    /// Commands that don't say otherwise have no network.
+    pub no_network: bool,
+    /// More lines of `/etc/hosts`: name and address.
+    pub add_hosts: Vec<(String, String)>,
+    /// Limits of their processes.
+    pub limits: Vec<ResourceLimit>,
+    /// How much `/dev/shm` holds; 64 MiB if nothing is said.
+    pub shm_size_bytes: Option<u64>,
 }
 
 /// What was built.
@@ -280,6 +303,7 @@ impl Engine {
         let context = Tree::context(open_context(&request.context)?, Some(ignore)).cancelable(cancel);
         let executor = exec::pick(&request.executor, self.store().run_dir(), &request.search_path)?;
         let cache_from = cache_from::CacheFrom::open(self, &request.cache_from, &platform, progress);
+        let hosts = solve::HostsFile::write(self.store().run_dir(), &request.run.add_hosts)?;
         let solver = solve::Solver {
             engine: self,
             cache_from: &cache_from,
@@ -291,6 +315,10 @@ impl Engine {
             cancel,
             no_cache: request.no_cache,
             fetch: request.fetch.as_deref(),
+            run_options: &request.run,
+            hosts: hosts.path(),
+            secrets: &request.secrets,
+            ssh: &request.ssh,
         };
         let solved = solver.solve(&plan.graph, plan.target).map_err(|failed| match failed.error {
             SolveError::Canceled(canceled) => canceled.into(),

@@ -20,24 +20,27 @@ use plies_cache::{
 use plies_oci::{BlobDigest, Compression, DiffId, ErrorKind, limits};
 use plies_store::{Attach, CatalogueError, LayerError, LayerId, Mounted, SnapshotError, Stamp, canceled_inside};
 
+use super::RunOptions;
 use super::cache_from::CacheFrom;
 use super::config::DEFAULT_PATH;
 use super::graph::{CopyOp, FilesFrom, Graph, Op, RunOp, VertexId};
+use super::mounts::{MountError, Prepared, Secret, SshAgent};
 use super::remote::{DOWNLOAD_BYTES_MAX, Download, Fetch, FetchRequest, Fetched, GitSource, RemoteError};
 use crate::context::{
     self, Chmod, ContentHash, CopyError, CopyOptions, Destination, HashError, Owner, SelectError, Selection, Tree,
 };
-use crate::dockerfile::{Ignore, IgnoreError, Location, SCRIPT_DIR};
+use crate::dockerfile::{Ignore, IgnoreError, Location, RunNetwork, SCRIPT_DIR};
 use crate::exec::{
     self, Access, Cancel, ExecError, Executor, MountSource, Network, Step, StepMount, Streams, User, UserError,
     resolve_user,
 };
 use crate::progress::{Outcome, Progress, Task, Watched};
 use crate::records::RecordsError;
+use crate::run::RunError;
 use crate::{Canceled, Engine};
 
 /// Goes up when a step comes to mean something else, so that results of an older Plies are not taken for it.
-const KEY_VERSION: u32 = 3;
+const KEY_VERSION: u32 = 4;
 
 /// What is kept with the record of a download, under BuildKit's names.
 const HTTP_CHECKSUM: &str = "http.checksum";
@@ -57,6 +60,9 @@ const OUTPUT_BYTES_MAX: usize = 2 << 20;
 
 /// Characters of a command that an error quotes.
 const COMMAND_CHARS_MAX: usize = 200;
+
+/// Where a step looks up names first.
+const HOSTS: &str = "/etc/hosts";
 
 /// Longest description of a record.
 const DESCRIPTION_CHARS_MAX: usize = 300;
@@ -119,6 +125,12 @@ pub enum SolveError {
         /// Where.
         path: EntryPath,
     },
+    /// What is mounted into it.
+    #[error(transparent)]
+    Mount(#[from] MountError),
+    /// A cache of it is in use.
+    #[error(transparent)]
+    CacheInUse(#[from] Box<RunError>),
     /// A download or a repository.
     #[error(transparent)]
     Remote(#[from] RemoteError),
@@ -173,6 +185,8 @@ impl SolveError {
             Self::Hash(source) => source.kind(),
             Self::Copy(source) => source.kind(),
             Self::Exclude(source) => source.kind(),
+            Self::Mount(source) => source.kind(),
+            Self::CacheInUse(source) => source.kind(),
             Self::Remote(source) => source.kind(),
             Self::Chmod(_) | Self::Link { .. } => ErrorKind::InvalidInput,
             Self::TooManyLayers { .. } => ErrorKind::Limit,
@@ -258,6 +272,12 @@ pub(crate) struct Solver<'a> {
     pub(crate) cache_from: &'a CacheFrom,
     /// Say for every step where its result came from.
     pub(crate) explain: bool,
+    /// How all commands are run.
+    pub(crate) run_options: &'a RunOptions,
+    /// What steps see as `/etc/hosts`.
+    pub(crate) hosts: &'a Path,
+    pub(crate) secrets: &'a [Secret],
+    pub(crate) ssh: &'a [SshAgent],
 }
 
 /// What a step made, besides what can be seen in its tree.
@@ -290,7 +310,7 @@ impl Made {
 }
 
 /// Where an operation's files come from, opened.
-enum Source<'a> {
+pub(super) enum Source<'a> {
     Context(&'a Tree),
     Stage(Box<Stage>),
 }
@@ -304,14 +324,14 @@ struct Part<'a> {
 }
 
 /// The tree of an earlier stage or of an image.
-struct Stage {
+pub(super) struct Stage {
     tree: Tree,
     /// Keeps it mounted; the empty tree needs no mount.
     _mounted: Option<Mounted>,
 }
 
 impl Source<'_> {
-    fn tree(&self) -> &Tree {
+    pub(super) fn tree(&self) -> &Tree {
         match self {
             Source::Context(tree) => tree,
             Source::Stage(stage) => &stage.tree,
@@ -398,8 +418,8 @@ impl Solver<'_> {
             }
             Op::Run { base, run } => {
                 let base = results.of(*base);
-                let key = run_key(run, &base.key);
-                self.step(base, key, name, task, |root, path| self.run(run, root, path, task))
+                let key = self.run_key(run, &base.key, results)?;
+                self.step(base, key, name, task, |root, path| self.run(run, results, root, path, task))
             }
             Op::Directory { base, path, user } => {
                 let base = results.of(*base);
@@ -734,26 +754,85 @@ impl Solver<'_> {
         }
     }
 
-    fn run(&self, run: &RunOp, root: BorrowedFd<'_>, path: &Path, task: Option<&Task<'_>>) -> Result<Made, SolveError> {
+    fn run_key(&self, run: &RunOp, base: &CacheKey, results: &Results) -> Result<CacheKey, SolveError> {
+        let script = run.invocation.script.iter().flat_map(|(name, text)| [name, text]);
+        let limit = |of: Option<u64>| of.map_or("-1".to_owned(), |of| of.to_string());
+        let limits = self.run_options.limits.iter();
+        let limits = limits.flat_map(|of| [of.name().to_owned(), limit(of.soft), limit(of.hard)]);
+        let key = KeyBuilder::new("run", KEY_VERSION)
+            .input(base)
+            .list(run.invocation.argv.iter())
+            .list(script.collect::<Vec<_>>())
+            .list(run.env.iter().flat_map(|(name, value)| [name, value]).collect::<Vec<_>>())
+            .bytes(run.working_dir.as_bytes())
+            .bytes(run.user.as_bytes())
+            .number((self.network(run) == Network::None).into())
+            .list(self.run_options.add_hosts.iter().flat_map(|(name, address)| [name, address]).collect::<Vec<_>>())
+            .list(limits.collect::<Vec<_>>())
+            .number(self.run_options.shm_size_bytes.unwrap_or(0));
+        Ok(self.key_of_mounts(run, results, key)?.finish())
+    }
+
+    /// Steps have the host's network, as under `docker build --network=host`, unless they are to have none.
+    fn network(&self, run: &RunOp) -> Network {
+        match (run.network, self.run_options.no_network) {
+            (RunNetwork::None, _) | (RunNetwork::Default, true) => Network::None,
+            (RunNetwork::Host, _) | (RunNetwork::Default, false) => Network::Host,
+        }
+    }
+
+    fn run(
+        &self,
+        run: &RunOp,
+        results: &Results,
+        root: BorrowedFd<'_>,
+        path: &Path,
+        task: Option<&Task<'_>>,
+    ) -> Result<Made, SolveError> {
+        let mut prepared = self.prepare_mounts(run, results)?;
+        let made = self.run_prepared(run, &mut prepared, root, path, task);
+        let ended = prepared.end();
+        let made = made?;
+        ended.map(|()| made)
+    }
+
+    fn run_prepared(
+        &self,
+        run: &RunOp,
+        prepared: &mut Prepared<'_>,
+        root: BorrowedFd<'_>,
+        path: &Path,
+        task: Option<&Task<'_>>,
+    ) -> Result<Made, SolveError> {
         make_directory(root, &run.working_dir, None)?;
         let os = |(name, value): &(String, String)| (OsString::from(name), OsString::from(value));
         let mut mounts = StepMount::host_network_files();
+        mounts.retain(|mount| mount.target != Path::new(HOSTS));
+        let source = MountSource::Bind { path: self.hosts.to_owned(), access: Access::ReadOnly };
+        mounts.push(StepMount { target: HOSTS.into(), source });
+        mounts.extend(self.run_options.shm_size_bytes.map(|bytes| StepMount {
+            target: "/dev/shm".into(),
+            source: MountSource::Tmpfs { size_bytes: Some(bytes), access: Access::ReadWrite },
+        }));
         let script = run.invocation.script.as_ref();
         let script = script.map(|(name, text)| Script::write(self.engine.store().run_dir(), name, text)).transpose()?;
         mounts.extend(script.as_ref().map(Script::mount));
+        mounts.append(&mut prepared.mounts);
         let user = user(root, &run.user)?;
         let defaults =
             [("PATH".to_owned(), DEFAULT_PATH.to_owned()), ("HOME".to_owned(), exec::home_of(root, user.uid)?)];
         let step = Step {
             args: run.invocation.argv.iter().map(OsString::from).collect(),
             // Of equal names the last counts.
-            env: defaults.iter().chain(&run.unkeyed_env).chain(&run.env).map(os).collect(),
+            env: defaults.iter().chain(&run.unkeyed_env).chain(&run.env).chain(&prepared.env).map(os).collect(),
             cwd: PathBuf::from(&run.working_dir),
             user,
             rootfs: path.to_owned(),
             mounts,
             hostname: "buildkitsandbox".into(),
-            network: Network::Host,
+            network: self.network(run),
+            limits: self.run_options.limits.clone(),
+            secret: prepared.secret,
             streams: Streams::Captured,
         };
         let left_bytes = AtomicUsize::new(OUTPUT_BYTES_MAX);
@@ -770,7 +849,7 @@ impl Solver<'_> {
         Ok(Made::default())
     }
 
-    fn source(&self, from: FilesFrom, results: &Results) -> Result<Source<'_>, SolveError> {
+    pub(super) fn source(&self, from: FilesFrom, results: &Results) -> Result<Source<'_>, SolveError> {
         let FilesFrom::Vertex(vertex) = from else { return Ok(Source::Context(self.context)) };
         let mounted = match &results.of(vertex).tree {
             Some(tree) => tree.mount(Attach::Detached, self.cancel)?,
@@ -839,25 +918,13 @@ impl Op {
     }
 }
 
-fn run_key(run: &RunOp, base: &CacheKey) -> CacheKey {
-    let script = run.invocation.script.iter().flat_map(|(name, text)| [name, text]);
-    KeyBuilder::new("run", KEY_VERSION)
-        .input(base)
-        .list(run.invocation.argv.iter())
-        .list(script.collect::<Vec<_>>())
-        .list(run.env.iter().flat_map(|(name, value)| [name, value]).collect::<Vec<_>>())
-        .bytes(run.working_dir.as_bytes())
-        .bytes(run.user.as_bytes())
-        .finish()
-}
-
 /// A record's description: a Dockerfile's line can hold a whole script.
-fn short(name: &str) -> String {
+pub(super) fn short(name: &str) -> String {
     name.chars().take(DESCRIPTION_CHARS_MAX).collect()
 }
 
-/// Distinguishes the scripts of one process.
-static NEXT_SCRIPT: AtomicU64 = AtomicU64::new(0);
+/// Distinguishes the scripts and other files of one process.
+static NEXT_FILE: AtomicU64 = AtomicU64::new(0);
 
 /// Makes a directory with its parents (0755, the owner's or root's) inside a root; what is there is left alone.
 pub(crate) fn make_directory(root: BorrowedFd<'_>, path: &str, owner: Option<Owner>) -> Result<(), SolveError> {
@@ -926,6 +993,34 @@ impl Write for TaskOutput<'_> {
     }
 }
 
+/// What a build's steps see as `/etc/hosts`, as BuildKit writes it; gone when dropped.
+pub(super) struct HostsFile(PathBuf);
+
+impl HostsFile {
+    pub(super) fn write(run_dir: &Path, more: &[(String, String)]) -> Result<Self, SolveError> {
+        use std::os::unix::fs::OpenOptionsExt as _;
+        let path = run_dir.join(format!("hosts-{}", NEXT_FILE.fetch_add(1, Ordering::Relaxed)));
+        let mut text = "127.0.0.1\tlocalhost buildkitsandbox\n::1\tlocalhost ip6-localhost ip6-loopback\n".to_owned();
+        more.iter().for_each(|(name, address)| text.push_str(&format!("{address}\t{name}\n")));
+        let file = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o644).open(&path);
+        let written = file.and_then(|mut file| file.write_all(text.as_bytes()));
+        match written {
+            Ok(()) => Ok(Self(path)),
+            Err(source) => Err(SolveError::Io { op: "write", path, source }),
+        }
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for HostsFile {
+    fn drop(&mut self) {
+        drop(std::fs::remove_file(&self.0));
+    }
+}
+
 /// A here-document that is executed: a file in a directory of its own, gone when dropped.
 struct Script {
     dir: PathBuf,
@@ -934,7 +1029,7 @@ struct Script {
 impl Script {
     fn write(run_dir: &Path, name: &str, text: &str) -> Result<Self, SolveError> {
         use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
-        let dir = run_dir.join(format!("script-{}", NEXT_SCRIPT.fetch_add(1, Ordering::Relaxed)));
+        let dir = run_dir.join(format!("script-{}", NEXT_FILE.fetch_add(1, Ordering::Relaxed)));
         let io = |op, path: PathBuf| move |source| SolveError::Io { op, path, source };
         std::fs::create_dir(&dir).map_err(io("create directory", dir.clone()))?;
         let script = Self { dir };
