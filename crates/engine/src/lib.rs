@@ -13,7 +13,9 @@
 //! ```
 //!
 //! # Locks
-//! None here. Threads of one request share nothing but the store, whose own locks are described there.
+//! Of a build's own: the queue of what is to be solved; a step's turn (`build::Steps`), held while the step is done;
+//! then the caches in use (`build::CacheMounts`), held while one is taken. Whoever waits for a turn holds nothing, and
+//! whoever waits for a cache holds one turn and caches whose ids are lower. The store's own locks come after these.
 
 mod archive;
 pub mod build;
@@ -108,6 +110,8 @@ pub struct Engine {
     limits: Limits,
     /// Caches that steps use, of all builds that run in this process.
     cache_mounts: build::CacheMounts,
+    /// Steps that are worked on, of all builds that run in this process.
+    steps: build::Steps,
 }
 
 impl Engine {
@@ -130,7 +134,7 @@ impl Engine {
         let checker: Option<Arc<dyn SharedChecker>> = Some(Arc::new(prune::ImageChecker::new(store.clone())));
         let cache_options = ManagerOptions { limits: limits.clone(), checker, warn: options.warn };
         let cache = Manager::open(store.clone(), cache_options)?;
-        Ok(Self { store, cache, limits, cache_mounts: build::CacheMounts::default() })
+        Ok(Self { store, cache, limits, cache_mounts: Default::default(), steps: Default::default() })
     }
 
     /// Gives the store up, telling what went wrong.
@@ -145,6 +149,10 @@ impl Engine {
 
     pub(crate) fn store(&self) -> &Store {
         &self.store
+    }
+
+    pub(crate) fn steps(&self) -> &build::Steps {
+        &self.steps
     }
 
     pub(crate) fn cache_mounts(&self) -> &build::CacheMounts {

@@ -20,6 +20,7 @@ mod mounts;
 mod oracle;
 mod refs;
 mod save;
+mod solve;
 mod traps;
 mod trust;
 mod upkeep;

@@ -29,7 +29,7 @@ fn text(tree: &Tree, name: &str, content: &str) {
 fn caches(ply: &Ply) -> Vec<(String, String)> {
     let rows = ply.json(args!["ref", "ls"]);
     let rows: Vec<Value> =
-        rows.as_array().unwrap().iter().filter(|row| row["type"] == "exec.cachemount").cloned().collect();
+        rows.as_array().unwrap().iter().filter(|row| row["record_type"] == "exec.cachemount").cloned().collect();
     let text = |row: &Value, key: &str| row[key].as_str().unwrap().to_owned();
     rows.iter().map(|row| (text(row, "id"), text(row, "description"))).collect()
 }

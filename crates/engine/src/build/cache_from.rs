@@ -4,7 +4,7 @@
 //! layers below it are those that the step stands on here. Text alone is not enough for a build: what a COPY says is the
 //! same whatever it copies. So images help that Plies built, wherever that was; of others `--explain` says so.
 
-use std::cell::Cell;
+use std::sync::{Mutex, PoisonError};
 
 use plies_cache::CacheKey;
 use plies_image::history_cache::{history_of, key_of_entry, layer_of_entry};
@@ -29,7 +29,7 @@ struct Source {
 pub(crate) struct CacheFrom {
     sources: Vec<Source>,
     /// The source that answered, from then on the only one: two may agree so far and differ in what they stand on.
-    chosen: Cell<Option<usize>>,
+    chosen: Mutex<Option<usize>>,
     /// A source was named that carries no keys.
     without_keys: bool,
 }
@@ -64,21 +64,23 @@ impl CacheFrom {
         }
         let without_keys =
             sources.iter().any(|source| source.history.iter().all(|entry| key_of_entry(entry).is_none()));
-        Self { sources, chosen: Cell::new(None), without_keys }
+        Self { sources, chosen: Mutex::new(None), without_keys }
     }
 
     /// Finds the result of the step with this key on these layers.
     pub(crate) fn find(&self, below: &[DiffId], key: &CacheKey) -> Option<FromImage> {
         let key = key.to_string();
+        let mut chosen = self.chosen.lock().unwrap_or_else(PoisonError::into_inner);
         let (at, index, diff_id) = self.sources.iter().enumerate().find_map(|(at, source)| {
-            if self.chosen.get().is_some_and(|chosen| chosen != at) {
+            if chosen.is_some_and(|chosen| chosen != at) {
                 return None;
             }
             let index = (0..source.history.len())
                 .find(|index| key_of_entry(&source.history[*index]) == Some(&key) && source.stands_on(*index, below))?;
             Some((at, index, layer_of_entry(&source.config, index)?))
         })?;
-        self.chosen.set(Some(at));
+        *chosen = Some(at);
+        drop(chosen);
         let (source, entry) = (&self.sources[at], &self.sources[at].history[index]);
         let time: Option<jiff::Timestamp> = entry["created"].as_str().and_then(|text| text.parse().ok());
         let created = time.map(|time| Stamp::from(std::time::SystemTime::from(time)));

@@ -17,7 +17,7 @@ use crate::dockerfile::{
 
 /// A vertex of a [`Graph`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub(crate) struct VertexId(usize);
+pub(crate) struct VertexId(pub(super) usize);
 
 /// Where an operation takes files from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -106,6 +106,27 @@ pub(crate) enum Op {
     Merge { base: VertexId, over: VertexId },
 }
 
+impl Op {
+    /// The vertices whose results it needs.
+    pub(crate) fn inputs(&self) -> Vec<VertexId> {
+        let vertex = |from: FilesFrom| match from {
+            FilesFrom::Vertex(vertex) => Some(vertex),
+            FilesFrom::Context => None,
+        };
+        match self {
+            Self::Scratch | Self::Image { .. } | Self::Download(_) | Self::Git(_) => vec![],
+            Self::Run { base, run } => {
+                [*base].into_iter().chain(run.mounts.iter().filter_map(|mount| mount.from.and_then(vertex))).collect()
+            }
+            Self::Copy { base, copy } => {
+                [*base].into_iter().chain(copy.parts.iter().filter_map(|part| vertex(part.from))).collect()
+            }
+            Self::Directory { base, .. } => vec![*base],
+            Self::Merge { base, over } => vec![*base, *over],
+        }
+    }
+}
+
 /// An operation with what people call it.
 #[derive(Debug, Clone)]
 pub(crate) struct Vertex {
@@ -113,18 +134,32 @@ pub(crate) struct Vertex {
     /// `[build 2/5] RUN make`; empty for what is not worth a line.
     pub(crate) name: String,
     pub(crate) location: Location,
+    /// It is done, whatever is cached.
+    pub(crate) no_cache: bool,
 }
 
 /// Operations, inputs before their users.
 #[derive(Debug, Default)]
 pub(crate) struct Graph {
     vertices: Vec<Vertex>,
+    /// What is added now is done, whatever is cached.
+    no_cache: bool,
 }
 
 impl Graph {
     fn add(&mut self, op: Op, name: String, location: Location) -> VertexId {
-        self.vertices.push(Vertex { op, name, location });
+        self.vertices.push(Vertex { op, name, location, no_cache: self.no_cache });
         VertexId(self.vertices.len() - 1)
+    }
+
+    /// How many vertices there are.
+    pub(crate) fn len(&self) -> usize {
+        self.vertices.len()
+    }
+
+    /// One of them.
+    pub(crate) fn vertex(&self, id: VertexId) -> &Vertex {
+        &self.vertices[id.0]
     }
 
     /// All vertices in an order in which inputs come first.
@@ -189,6 +224,8 @@ pub(crate) struct Lower<'a> {
     pub(crate) platform: &'a Platform,
     /// What of the context is not there.
     pub(crate) ignore: &'a Ignore,
+    /// Stages whose steps are done whatever is cached, by name or number.
+    pub(crate) no_cache_stages: &'a [String],
     /// Also the stages that the target does not need: for a check.
     pub(crate) all_stages: bool,
 }
@@ -198,7 +235,7 @@ pub(crate) struct Lower<'a> {
 /// # Errors
 /// [`DockerfileError`] with the line whose expansion, stage or image is wrong.
 pub(crate) fn lower(what: &Lower<'_>, find_image: FindImage<'_>) -> Result<Plan, DockerfileError> {
-    let Lower { dockerfile, args, target, labels, platform, ignore, all_stages } = *what;
+    let Lower { dockerfile, args, target, labels, platform, ignore, no_cache_stages, all_stages } = *what;
     let target_stage = dockerfile.target(target)?;
     let mut warnings = Vec::new();
     for stage in &dockerfile.stages {
@@ -228,6 +265,7 @@ pub(crate) fn lower(what: &Lower<'_>, find_image: FindImage<'_>) -> Result<Plan,
         bases,
         platform,
         ignore,
+        no_cache_stages,
         find_image,
         graph: Graph::default(),
         stages: vec![None; dockerfile.stages.len()],
@@ -374,6 +412,7 @@ struct Lowering<'a> {
     bases: Vec<String>,
     platform: &'a Platform,
     ignore: &'a Ignore,
+    no_cache_stages: &'a [String],
     find_image: FindImage<'a>,
     graph: Graph,
     stages: Vec<Option<Lowered>>,
@@ -397,7 +436,12 @@ impl<'a> Lowering<'a> {
     /// Lowers a stage if it was not lowered yet.
     fn ensure(&mut self, index: usize) -> Result<(), DockerfileError> {
         if self.stages[index].is_none() {
+            let name = stage_name(&self.dockerfile.stages[index], index);
+            let is_it = |given: &String| given.eq_ignore_ascii_case(&name) || given.parse() == Ok(index);
+            let no_cache = self.no_cache_stages.iter().any(is_it);
+            let outer = std::mem::replace(&mut self.graph.no_cache, no_cache);
             self.stages[index] = Some(self.stage(index)?);
+            self.graph.no_cache = outer;
         }
         Ok(())
     }

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! mod.rs     the request: reads the context and the Dockerfile, runs the four steps
+//! export.rs  a tree's files, out of the store
 //! graph.rs   a Dockerfile becomes a graph of operations and a config
 //! solve.rs   operations become snapshots: from the cache, or by doing them
 //! mounts.rs  what RUN --mount shows
@@ -13,6 +14,7 @@
 
 mod cache_from;
 mod config;
+mod export;
 mod graph;
 mod mounts;
 mod remote;
@@ -38,18 +40,22 @@ use crate::progress::{Outcome, Progress, Task};
 use crate::{Canceled, Engine};
 
 pub(crate) use config::{Config, DEFAULT_PATH};
+pub use export::{ExportError, TreeOutput};
 use graph::Lower;
 pub(crate) use mounts::CacheMounts;
 pub use mounts::{MountError, SECRET_BYTES_MAX, Secret, SecretSource, SshAgent};
 pub use remote::{Fetch, FetchRequest, Fetched, RemoteError};
 pub use solve::SolveError;
-pub(crate) use solve::{make_directory, user};
+pub(crate) use solve::{Steps, make_directory, user};
 
 /// Bytes of a Dockerfile. Generated ones reach some hundred KiB.
 const DOCKERFILE_BYTES_MAX: u64 = 16 << 20;
 
 /// The build argument that takes the place of a file's `# check=` line, as in BuildKit.
 const CHECK_ARG: &str = "BUILDKIT_DOCKERFILE_CHECK";
+
+/// The build argument that says when the result was made (reproducible-builds.org, "SOURCE_DATE_EPOCH").
+const EPOCH_ARG: &str = "SOURCE_DATE_EPOCH";
 
 /// Digits of an image ID that `FROM` takes for one: as many as docker prints.
 const ID_DIGITS_MIN: usize = 12;
@@ -71,6 +77,8 @@ pub struct BuildRequest {
     pub labels: Vec<(String, String)>,
     /// Run every step, whatever is cached.
     pub no_cache: bool,
+    /// Stages whose steps are run whatever is cached, by name or number.
+    pub no_cache_stages: Vec<String>,
     /// Images that may have the results of steps that the build cache has not, in the order in which they are asked.
     pub cache_from: Vec<String>,
     /// Say for every step where its result came from.
@@ -253,6 +261,7 @@ impl Engine {
                 labels: &request.labels,
                 platform: &platform,
                 ignore: &ignore,
+                no_cache_stages: &[],
                 all_stages: request.target.is_none(),
             };
             graph::lower(&what, &mut find_image).map_err(BuildError::from)
@@ -283,10 +292,12 @@ impl Engine {
                 labels: &request.labels,
                 platform: &platform,
                 ignore: &ignore,
+                no_cache_stages: &request.no_cache_stages,
                 all_stages: false,
             },
             &mut find_image,
         )?;
+        let epoch = epoch(dockerfile, &args)?;
         let options = check_options(dockerfile, &args)?;
         let warnings = dockerfile.wanted(plan.warnings, Some(&options));
         let told = warnings
@@ -300,7 +311,13 @@ impl Engine {
             return Err(BuildError::Check(warnings));
         }
 
-        let context = Tree::context(open_context(&request.context)?, Some(ignore)).cancelable(cancel);
+        // A step that fails stops the others, and nothing else of the caller's.
+        let stop = Cancel::new();
+        let _passed_on = cancel.on_cancel({
+            let stop = stop.clone();
+            move || stop.cancel()
+        });
+        let context = Tree::context(open_context(&request.context)?, Some(ignore)).cancelable(&stop);
         let executor = exec::pick(&request.executor, self.store().run_dir(), &request.search_path)?;
         let cache_from = cache_from::CacheFrom::open(self, &request.cache_from, &platform, progress);
         let hosts = solve::HostsFile::write(self.store().run_dir(), &request.run.add_hosts)?;
@@ -312,7 +329,8 @@ impl Engine {
             context: &context,
             executor: &*executor,
             progress,
-            cancel,
+            cancel: &stop,
+            made: Default::default(),
             no_cache: request.no_cache,
             fetch: request.fetch.as_deref(),
             run_options: &request.run,
@@ -320,7 +338,7 @@ impl Engine {
             secrets: &request.secrets,
             ssh: &request.ssh,
         };
-        let solved = solver.solve(&plan.graph, plan.target).map_err(|failed| match failed.error {
+        let solved = solver.solve(&plan.graph).map_err(|failed| match failed.error {
             SolveError::Canceled(canceled) => canceled.into(),
             error => BuildError::Step {
                 at: dockerfile.error(failed.location, &failed.focus, error.headline()),
@@ -336,9 +354,10 @@ impl Engine {
         }
         let snapshot =
             target.tree.as_ref().map(|tree| tree.extract(cancel)).transpose().map_err(SolveError::from)?.flatten();
-        let made = |vertex| solved.of(vertex).made.map(crate::rfc3339);
+        let made = |vertex| solved.of(vertex).made.map(|made| epoch.clone().unwrap_or_else(|| crate::rfc3339(made)));
         let key = |vertex| format!("{}{}", history_cache::KEY_COMMENT, solved.of(vertex).key);
         let (history, created) = graph::history(&plan.history, plan.base_created.as_deref(), made, key);
+        let created = epoch.or(created);
         let config = plan.config.finish(created.as_deref(), &diff_ids, &history);
         let config = ImageConfig::parse(&config).map_err(ImageError::from)?;
         let id = config.id();
@@ -415,6 +434,15 @@ fn check_options(dockerfile: &Dockerfile, args: &BuildArgs) -> Result<CheckOptio
             .map_err(|why| dockerfile.error(Location::default(), "", format!("build argument {CHECK_ARG}: {why}"))),
         None => Ok(dockerfile.check.clone()),
     }
+}
+
+/// The time that the result is to tell, if the build argument gives one.
+fn epoch(dockerfile: &Dockerfile, args: &BuildArgs) -> Result<Option<String>, DockerfileError> {
+    let Some(text) = args.given(EPOCH_ARG).filter(|text| !text.is_empty()) else { return Ok(None) };
+    let time = text.parse().ok().and_then(|seconds| jiff::Timestamp::from_second(seconds).ok());
+    let told = || format!("build argument {EPOCH_ARG}: {text:?} is no number of seconds since 1970");
+    let time = time.ok_or_else(|| dockerfile.error(Location::default(), "", told()))?;
+    Ok(Some(time.to_string()))
 }
 
 fn ignore_of(context: &Path, dockerfile: Option<&str>) -> Result<Ignore, BuildError> {

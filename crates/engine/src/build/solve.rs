@@ -4,12 +4,13 @@
 //! takes in: mode, owner, extended attributes and bytes, not times. So a changed input changes the keys of all that
 //! stands on it, and an unchanged one finds its record whatever happened to file times.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 use std::ffi::OsString;
 use std::io::{self, Write};
 use std::os::fd::{AsFd as _, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Condvar, Mutex, OnceLock, PoisonError};
 
 use plies_archive::tar::EntryPath;
 use plies_archive::{ApplyStyle, NewOwner, UnpackError, compress, unpack};
@@ -23,7 +24,7 @@ use plies_store::{Attach, CatalogueError, LayerError, LayerId, Mounted, Snapshot
 use super::RunOptions;
 use super::cache_from::CacheFrom;
 use super::config::DEFAULT_PATH;
-use super::graph::{CopyOp, FilesFrom, Graph, Op, RunOp, VertexId};
+use super::graph::{CopyOp, FilesFrom, Graph, Op, RunOp, Vertex, VertexId};
 use super::mounts::{MountError, Prepared, Secret, SshAgent};
 use super::remote::{DOWNLOAD_BYTES_MAX, Download, Fetch, FetchRequest, Fetched, GitSource, RemoteError};
 use crate::context::{
@@ -58,8 +59,17 @@ const XZ_MEMORY_KIB_MAX: u32 = 256 << 10;
 /// Output of one step that is shown, as in BuildKit (`BUILDKIT_STEP_LOG_MAX_SIZE`).
 const OUTPUT_BYTES_MAX: usize = 2 << 20;
 
+/// Lines of its output that the error of a step quotes.
+const LAST_LINES_MAX: usize = 10;
+
+/// Bytes of its output that are kept for that.
+const LAST_BYTES_MAX: usize = 4 << 10;
+
 /// Characters of a command that an error quotes.
 const COMMAND_CHARS_MAX: usize = 200;
+
+/// Vertices that are worked on at a time at least: most of them wait for something else than a core.
+const WORKERS_MIN: usize = 2;
 
 /// Where a step looks up names first.
 const HOSTS: &str = "/etc/hosts";
@@ -72,7 +82,7 @@ const DESCRIPTION_CHARS_MAX: usize = 300;
 #[non_exhaustive]
 pub enum SolveError {
     /// Its command failed.
-    #[error("exit code {code}{}", reason.as_ref().map(|why| format!(" ({why})")).unwrap_or_default())]
+    #[error("exit code {code}{}{}", reason.as_ref().map(|why| format!(" ({why})")).unwrap_or_default(), quoted(said))]
     Exit {
         /// The command.
         command: String,
@@ -80,6 +90,8 @@ pub enum SolveError {
         code: i32,
         /// Why, if more is known.
         reason: Option<String>,
+        /// The last lines that it wrote.
+        said: Vec<String>,
     },
     /// Its command could not be run.
     #[error(transparent)]
@@ -245,15 +257,119 @@ pub(crate) struct Solved {
 /// The results of a graph.
 #[derive(Debug)]
 pub(crate) struct Results {
-    solved: HashMap<VertexId, Solved>,
+    /// By the numbers of their vertices.
+    solved: Vec<OnceLock<Solved>>,
     pub(crate) steps_count: usize,
     pub(crate) cached_count: usize,
 }
 
 impl Results {
-    /// The result of a vertex of the graph.
+    /// The result of a vertex that was solved.
     pub(crate) fn of(&self, vertex: VertexId) -> &Solved {
-        &self.solved[&vertex]
+        self.solved[vertex.0].get().expect("because a vertex waits for its inputs")
+    }
+}
+
+/// The steps that are worked on, in all builds of this process: who wants the same waits for the first, and finds its
+/// result in the cache.
+#[derive(Debug, Default)]
+pub(crate) struct Steps {
+    busy: Mutex<HashSet<CacheKey>>,
+    ended: Condvar,
+}
+
+/// Ends when dropped.
+struct StepTurn<'a> {
+    steps: &'a Steps,
+    key: CacheKey,
+}
+
+impl Steps {
+    /// Waits for others that do the step with this key. Nobody holds two turns at once, so they can't wait in a circle.
+    fn turn(&self, key: CacheKey) -> StepTurn<'_> {
+        let mut busy = self.busy.lock().unwrap_or_else(PoisonError::into_inner);
+        while !busy.insert(key) {
+            busy = self.ended.wait(busy).unwrap_or_else(PoisonError::into_inner);
+        }
+        StepTurn { steps: self, key }
+    }
+}
+
+impl Drop for StepTurn<'_> {
+    fn drop(&mut self) {
+        self.steps.busy.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.key);
+        self.steps.ended.notify_all();
+    }
+}
+
+/// What is left of a graph, shared by those who work on it.
+struct Queue {
+    /// How many inputs each vertex still waits for.
+    waits_for: Vec<usize>,
+    /// Who waits for each vertex.
+    users: Vec<Vec<VertexId>>,
+    /// What can be worked on; the first in the file goes first.
+    ready: BTreeSet<VertexId>,
+    left_count: usize,
+    steps_count: usize,
+    cached_count: usize,
+    /// Of several that failed at once, the first in the file.
+    failed: Option<(VertexId, Failed)>,
+    /// Nothing new is begun.
+    stopped: bool,
+}
+
+impl Queue {
+    fn of(graph: &Graph) -> Self {
+        let count = graph.len();
+        let (mut waits_for, mut users) = (vec![0; count], vec![Vec::new(); count]);
+        for (id, vertex) in graph.iter() {
+            for input in vertex.op.inputs() {
+                waits_for[id.0] += 1;
+                users[input.0].push(id);
+            }
+        }
+        let ready = graph.iter().map(|(id, _)| id).filter(|id| waits_for[id.0] == 0).collect();
+        let (left_count, failed) = (count, None);
+        Self { waits_for, users, ready, left_count, steps_count: 0, cached_count: 0, failed, stopped: false }
+    }
+
+    fn solved(&mut self, id: VertexId) {
+        self.left_count -= 1;
+        for user in std::mem::take(&mut self.users[id.0]) {
+            self.waits_for[user.0] -= 1;
+            if self.waits_for[user.0] == 0 {
+                self.ready.insert(user);
+            }
+        }
+    }
+
+    fn fail(&mut self, id: VertexId, failed: Failed) {
+        let is_canceled = |failed: &Failed| matches!(failed.error, SolveError::Canceled(_));
+        let goes_first = self.failed.as_ref().is_none_or(|(known, before)| {
+            // What was stopped because of another failure is none.
+            (is_canceled(&failed), id) < (is_canceled(before), *known)
+        });
+        if goes_first {
+            self.failed = Some((id, failed));
+        }
+        self.stopped = true;
+    }
+}
+
+/// A queue and a bell for who waits for it.
+type SharedQueue = (Mutex<Queue>, Condvar);
+
+/// Stops the others if the thread that holds it panics: they would wait for it forever.
+struct StopOnPanic<'a>(&'a SharedQueue, &'a Cancel);
+
+impl Drop for StopOnPanic<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.0.lock().unwrap_or_else(PoisonError::into_inner).stopped = true;
+            self.0.1.notify_all();
+            self.1.cancel();
+        }
     }
 }
 
@@ -278,6 +394,8 @@ pub(crate) struct Solver<'a> {
     pub(crate) hosts: &'a Path,
     pub(crate) secrets: &'a [Secret],
     pub(crate) ssh: &'a [SshAgent],
+    /// What steps made in this build.
+    pub(crate) made: Mutex<HashMap<CacheKey, ImmutableRef>>,
 }
 
 /// What a step made, besides what can be seen in its tree.
@@ -340,49 +458,104 @@ impl Source<'_> {
 }
 
 impl Solver<'_> {
-    /// Solves all vertices of a graph that was lowered for one target: each of them is needed.
-    pub(crate) fn solve(&self, graph: &Graph, target: VertexId) -> Result<Results, Failed> {
-        let mut results = Results { solved: HashMap::new(), steps_count: 0, cached_count: 0 };
-        for (id, vertex) in graph.iter() {
-            if self.cancel.is_canceled() {
-                return Err(Failed { location: vertex.location, focus: String::new(), error: Canceled.into() });
+    /// Solves all vertices of a graph that was lowered for one target: each of them is needed. What does not need each
+    /// other is done at the same time; after a failure the rest is cancelled, by way of this solver's `cancel`.
+    pub(crate) fn solve(&self, graph: &Graph) -> Result<Results, Failed> {
+        let solved = (0..graph.len()).map(|_| OnceLock::new()).collect();
+        let mut results = Results { solved, steps_count: 0, cached_count: 0 };
+        let queue = (Mutex::new(Queue::of(graph)), Condvar::new());
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let workers_count = cores.max(WORKERS_MIN).min(graph.len());
+        std::thread::scope(|scope| {
+            for _ in 1..workers_count {
+                scope.spawn(|| self.work(graph, &results, &queue));
             }
-            let task = (!vertex.name.is_empty()).then(|| Task::start(self.progress, &vertex.name, None));
-            let solved = self.vertex(&vertex.op, &vertex.name, &results, task.as_ref());
-            let (solved, outcome) = solved.map_err(|error| {
-                let error = if canceled_inside(&error) { Canceled.into() } else { error };
-                let focus = match &error {
-                    SolveError::Select(_) => vertex.op.focus(),
-                    _ => String::new(),
-                };
-                Failed { location: vertex.location, focus, error }
-            })?;
-            let layers = solved.base_diff_ids.len() + solved.layers.len();
-            if layers > limits::LAYERS_MAX {
-                let error = SolveError::TooManyLayers { layers };
-                return Err(Failed { location: vertex.location, focus: String::new(), error });
+            self.work(graph, &results, &queue);
+        });
+        let queue = queue.0.into_inner().unwrap_or_else(PoisonError::into_inner);
+        match queue.failed {
+            Some((_, failed)) => Err(failed),
+            None => {
+                (results.steps_count, results.cached_count) = (queue.steps_count, queue.cached_count);
+                Ok(results)
             }
-            if vertex.op.is_step() {
-                results.steps_count += 1;
-                results.cached_count += usize::from(outcome == Outcome::Cached);
-            }
-            if let Some(task) = task {
-                task.end(outcome);
-            }
-            results.solved.insert(id, solved);
         }
-        debug_assert!(results.solved.contains_key(&target));
-        Ok(results)
+    }
+
+    /// Solves one vertex after the other until there is none left.
+    fn work(&self, graph: &Graph, results: &Results, shared: &SharedQueue) {
+        let _guard = StopOnPanic(shared, self.cancel);
+        let (queue, changed) = shared;
+        let mut held = queue.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            if held.stopped || held.left_count == 0 {
+                return;
+            }
+            let Some(id) = held.ready.pop_first() else {
+                held = changed.wait(held).unwrap_or_else(PoisonError::into_inner);
+                continue;
+            };
+            drop(held);
+            let done = self.solve_one(graph.vertex(id), results);
+            held = queue.lock().unwrap_or_else(PoisonError::into_inner);
+            match done {
+                Ok((solved, outcome)) => {
+                    if graph.vertex(id).op.is_step() {
+                        held.steps_count += 1;
+                        held.cached_count += usize::from(outcome == Outcome::Cached);
+                    }
+                    results.solved[id.0].set(solved).expect("because a vertex is taken once");
+                    held.solved(id);
+                }
+                Err(failed) => {
+                    held.fail(id, failed);
+                    // Not under the lock: what is called may want to tell others.
+                    drop(held);
+                    self.cancel.cancel();
+                    held = queue.lock().unwrap_or_else(PoisonError::into_inner);
+                }
+            }
+            changed.notify_all();
+        }
+    }
+
+    fn solve_one(&self, vertex: &Vertex, results: &Results) -> Result<(Solved, Outcome), Failed> {
+        let failed = |error: SolveError| {
+            let error = if canceled_inside(&error) { Canceled.into() } else { error };
+            let focus = if let SolveError::Select(_) = &error { vertex.op.focus() } else { String::new() };
+            Failed { location: vertex.location, focus, error }
+        };
+        if self.cancel.is_canceled() {
+            return Err(failed(Canceled.into()));
+        }
+        let task = (!vertex.name.is_empty()).then(|| Task::start(self.progress, &vertex.name, None));
+        let (solved, outcome) = match self.vertex(vertex, results, task.as_ref()).map_err(failed) {
+            Ok(solved) => solved,
+            Err(failed) => {
+                if let (Some(task), SolveError::Canceled(_)) = (task, &failed.error) {
+                    task.end(Outcome::Canceled);
+                }
+                return Err(failed);
+            }
+        };
+        let layers = solved.base_diff_ids.len() + solved.layers.len();
+        if layers > limits::LAYERS_MAX {
+            return Err(failed(SolveError::TooManyLayers { layers }));
+        }
+        if let Some(task) = task {
+            task.end(outcome);
+        }
+        Ok((solved, outcome))
     }
 
     fn vertex(
         &self,
-        op: &Op,
-        name: &str,
+        vertex: &Vertex,
         results: &Results,
         task: Option<&Task<'_>>,
     ) -> Result<(Solved, Outcome), SolveError> {
-        match op {
+        let name = &*vertex.name;
+        match &vertex.op {
             Op::Scratch => {
                 let key = KeyBuilder::new("scratch", KEY_VERSION).finish();
                 let solved = Solved { key, tree: None, base_diff_ids: vec![], layers: vec![], made: None };
@@ -419,7 +592,7 @@ impl Solver<'_> {
             Op::Run { base, run } => {
                 let base = results.of(*base);
                 let key = self.run_key(run, &base.key, results)?;
-                self.step(base, key, name, task, |root, path| self.run(run, results, root, path, task))
+                self.step(base, key, vertex, task, |root, path| self.run(run, results, root, path, task))
             }
             Op::Directory { base, path, user } => {
                 let base = results.of(*base);
@@ -428,7 +601,7 @@ impl Solver<'_> {
                     .bytes(path.as_bytes())
                     .bytes(user.as_bytes())
                     .finish();
-                self.step(base, key, name, task, |root, _| {
+                self.step(base, key, vertex, task, |root, _| {
                     let user = self::user(root, user)?;
                     make_directory(root, path, Some(Owner { uid: user.uid, gid: user.gid }))?;
                     Ok(Made::default())
@@ -466,7 +639,7 @@ impl Solver<'_> {
                     .list(copy.chmod.iter())
                     .number(copy.link.into())
                     .finish();
-                self.step(base, key, name, task, |root, _| {
+                self.step(base, key, vertex, task, |root, _| {
                     let made = self.copy(copy, &parts, root)?;
                     // A context is a directory that people work in.
                     let changing = parts.iter().any(|part| {
@@ -477,7 +650,7 @@ impl Solver<'_> {
                 })
             }
             Op::Download(download) => self.download(download, name),
-            Op::Git(git) => self.git(git, name),
+            Op::Git(git) => self.git(git, vertex),
         }
     }
 
@@ -485,6 +658,7 @@ impl Solver<'_> {
     fn download(&self, download: &Download, name: &str) -> Result<(Solved, Outcome), SolveError> {
         let Download { url, name: file_name, checksum } = download;
         let index = KeyBuilder::new("download", KEY_VERSION).bytes(url.as_bytes()).bytes(file_name.as_bytes()).finish();
+        let _turn = self.engine.steps().turn(index);
         let known = self.known_alone(&index)?;
         let of = |tree: &ImmutableRef, key: &str| self.cache.value(tree.id(), key);
         if let (Some(tree), Some(checksum)) = (&known, checksum)
@@ -579,7 +753,7 @@ impl Solver<'_> {
     }
 
     /// The tree of a repository at the commit that it stands for now.
-    fn git(&self, git: &GitSource, name: &str) -> Result<(Solved, Outcome), SolveError> {
+    fn git(&self, git: &GitSource, vertex: &Vertex) -> Result<(Solved, Outcome), SolveError> {
         let run_dir = self.engine.store().run_dir();
         let commit = git.resolve(run_dir, self.cancel)?;
         let key = KeyBuilder::new("git", KEY_VERSION)
@@ -589,7 +763,8 @@ impl Solver<'_> {
             .number(git.keep_git_dir.into())
             .number(git.submodules.into())
             .finish();
-        if let Some(tree) = self.known_alone(&key)?.filter(|_| !self.no_cache) {
+        let _turn = self.engine.steps().turn(key);
+        if let Some(tree) = self.known_alone(&key)?.filter(|_| !self.no_cache && !vertex.no_cache) {
             return Ok((self.alone(tree, &commit)?, Outcome::Cached));
         }
         let work = git.check_out(&commit, run_dir, self.cancel)?;
@@ -601,7 +776,7 @@ impl Solver<'_> {
         let from = Tree::context(dir, None).cancelable(self.cancel);
         let mut selection = Selection::new(None);
         selection.add(&from, if git.subdir.is_empty() { b"/" } else { git.subdir.as_bytes() })?;
-        let options = RecordOptions { description: Some(short(name)), ..RecordOptions::by("build") };
+        let options = RecordOptions { description: Some(short(&vertex.name)), ..RecordOptions::by("build") };
         let record = self.cache.create(None, &options)?;
         let mounted = record.mount(Attach::InStore)?;
         // Git knows of a file whether it is a program; the rest is the umask of whoever builds.
@@ -635,7 +810,7 @@ impl Solver<'_> {
         &self,
         base: &Solved,
         key: CacheKey,
-        name: &str,
+        vertex: &Vertex,
         task: Option<&Task<'_>>,
         work: impl FnOnce(BorrowedFd<'_>, &Path) -> Result<Made, SolveError>,
     ) -> Result<(Solved, Outcome), SolveError> {
@@ -644,7 +819,14 @@ impl Solver<'_> {
                 task.output(format!("{says}\n").as_bytes());
             }
         };
-        if self.no_cache {
+        let name = &*vertex.name;
+        let _turn = self.engine.steps().turn(key);
+        if self.no_cache || vertex.no_cache {
+            // A step that is there twice is still done once.
+            let made = self.made.lock().unwrap_or_else(PoisonError::into_inner).get(&key).cloned();
+            if let Some(tree) = made.filter(|tree| self.stands_on(tree, base)) {
+                return Ok((self.solved(base, key, tree)?, Outcome::Cached));
+            }
             explain("not looked for in the cache, as was asked for");
         } else if let Some(tree) = self.lookup(base, &key)? {
             explain(&format!("cached: record {}", tree.id()));
@@ -665,7 +847,16 @@ impl Solver<'_> {
         let Made { on_the_way, changing } = worked?;
         unmounted?;
         let tree = record.seal(&on_the_way, (!changing).then_some(&key))?;
+        if !changing {
+            self.made.lock().unwrap_or_else(PoisonError::into_inner).insert(key, tree.clone());
+        }
         Ok((self.solved(base, key, tree)?, Outcome::Done))
+    }
+
+    /// Whether a record was made on top of this very base.
+    fn stands_on(&self, tree: &ImmutableRef, base: &Solved) -> bool {
+        let below = base.tree.as_ref().map_or(Parents::None, |tree| Parents::Layer(tree.id()));
+        tree.row().is_ok_and(|row| row.parents == below)
     }
 
     fn solved(&self, base: &Solved, key: CacheKey, tree: ImmutableRef) -> Result<Solved, SolveError> {
@@ -836,7 +1027,8 @@ impl Solver<'_> {
             streams: Streams::Captured,
         };
         let left_bytes = AtomicUsize::new(OUTPUT_BYTES_MAX);
-        let output = || TaskOutput { task, left_bytes: &left_bytes };
+        let last = Mutex::new(VecDeque::new());
+        let output = || TaskOutput { task, left_bytes: &left_bytes, last: &last };
         let (mut stdout, mut stderr) = (output(), output());
         let status = match self.executor.run(&step, &mut stdout, &mut stderr, self.cancel) {
             Err(ExecError::Canceled) => return Err(Canceled.into()),
@@ -844,7 +1036,8 @@ impl Solver<'_> {
         };
         if !status.success() {
             let (code, reason) = (status.code(), status.reason().map(str::to_owned));
-            return Err(SolveError::Exit { command: run.invocation.argv.join(" "), code, reason });
+            let said = last_lines(last.into_inner().unwrap_or_else(PoisonError::into_inner));
+            return Err(SolveError::Exit { command: run.invocation.argv.join(" "), code, reason, said });
         }
         Ok(Made::default())
     }
@@ -973,10 +1166,17 @@ struct TaskOutput<'a> {
     task: Option<&'a Task<'a>>,
     /// What both streams of the step may still say.
     left_bytes: &'a AtomicUsize,
+    /// The last bytes that they said, for the error.
+    last: &'a Mutex<VecDeque<u8>>,
 }
 
 impl Write for TaskOutput<'_> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        last.extend(&bytes[bytes.len().saturating_sub(LAST_BYTES_MAX)..]);
+        let over = last.len().saturating_sub(LAST_BYTES_MAX);
+        last.drain(..over);
+        drop(last);
         let take = |left: usize| Some(left.saturating_sub(bytes.len()));
         let left = self.left_bytes.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).unwrap_or(0);
         if let Some(task) = self.task.filter(|_| left > 0) {
@@ -990,6 +1190,23 @@ impl Write for TaskOutput<'_> {
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
+    }
+}
+
+/// The last whole lines of an output, without what a terminal would obey.
+fn last_lines(bytes: VecDeque<u8>) -> Vec<String> {
+    let bytes: Vec<u8> = bytes.into();
+    let text = String::from_utf8_lossy(&bytes);
+    let lines = text.lines().map(|line| line.replace(|c: char| c.is_control() && c != '\t', " "));
+    let mut lines: Vec<String> = lines.filter(|line| !line.trim().is_empty()).collect();
+    lines.drain(..lines.len().saturating_sub(LAST_LINES_MAX));
+    lines
+}
+
+fn quoted(lines: &[String]) -> String {
+    match lines {
+        [] => String::new(),
+        lines => format!("; its last words:\n  {}", lines.join("\n  ")),
     }
 }
 
