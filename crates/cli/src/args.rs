@@ -7,7 +7,8 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use plies_engine::IdRange;
-use plies_engine::exec::ExecutorChoice;
+use plies_engine::build::{Secret, SecretSource, SshAgent};
+use plies_engine::exec::{ExecutorChoice, ResourceLimit};
 use plies_oci::{Platform, Reference};
 
 use crate::commands::search_path;
@@ -62,7 +63,7 @@ pub(crate) enum Driver {
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// Build an image from a Dockerfile
-    Build(Build),
+    Build(Box<Build>),
     /// Fetch an image from a registry
     Pull(Pull),
     /// Send an image to a registry
@@ -225,6 +226,9 @@ pub(crate) struct Build {
     /// Run every step, whatever is cached
     #[arg(long)]
     pub(crate) no_cache: bool,
+    /// Run every step of these stages, whatever is cached
+    #[arg(long, value_name = "STAGE", value_delimiter = ',')]
+    pub(crate) no_cache_filter: Vec<String>,
     /// Only say what is questionable in the Dockerfile, as `docker build --check` does, and exit with 1 if anything is
     #[arg(long, conflicts_with_all = ["tag", "iidfile"])]
     pub(crate) check: bool,
@@ -237,9 +241,33 @@ pub(crate) struct Build {
     /// Say for every step where its result came from
     #[arg(long)]
     pub(crate) explain: bool,
+    /// Secret that RUN --mount=type=secret may ask for: `id=ID,src=FILE`, or `id=ID,env=NAME` for a variable's value
+    #[arg(long, value_name = "id=ID[,src=FILE|,env=NAME]", value_parser = secret)]
+    pub(crate) secret: Vec<Secret>,
+    /// SSH agent that RUN --mount=type=ssh may ask for [socket: $SSH_AUTH_SOCK]
+    #[arg(long, value_name = "default|ID[=SOCKET]", value_parser = ssh_agent)]
+    pub(crate) ssh: Vec<SshAgent>,
+    /// Network of commands that do not say otherwise
+    #[arg(long, value_enum, default_value_t, value_name = "NETWORK")]
+    pub(crate) network: RunNetwork,
+    /// Line of the commands' /etc/hosts
+    #[arg(long, value_name = "HOST:IP", value_parser = host)]
+    pub(crate) add_host: Vec<(String, String)>,
+    /// Limit of the commands' processes, such as `nofile=1024:2048`
+    #[arg(long, value_name = "NAME=SOFT[:HARD]", value_parser = ResourceLimit::parse)]
+    pub(crate) ulimit: Vec<ResourceLimit>,
+    /// Size of the commands' /dev/shm [default: 64m]
+    #[arg(long, value_name = "SIZE", value_parser = memory)]
+    pub(crate) shm_size: Option<u64>,
     /// Write the image ID to this file
     #[arg(long, value_name = "FILE")]
     pub(crate) iidfile: Option<PathBuf>,
+    /// Write what was built to this file, as JSON with docker's names
+    #[arg(long, value_name = "FILE")]
+    pub(crate) metadata_file: Option<PathBuf>,
+    /// Also write the result: `type=oci|docker|local|tar,dest=PATH`; `type=image` is what is done anyway
+    #[arg(short, long, value_name = "type=TYPE[,dest=PATH]", value_parser = output)]
+    pub(crate) output: Option<BuildOutput>,
     /// How to show progress
     #[arg(long, value_enum, default_value_t)]
     pub(crate) progress: progress::Style,
@@ -248,6 +276,30 @@ pub(crate) struct Build {
     pub(crate) executor: ExecutorArg,
     /// Directory whose files COPY and ADD take
     pub(crate) context: PathBuf,
+}
+
+/// Where a build's result goes besides the store.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum BuildOutput {
+    /// Nowhere.
+    Image,
+    /// An archive of the image.
+    Archive(SaveFormat, Option<PathBuf>),
+    /// The files of its tree, as a directory.
+    Local(PathBuf),
+    /// The files of its tree, as a tar.
+    Tar(Option<PathBuf>),
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+pub(crate) enum RunNetwork {
+    /// As `host`
+    #[default]
+    Default,
+    /// Loopback only
+    None,
+    /// This machine's
+    Host,
 }
 
 #[derive(Debug, Args)]
@@ -285,6 +337,112 @@ fn duration(text: &str) -> Result<Duration, String> {
 
 fn size(text: &str) -> Result<u64, String> {
     plies_engine::parse_bytes(text).ok_or_else(|| "expected a size such as 500MB or 2GiB".into())
+}
+
+fn memory(text: &str) -> Result<u64, String> {
+    let bytes = plies_engine::dockerfile::ram_bytes(text).filter(|bytes| *bytes > 0);
+    bytes.ok_or_else(|| "expected a size such as 64m or 1g".into())
+}
+
+/// A secret, as docker takes it; its variable is read here, its file when a command needs it.
+fn secret(text: &str) -> Result<Secret, String> {
+    let (mut id, mut file, mut env, mut kind) = (None, None, None, None);
+    for field in text.split(',') {
+        let Some((key, value)) = field.split_once('=') else {
+            return Err(format!("{field:?}: expected KEY=VALUE, as in id=token,src=token.txt"));
+        };
+        match key {
+            "id" => id = Some(value.to_owned()),
+            "src" | "source" => file = Some(value.to_owned()),
+            "env" => env = Some(value.to_owned()),
+            "type" if ["file", "env"].contains(&value) => kind = Some(value),
+            "type" => return Err(format!("the type is file or env, not {value:?}")),
+            _ => return Err(format!("unknown key {key:?}: there are id, src, env and type")),
+        }
+    }
+    let id = id.filter(|id| !id.is_empty()).ok_or("id=ID is missing")?;
+    // As docker: with `type=env`, `src` names the variable; without either, one of the id's name goes before a file.
+    let is_set = |name: &str| std::env::var_os(name).is_some();
+    let (file, env) = match (file, env) {
+        (Some(_), Some(_)) => return Err("a secret has one source: src or env".into()),
+        (Some(name), None) if kind == Some("env") => (None, Some(name)),
+        (None, None) if kind == Some("env") || (kind.is_none() && is_set(&id)) => (None, Some(id.clone())),
+        (None, None) => (Some(id.clone()), None),
+        given => given,
+    };
+    let source = match (file, env) {
+        (_, Some(name)) => {
+            let value = std::env::var_os(&name).ok_or_else(|| format!("the variable {name} is not set"))?;
+            SecretSource::Value(std::os::unix::ffi::OsStringExt::into_vec(value))
+        }
+        (file, None) => {
+            let path = PathBuf::from(file.unwrap_or_default());
+            let found = std::fs::metadata(&path).map_err(|error| format!("{}: {error}", path.display()))?;
+            if !found.is_file() {
+                return Err(format!("{} is no regular file", path.display()));
+            }
+            SecretSource::File(path)
+        }
+    };
+    Ok(Secret { id, source })
+}
+
+/// Where the result goes, as docker takes it. A path alone is a directory, or with `-` a tar on standard output.
+fn output(text: &str) -> Result<BuildOutput, String> {
+    if !text.contains('=') {
+        return Ok(if text == "-" { BuildOutput::Tar(None) } else { BuildOutput::Local(text.into()) });
+    }
+    let (mut kind, mut dest, mut tar) = (None, None, true);
+    for field in text.split(',') {
+        match field.split_once('=') {
+            Some(("type", value)) => kind = Some(value),
+            Some(("dest", value)) => dest = Some(value).filter(|value| *value != "-").map(PathBuf::from),
+            Some(("tar", value)) => tar = value.parse().map_err(|_| format!("tar is true or false, not {value:?}"))?,
+            Some((key, _)) => return Err(format!("{key} is not supported yet: there are type, dest and tar")),
+            None => return Err(format!("{field:?}: expected KEY=VALUE, as in type=oci,dest=out.tar")),
+        }
+    }
+    match (kind, tar) {
+        (Some("image"), _) => Ok(BuildOutput::Image),
+        (Some("oci"), true) => Ok(BuildOutput::Archive(SaveFormat::Oci, dest)),
+        (Some("oci"), false) if dest.is_some() => Ok(BuildOutput::Archive(SaveFormat::OciDir, dest)),
+        (Some("docker"), true) => Ok(BuildOutput::Archive(SaveFormat::Docker, dest)),
+        (Some("tar"), _) => Ok(BuildOutput::Tar(dest)),
+        (Some("local"), _) => dest.map(BuildOutput::Local).ok_or_else(|| "type=local needs dest=DIR".into()),
+        (Some("oci"), false) => Err("tar=false needs dest=DIR".into()),
+        (Some("docker"), false) => Err("a docker archive is a tar".into()),
+        (Some(other), _) => Err(format!("unknown type {other:?}: there are image, oci, docker, local and tar")),
+        (None, _) => Err("type=TYPE is missing".into()),
+    }
+}
+
+fn ssh_agent(text: &str) -> Result<SshAgent, String> {
+    use std::os::unix::fs::FileTypeExt as _;
+    let (id, socket) = text.split_once('=').map_or((text, None), |(id, socket)| (id, Some(PathBuf::from(socket))));
+    if id.is_empty() {
+        return Err("the id is missing: default, or ID=SOCKET".into());
+    }
+    let agent = || std::env::var_os("SSH_AUTH_SOCK").filter(|path| !path.is_empty()).map(PathBuf::from);
+    let socket = socket.or_else(agent).ok_or("no agent: SSH_AUTH_SOCK is not set; give ID=SOCKET")?;
+    match std::fs::metadata(&socket) {
+        Ok(found) if found.file_type().is_socket() => Ok(SshAgent { id: id.to_owned(), socket }),
+        Ok(_) => Err(format!("{} is no socket: add keys to an agent with ssh-add and give that", socket.display())),
+        Err(error) => Err(format!("{}: {error}", socket.display())),
+    }
+}
+
+/// A name and its address, with `:` or, as docker takes it too, `=` between.
+fn host(text: &str) -> Result<(String, String), String> {
+    let split = text.split_once('=').or_else(|| text.split_once(':'));
+    let (name, address) = split.filter(|(name, _)| !name.is_empty()).ok_or("expected HOST:IP")?;
+    if name.contains(|c: char| c.is_whitespace() || c.is_control()) {
+        return Err(format!("{name:?} is no host name"));
+    }
+    let bare = address.strip_prefix('[').and_then(|address| address.strip_suffix(']')).unwrap_or(address);
+    match bare.parse::<std::net::IpAddr>() {
+        Ok(address) => Ok((name.to_owned(), address.to_string())),
+        Err(_) => Err(format!("{address:?} is no IP address")),
+    }
 }
 
 #[derive(Debug, Args)]

@@ -10,7 +10,7 @@ use anyhow::Context as _;
 use clap::CommandFactory as _;
 use clap::error::ErrorKind;
 use jiff::Timestamp;
-use plies_engine::build::BuildRequest;
+use plies_engine::build::{BuildRequest, RunOptions, TreeOutput};
 use plies_engine::dockerfile::Warning;
 use plies_engine::exec::Cancel;
 use plies_engine::{
@@ -29,6 +29,9 @@ use crate::progress::Style;
 
 /// The default state directory of root.
 const SYSTEM_ROOT: &str = "/var/lib/plies";
+
+/// When what is built was made, for whoever wants the same bytes again.
+const EPOCH: &str = "SOURCE_DATE_EPOCH";
 
 /// Characters of a history line that are shown in a table.
 const CREATED_BY_WIDTH: usize = 60;
@@ -70,6 +73,12 @@ fn check(command: &Command) -> Result<(), clap::Error> {
             }
             _ => Ok(()),
         },
+        Command::Build(build)
+            if matches!(build.output, Some(args::BuildOutput::Archive(_, None) | args::BuildOutput::Tar(None)))
+                && io::stdout().is_terminal() =>
+        {
+            wrong(ErrorKind::MissingRequiredArgument, "an archive is not for a terminal: give dest=FILE, or redirect")
+        }
         Command::Layer(args::Layer::Export { output, .. }) if !given(output) && io::stdout().is_terminal() => {
             wrong(ErrorKind::MissingRequiredArgument, "a tar is not for a terminal: give -o FILE, or redirect")
         }
@@ -94,7 +103,7 @@ fn with_engine(engine: &Engine, global: &Global, command: Command, cancel: &Canc
     let json = global.json;
     let style = if global.quiet { Style::Quiet } else { Style::Auto };
     match command {
-        Command::Build(build) => return run_build(engine, global, build, cancel),
+        Command::Build(build) => return run_build(engine, global, *build, cancel),
         Command::Load(load) => {
             let input = match load.input {
                 Some(path) if path.as_os_str() != "-" => Input::Path(path),
@@ -126,11 +135,7 @@ fn with_engine(engine: &Engine, global: &Global, command: Command, cancel: &Canc
             }
         }
         Command::Save(save) => {
-            let format = match save.format {
-                args::SaveFormat::Oci => SaveFormat::Oci,
-                args::SaveFormat::OciDir => SaveFormat::OciDirectory,
-                args::SaveFormat::Docker => SaveFormat::Docker,
-            };
+            let format = engine_format(save.format);
             let output = match save.output {
                 Some(path) if path.as_os_str() != "-" => Output::Path(path),
                 _ => Output::Stdout,
@@ -324,6 +329,10 @@ fn run_build(engine: &Engine, global: &Global, build: args::Build, cancel: &Canc
             None => build_args.extend(std::env::var(arg).ok().map(|value| (arg.clone(), value))),
         }
     }
+    // As buildx: what reproducible builds go by reaches them without being passed on by hand.
+    if !build_args.iter().any(|(key, _)| key == EPOCH) {
+        build_args.extend(std::env::var(EPOCH).ok().map(|value| (EPOCH.to_owned(), value)));
+    }
     let request = BuildRequest {
         context: build.context,
         dockerfile: build.file,
@@ -333,10 +342,19 @@ fn run_build(engine: &Engine, global: &Global, build: args::Build, cancel: &Canc
         labels: build.label.iter().map(label).collect(),
         no_cache: build.no_cache,
         pull: build.pull,
+        no_cache_stages: build.no_cache_filter,
         cache_from: build.cache_from,
         explain: build.explain,
         executor: build.executor.executor,
         search_path: search_path(),
+        run: RunOptions {
+            no_network: build.network == args::RunNetwork::None,
+            add_hosts: build.add_host,
+            limits: build.ulimit,
+            shm_size_bytes: build.shm_size,
+        },
+        secrets: build.secret,
+        ssh: build.ssh,
     };
     if build.check {
         return show_warnings(&engine.check(&request)?, global);
@@ -345,6 +363,21 @@ fn run_build(engine: &Engine, global: &Global, build: args::Build, cancel: &Canc
     let built = engine.build(&request, &*style.renderer(), cancel)?;
     if let Some(file) = &build.iidfile {
         std::fs::write(file, built.id.to_string()).with_context(|| format!("write {}", file.display()))?;
+    }
+    if let Some(file) = &build.metadata_file {
+        let metadata = json!({
+            "containerimage.config.digest": built.id.to_string(),
+            "containerimage.digest": built.id.to_string(),
+            "image.name": built.names.join(","),
+        });
+        std::fs::write(file, format!("{metadata:#}\n")).with_context(|| format!("write {}", file.display()))?;
+    }
+    let to_stdout = match &build.output {
+        Some(output) => write_built(engine, output, &built.id.to_string(), &built.names, &*style.renderer(), cancel)?,
+        None => false,
+    };
+    if to_stdout {
+        return Ok(ExitCode::SUCCESS);
     }
     if global.json {
         return print_json(&built);
@@ -355,6 +388,38 @@ fn run_build(engine: &Engine, global: &Global, build: args::Build, cancel: &Canc
         say(&format!("{} ({} of {} steps cached)", built.id, built.cached_count, built.steps_count))?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Writes what was built where `-o` says, and tells whether that is standard output.
+fn write_built(
+    engine: &Engine,
+    output: &args::BuildOutput,
+    id: &str,
+    names: &[String],
+    progress: &dyn plies_engine::progress::Progress,
+    cancel: &Cancel,
+) -> anyhow::Result<bool> {
+    let tree = match output {
+        args::BuildOutput::Image => return Ok(false),
+        args::BuildOutput::Archive(format, path) => {
+            let wanted = if names.is_empty() { vec![id.to_owned()] } else { names.to_vec() };
+            let to = path.clone().map_or(Output::Stdout, Output::Path);
+            engine.save(&wanted, engine_format(*format), &to, progress, cancel)?;
+            return Ok(path.is_none());
+        }
+        args::BuildOutput::Local(path) => TreeOutput::Directory(path.clone()),
+        args::BuildOutput::Tar(path) => path.clone().map_or(TreeOutput::Stdout, TreeOutput::Tar),
+    };
+    engine.export_tree(id, &tree, cancel)?;
+    Ok(tree == TreeOutput::Stdout)
+}
+
+fn engine_format(format: args::SaveFormat) -> SaveFormat {
+    match format {
+        args::SaveFormat::Oci => SaveFormat::Oci,
+        args::SaveFormat::OciDir => SaveFormat::OciDirectory,
+        args::SaveFormat::Docker => SaveFormat::Docker,
+    }
 }
 
 /// What `ply build --check` prints. A file with warnings is no error, but scripts want to know.

@@ -14,7 +14,9 @@
 //! ```
 //!
 //! # Locks
-//! None here. Threads of one request share nothing but the store, whose own locks are described there.
+//! Of a build's own: the queue of what is to be solved; a step's turn (`build::Steps`), held while the step is done;
+//! then the caches in use (`build::CacheMounts`), held while one is taken. Whoever waits for a turn holds nothing, and
+//! whoever waits for a cache holds one turn and caches whose ids are lower. The store's own locks come after these.
 
 mod archive;
 pub mod build;
@@ -116,6 +118,10 @@ pub struct Engine {
     cache: Manager,
     limits: Limits,
     registry: ClientOptions,
+    /// Caches that steps use, of all builds that run in this process.
+    cache_mounts: build::CacheMounts,
+    /// Steps that are worked on, of all builds that run in this process.
+    steps: build::Steps,
 }
 
 impl Engine {
@@ -138,7 +144,8 @@ impl Engine {
         let checker: Option<Arc<dyn SharedChecker>> = Some(Arc::new(prune::ImageChecker::new(store.clone())));
         let cache_options = ManagerOptions { limits: limits.clone(), checker, warn: options.warn };
         let cache = Manager::open(store.clone(), cache_options)?;
-        Ok(Self { store, cache, limits, registry: options.registry })
+        let (cache_mounts, steps) = Default::default();
+        Ok(Self { store, cache, limits, registry: options.registry, cache_mounts, steps })
     }
 
     /// Gives the store up, telling what went wrong.
@@ -153,6 +160,14 @@ impl Engine {
 
     pub(crate) fn store(&self) -> &Store {
         &self.store
+    }
+
+    pub(crate) fn steps(&self) -> &build::Steps {
+        &self.steps
+    }
+
+    pub(crate) fn cache_mounts(&self) -> &build::CacheMounts {
+        &self.cache_mounts
     }
 
     pub(crate) fn limits(&self) -> &Limits {

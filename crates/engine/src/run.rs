@@ -284,6 +284,8 @@ impl Engine {
             mounts: StepMount::host_network_files(),
             hostname: found.id.hex()[..12].to_owned(),
             network: Network::Host,
+            limits: Vec::new(),
+            secret: false,
             streams: Streams::Inherited { terminal: request.terminal },
         };
         let status = executor.run(&step, &mut io::stdout(), &mut io::stderr(), cancel);

@@ -21,6 +21,8 @@ pub enum Outcome {
     Cached,
     /// The request fails because of it.
     Failed,
+    /// It was stopped: another failed, or the caller asked for that.
+    Canceled,
 }
 
 /// Something that happened to a task.

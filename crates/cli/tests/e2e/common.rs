@@ -226,7 +226,7 @@ impl Built {
             let step = match text.split(' ').next() {
                 Some("CACHED") => Step::Cached,
                 Some("DONE") => Step::Ran,
-                Some("FAILED") => Step::Failed,
+                Some("ERROR") => Step::Failed,
                 _ => continue,
             };
             steps.push(((*name).to_owned(), step));

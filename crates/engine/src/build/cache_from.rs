@@ -11,7 +11,7 @@
 //! and buildah's forms, and count only where they can be read in one way. A result that was found by text is not
 //! remembered by the step's key: it holds for builds that name the image.
 
-use std::cell::Cell;
+use std::sync::{Mutex, PoisonError};
 
 use plies_cache::CacheKey;
 use plies_image::history_cache::{
@@ -57,7 +57,7 @@ struct Source {
 pub(crate) struct CacheFrom {
     sources: Vec<Source>,
     /// The source that answered, from then on the only one: two may agree so far and differ in what they stand on.
-    chosen: Cell<Option<usize>>,
+    chosen: Mutex<Option<usize>>,
     /// A source was named that carries no keys.
     without_keys: bool,
 }
@@ -94,7 +94,7 @@ impl CacheFrom {
         }
         let without_keys =
             sources.iter().any(|source| source.history.iter().all(|entry| key_of_entry(entry).is_none()));
-        Self { sources, chosen: Cell::new(None), without_keys }
+        Self { sources, chosen: Mutex::new(None), without_keys }
     }
 
     /// Finds the result of the step with this key on the layers `below`; on any, if that is `None`. `story` is what a
@@ -111,12 +111,14 @@ impl CacheFrom {
             (by_key || diff_id.is_some() || matches!(story.last(), Some(Told::Run { .. })))
                 .then_some((index, by_key, diff_id))
         };
-        let may = |at: usize| below.is_none() || self.chosen.get().is_none_or(|chosen| chosen == at);
+        let mut chosen = self.chosen.lock().unwrap_or_else(PoisonError::into_inner);
+        let may = |at: usize| below.is_none() || chosen.is_none_or(|chosen| chosen == at);
         let mut sources = self.sources.iter().enumerate().filter(|(at, _)| may(*at));
         let (at, (index, by_key, diff_id)) = sources.find_map(|(at, source)| Some((at, answers(source)?)))?;
         if below.is_some() {
-            self.chosen.set(Some(at));
+            *chosen = Some(at);
         }
+        drop(chosen);
         let (source, entry) = (&self.sources[at], &self.sources[at].history[index]);
         let time: Option<jiff::Timestamp> = entry["created"].as_str().and_then(|text| text.parse().ok());
         let created = time.map(|time| Stamp::from(std::time::SystemTime::from(time)));

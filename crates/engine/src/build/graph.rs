@@ -14,12 +14,12 @@ use super::values::{absolute, exposed, has_drive, healthcheck, is_signal};
 use crate::dockerfile::words::{Expansion, Lexer, Variables as _};
 use crate::dockerfile::{
     self, Add, BuildArgs, CommandLine, Copy, CopyFrom, CopySource, Dockerfile, DockerfileError, Ignore, Instruction,
-    InstructionKind, Invocation, Location, Rule, Run, RunNetwork, RunSecurity, Scope, Stage, Warning,
+    InstructionKind, Invocation, Location, Mount, MountKind, Rule, Run, RunNetwork, RunSecurity, Scope, Stage, Warning,
 };
 
 /// A vertex of a [`Graph`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub(crate) struct VertexId(usize);
+pub(crate) struct VertexId(pub(super) usize);
 
 /// Where an operation takes files from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,6 +39,18 @@ pub(crate) struct RunOp {
     pub(crate) working_dir: String,
     /// As in the config: empty means root.
     pub(crate) user: String,
+    pub(crate) mounts: Vec<MountOp>,
+    pub(crate) network: RunNetwork,
+}
+
+/// What a process sees beside its tree.
+#[derive(Debug, Clone)]
+pub(crate) struct MountOp {
+    pub(crate) kind: MountKind,
+    /// Where a bind mount's files come from, and what a cache begins with.
+    pub(crate) from: Option<FilesFrom>,
+    /// Absolute; `None` for a secret that is only a variable.
+    pub(crate) target: Option<String>,
 }
 
 /// Files to put into a tree.
@@ -96,6 +108,27 @@ pub(crate) enum Op {
     Merge { base: VertexId, over: VertexId },
 }
 
+impl Op {
+    /// The vertices whose results it needs.
+    pub(crate) fn inputs(&self) -> Vec<VertexId> {
+        let vertex = |from: FilesFrom| match from {
+            FilesFrom::Vertex(vertex) => Some(vertex),
+            FilesFrom::Context => None,
+        };
+        match self {
+            Self::Scratch | Self::Image { .. } | Self::Download(_) | Self::Git(_) => vec![],
+            Self::Run { base, run } => {
+                [*base].into_iter().chain(run.mounts.iter().filter_map(|mount| mount.from.and_then(vertex))).collect()
+            }
+            Self::Copy { base, copy } => {
+                [*base].into_iter().chain(copy.parts.iter().filter_map(|part| vertex(part.from))).collect()
+            }
+            Self::Directory { base, .. } => vec![*base],
+            Self::Merge { base, over } => vec![*base, *over],
+        }
+    }
+}
+
 /// An operation with what people call it.
 #[derive(Debug, Clone)]
 pub(crate) struct Vertex {
@@ -103,6 +136,8 @@ pub(crate) struct Vertex {
     /// `[build 2/5] RUN make`; empty for what is not worth a line.
     pub(crate) name: String,
     pub(crate) location: Location,
+    /// It is done, whatever is cached.
+    pub(crate) no_cache: bool,
     /// The instruction that it stands for, if the text of a history tells all of what it takes in.
     line: Option<LineId>,
 }
@@ -124,11 +159,13 @@ pub(crate) struct Graph {
     vertices: Vec<Vertex>,
     /// All instructions, each with the one before it: stages that start from one stage share its lines.
     lines: Vec<Line>,
+    /// What is added now is done, whatever is cached.
+    no_cache: bool,
 }
 
 impl Graph {
     fn add(&mut self, op: Op, name: String, location: Location) -> VertexId {
-        self.vertices.push(Vertex { op, name, location, line: None });
+        self.vertices.push(Vertex { op, name, location, no_cache: self.no_cache, line: None });
         VertexId(self.vertices.len() - 1)
     }
 
@@ -145,6 +182,16 @@ impl Graph {
         let mut story: Vec<&Told> = std::iter::successors(last, before).map(|line| &line.told).collect();
         story.reverse();
         story
+    }
+
+    /// How many vertices there are.
+    pub(crate) fn len(&self) -> usize {
+        self.vertices.len()
+    }
+
+    /// One of them.
+    pub(crate) fn vertex(&self, id: VertexId) -> &Vertex {
+        &self.vertices[id.0]
     }
 
     /// All vertices in an order in which inputs come first.
@@ -210,6 +257,8 @@ pub(crate) struct Lower<'a> {
     pub(crate) platform: &'a Platform,
     /// What of the context is not there.
     pub(crate) ignore: &'a Ignore,
+    /// Stages whose steps are done whatever is cached, by name or number.
+    pub(crate) no_cache_stages: &'a [String],
     /// Also the stages that the target does not need: for a check.
     pub(crate) all_stages: bool,
 }
@@ -219,7 +268,7 @@ pub(crate) struct Lower<'a> {
 /// # Errors
 /// [`DockerfileError`] with the line whose expansion, stage or image is wrong.
 pub(crate) fn lower(what: &Lower<'_>, find_image: FindImage<'_>) -> Result<Plan, DockerfileError> {
-    let Lower { dockerfile, args, target, labels, platform, ignore, all_stages } = *what;
+    let Lower { dockerfile, args, target, labels, platform, ignore, no_cache_stages, all_stages } = *what;
     let target_stage = dockerfile.target(target)?;
     let mut warnings = Vec::new();
     for stage in &dockerfile.stages {
@@ -249,6 +298,7 @@ pub(crate) fn lower(what: &Lower<'_>, find_image: FindImage<'_>) -> Result<Plan,
         bases,
         platform,
         ignore,
+        no_cache_stages,
         find_image,
         graph: Graph::default(),
         stages: vec![None; dockerfile.stages.len()],
@@ -395,6 +445,7 @@ struct Lowering<'a> {
     bases: Vec<String>,
     platform: &'a Platform,
     ignore: &'a Ignore,
+    no_cache_stages: &'a [String],
     find_image: FindImage<'a>,
     graph: Graph,
     stages: Vec<Option<Lowered>>,
@@ -418,7 +469,12 @@ impl<'a> Lowering<'a> {
     /// Lowers a stage if it was not lowered yet.
     fn ensure(&mut self, index: usize) -> Result<(), DockerfileError> {
         if self.stages[index].is_none() {
+            let name = stage_name(&self.dockerfile.stages[index], index);
+            let is_it = |given: &String| given.eq_ignore_ascii_case(&name) || given.parse() == Ok(index);
+            let no_cache = self.no_cache_stages.iter().any(is_it);
+            let outer = std::mem::replace(&mut self.graph.no_cache, no_cache);
             self.stages[index] = Some(self.stage(index)?);
+            self.graph.no_cache = outer;
         }
         Ok(())
     }
@@ -750,16 +806,10 @@ impl<'a> Lowering<'a> {
             let message = format!("RUN {focus} is not supported yet");
             Err(self.dockerfile.error(instruction.location, focus, message))
         };
-        if !run.mounts.is_empty() {
-            return refuse("--mount");
-        }
-        // What every step has here anyway is no promise broken.
-        if run.network == RunNetwork::None {
-            return refuse("--network=none");
-        }
         if run.security == RunSecurity::Insecure {
             return refuse("--security=insecure");
         }
+        let mounts = self.mounts(current, instruction.location, run)?;
         let lowered = &mut current.lowered;
         let pairs = |(name, value): (&str, &str)| (name.to_owned(), value.to_owned());
         let invocation = run.invocation(&lowered.config.shell());
@@ -773,20 +823,51 @@ impl<'a> Lowering<'a> {
             unkeyed_env: self.args.proxies().map(pairs).collect(),
             working_dir: lowered.config.working_dir().to_owned(),
             user: lowered.config.user().to_owned(),
+            mounts,
+            network: run.network,
         };
         let name = format!("{}{}", current.label, instruction.text);
         lowered.vertex = self.graph.add(Op::Run { base: lowered.vertex, run: op }, name, instruction.location);
         Ok((created_by, told))
     }
 
-    fn copy(
-        &mut self,
-        current: &mut Current,
-        instruction: &Instruction,
-        copy: &Copy,
-    ) -> Result<VertexId, DockerfileError> {
-        let at = instruction.location;
-        let from = match &copy.from {
+    fn mounts(&mut self, current: &Current, at: Location, run: &Run) -> Result<Vec<MountOp>, DockerfileError> {
+        let mut mounts = Vec::new();
+        for mount in &run.mounts {
+            let scope = &current.lowered.scope;
+            let mut expansions = Vec::new();
+            let resolved = mount.resolve(&mut |value| {
+                let expanded = self.lexer.expand(value, scope)?;
+                let text = expanded.text.clone();
+                expansions.push(expanded);
+                Ok(text)
+            });
+            let Mount { kind, target } = resolved.map_err(|error| self.dockerfile.mount_error(at, &error))?;
+            for expanded in &expansions {
+                self.warn_of_unset(scope, at, expanded);
+            }
+            let from = match (&mount.from, &kind) {
+                (Some(from), _) => Some(self.files_from(from, at)?),
+                (None, MountKind::Bind { .. }) => Some(FilesFrom::Context),
+                (None, _) => None,
+            };
+            let target = match (target, &kind) {
+                (Some(target), _) => Some(absolute(current.lowered.config.working_dir(), &target)),
+                // As in BuildKit.
+                (None, MountKind::Ssh { .. }) => Some(format!("/run/buildkit/ssh_agent.{}", mounts.len())),
+                (None, _) => None,
+            };
+            if target.as_deref() == Some("/") {
+                let message = "the root file system cannot be mounted over: give a target below it";
+                return Err(self.dockerfile.error(at, &mount.text, message));
+            }
+            mounts.push(MountOp { kind, from, target });
+        }
+        Ok(mounts)
+    }
+
+    fn files_from(&mut self, from: &CopyFrom, at: Location) -> Result<FilesFrom, DockerfileError> {
+        Ok(match from {
             CopyFrom::Context => FilesFrom::Context,
             CopyFrom::Stage(stage) => {
                 self.ensure(*stage)?;
@@ -800,7 +881,17 @@ impl<'a> Lowering<'a> {
                 let image = self.image(name, at)?;
                 FilesFrom::Vertex(self.image_vertex(&image, format!("FROM {name}"), at))
             }
-        };
+        })
+    }
+
+    fn copy(
+        &mut self,
+        current: &mut Current,
+        instruction: &Instruction,
+        copy: &Copy,
+    ) -> Result<VertexId, DockerfileError> {
+        let at = instruction.location;
+        let from = self.files_from(&copy.from, at)?;
         let (paths, inline) = self.sources(current, at, &copy.sources)?;
         for path in &paths {
             if let Ok(Some(_)) = Remote::parse(path) {
@@ -965,7 +1056,7 @@ impl<'a> Lowering<'a> {
 }
 
 /// A name as a pattern that matches nothing else.
-fn escaped(name: &str) -> String {
+pub(crate) fn escaped(name: &str) -> String {
     let special = |c| matches!(c, '*' | '?' | '[' | '\\');
     name.chars().flat_map(|c| special(c).then_some('\\').into_iter().chain([c])).collect()
 }

@@ -2,8 +2,10 @@
 //!
 //! ```text
 //! mod.rs     the request: reads the context and the Dockerfile, runs the four steps
+//! export.rs  a tree's files, out of the store
 //! graph.rs   a Dockerfile becomes a graph of operations and a config
 //! solve.rs   operations become snapshots: from the cache, or by doing them
+//! mounts.rs  what RUN --mount shows
 //! remote.rs  what ADD takes from elsewhere
 //! values.rs  what single values of instructions mean
 //! config.rs  the image config in the making
@@ -12,7 +14,9 @@
 
 mod cache_from;
 mod config;
+mod export;
 mod graph;
+mod mounts;
 mod remote;
 mod solve;
 mod values;
@@ -29,22 +33,28 @@ use crate::context::Tree;
 use crate::dockerfile::{
     self, BuildArgs, CheckOptions, Dockerfile, DockerfileError, Ignore, IgnoreError, Location, Warning,
 };
-use crate::exec::{self, Cancel, ExecError, ExecutorChoice};
+use crate::exec::{self, Cancel, ExecError, ExecutorChoice, ResourceLimit};
 use crate::images::{ImagesError, plain_name};
 use crate::progress::{Outcome, Progress, Task};
 use crate::{Canceled, Engine};
 
 pub(crate) use config::{Config, DEFAULT_PATH};
+pub use export::{ExportError, TreeOutput};
 use graph::Lower;
+pub(crate) use mounts::CacheMounts;
+pub use mounts::{MountError, SECRET_BYTES_MAX, Secret, SecretSource, SshAgent};
 pub use remote::RemoteError;
 pub use solve::SolveError;
-pub(crate) use solve::{make_directory, user};
+pub(crate) use solve::{Steps, make_directory, user};
 
 /// Bytes of a Dockerfile. Generated ones reach some hundred KiB.
 const DOCKERFILE_BYTES_MAX: u64 = 16 << 20;
 
 /// The build argument that takes the place of a file's `# check=` line, as in BuildKit.
 const CHECK_ARG: &str = "BUILDKIT_DOCKERFILE_CHECK";
+
+/// The build argument that says when the result was made (reproducible-builds.org, "SOURCE_DATE_EPOCH").
+const EPOCH_ARG: &str = "SOURCE_DATE_EPOCH";
 
 /// What to build.
 #[derive(Debug, Clone, Default)]
@@ -65,6 +75,8 @@ pub struct BuildRequest {
     pub no_cache: bool,
     /// Ask the registries for images to build on, also for those that are here.
     pub pull: bool,
+    /// Stages whose steps are run whatever is cached, by name or number.
+    pub no_cache_stages: Vec<String>,
     /// Images that may have the results of steps that the build cache has not, in the order in which they are asked.
     pub cache_from: Vec<String>,
     /// Say for every step where its result came from.
@@ -73,6 +85,25 @@ pub struct BuildRequest {
     pub executor: ExecutorChoice,
     /// Directories in which OCI runtimes are looked for.
     pub search_path: Vec<PathBuf>,
+    /// How commands are run.
+    pub run: RunOptions,
+    /// Secrets that commands may ask for.
+    pub secrets: Vec<Secret>,
+    /// SSH agents that commands may ask for.
+    pub ssh: Vec<SshAgent>,
+}
+
+/// How a build's commands are run: part of their keys.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct RunOptions {
+    /// Commands that don't say otherwise have no network.
+    pub no_network: bool,
+    /// More lines of `/etc/hosts`: name and address.
+    pub add_hosts: Vec<(String, String)>,
+    /// Limits of their processes.
+    pub limits: Vec<ResourceLimit>,
+    /// How much `/dev/shm` holds; 64 MiB if nothing is said.
+    pub shm_size_bytes: Option<u64>,
 }
 
 /// What was built.
@@ -230,6 +261,7 @@ impl Engine {
                 labels: &request.labels,
                 platform: &platform,
                 ignore: &ignore,
+                no_cache_stages: &[],
                 all_stages: request.target.is_none(),
             };
             graph::lower(&what, &mut find_image).map_err(BuildError::from)
@@ -267,10 +299,12 @@ impl Engine {
                 labels: &request.labels,
                 platform: &platform,
                 ignore: &ignore,
+                no_cache_stages: &request.no_cache_stages,
                 all_stages: false,
             },
             &mut find_image,
         )?;
+        let epoch = epoch(dockerfile, &args)?;
         let options = check_options(dockerfile, &args)?;
         let warnings = dockerfile.wanted(plan.warnings, Some(&options));
         let told = warnings
@@ -284,10 +318,17 @@ impl Engine {
             return Err(BuildError::Check(warnings));
         }
 
-        let context = Tree::context(open_context(&request.context)?, Some(ignore)).cancelable(cancel);
+        // A step that fails stops the others, and nothing else of the caller's.
+        let stop = Cancel::new();
+        let _passed_on = cancel.on_cancel({
+            let stop = stop.clone();
+            move || stop.cancel()
+        });
+        let context = Tree::context(open_context(&request.context)?, Some(ignore)).cancelable(&stop);
         let executor = exec::pick(&request.executor, self.store().run_dir(), &request.search_path)?;
         let cache_from = cache_from::CacheFrom::open(self, &request.cache_from, &platform, progress);
         let session = self.registries(cancel);
+        let hosts = solve::HostsFile::write(self.store().run_dir(), &request.run.add_hosts)?;
         let solver = solve::Solver {
             engine: self,
             graph: &plan.graph,
@@ -297,11 +338,16 @@ impl Engine {
             context: &context,
             executor: &*executor,
             progress,
-            cancel,
+            cancel: &stop,
+            made: Default::default(),
             no_cache: request.no_cache,
             client: &session.client,
+            run_options: &request.run,
+            hosts: hosts.path(),
+            secrets: &request.secrets,
+            ssh: &request.ssh,
         };
-        let solved = solver.solve(plan.target).map_err(|failed| match failed.error {
+        let solved = solver.solve(&plan.graph).map_err(|failed| match failed.error {
             SolveError::Canceled(canceled) => canceled.into(),
             error => BuildError::Step {
                 at: dockerfile.error(failed.location, &failed.focus, error.headline()),
@@ -317,9 +363,10 @@ impl Engine {
         }
         let snapshot =
             target.tree.as_ref().map(|tree| tree.extract(cancel)).transpose().map_err(SolveError::from)?.flatten();
-        let made = |vertex| solved.of(vertex).made.map(crate::rfc3339);
+        let made = |vertex| solved.of(vertex).made.map(|made| epoch.clone().unwrap_or_else(|| crate::rfc3339(made)));
         let key = |vertex| format!("{}{}", history_cache::KEY_COMMENT, solved.of(vertex).key);
         let (history, created) = graph::history(&plan.history, plan.base_created.as_deref(), made, key);
+        let created = epoch.or(created);
         let config = plan.config.finish(created.as_deref(), &diff_ids, &history);
         let config = ImageConfig::parse(&config).map_err(ImageError::from)?;
         let id = config.id();
@@ -401,6 +448,15 @@ fn ignore_of(request: &BuildRequest) -> Result<Ignore, BuildError> {
 
 fn dockerfile_path(request: &BuildRequest) -> PathBuf {
     request.dockerfile.clone().unwrap_or_else(|| request.context.join("Dockerfile"))
+}
+
+/// The time that the result is to tell, if the build argument gives one.
+fn epoch(dockerfile: &Dockerfile, args: &BuildArgs) -> Result<Option<String>, DockerfileError> {
+    let Some(text) = args.given(EPOCH_ARG).filter(|text| !text.is_empty()) else { return Ok(None) };
+    let time = text.parse().ok().and_then(|seconds| jiff::Timestamp::from_second(seconds).ok());
+    let told = || format!("build argument {EPOCH_ARG}: {text:?} is no number of seconds since 1970");
+    let time = time.ok_or_else(|| dockerfile.error(Location::default(), "", told()))?;
+    Ok(Some(time.to_string()))
 }
 
 /// An error and its causes in one sentence.

@@ -4,12 +4,13 @@
 //! takes in: mode, owner, extended attributes and bytes, not times. So a changed input changes the keys of all that
 //! stands on it, and an unchanged one finds its record whatever happened to file times.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 use std::ffi::OsString;
 use std::io::{self, Write};
 use std::os::fd::{AsFd as _, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Condvar, Mutex, OnceLock, PoisonError};
 
 use plies_archive::tar::EntryPath;
 use plies_archive::{ApplyStyle, NewOwner, UnpackError, compress, unpack};
@@ -21,24 +22,27 @@ use plies_oci::{BlobDigest, Compression, DiffId, ErrorKind, limits};
 use plies_registry::{self as registry, Client};
 use plies_store::{Attach, CatalogueError, LayerError, LayerId, Mounted, SnapshotError, Stamp, canceled_inside};
 
+use super::RunOptions;
 use super::cache_from::CacheFrom;
 use super::config::DEFAULT_PATH;
 use super::graph::{CopyOp, FilesFrom, Graph, Op, RunOp, Vertex, VertexId};
+use super::mounts::{MountError, Prepared, Secret, SshAgent};
 use super::remote::{DOWNLOAD_BYTES_MAX, Download, GitSource, RemoteError};
 use crate::context::{
     self, Chmod, ContentHash, CopyError, CopyOptions, Destination, HashError, Owner, SelectError, Selection, Tree,
 };
-use crate::dockerfile::{Ignore, IgnoreError, Location, SCRIPT_DIR};
+use crate::dockerfile::{Ignore, IgnoreError, Location, RunNetwork, SCRIPT_DIR};
 use crate::exec::{
     self, Access, Cancel, ExecError, Executor, MountSource, Network, Step, StepMount, Streams, User, UserError,
     resolve_user,
 };
 use crate::progress::{Outcome, Progress, Task, Watched};
 use crate::records::RecordsError;
+use crate::run::RunError;
 use crate::{Canceled, Engine};
 
 /// Goes up when a step comes to mean something else, so that results of an older Plies are not taken for it.
-const KEY_VERSION: u32 = 3;
+const KEY_VERSION: u32 = 4;
 
 /// What is kept with the record of a download, under BuildKit's names.
 const HTTP_CHECKSUM: &str = "http.checksum";
@@ -56,8 +60,20 @@ const XZ_MEMORY_KIB_MAX: u32 = 256 << 10;
 /// Output of one step that is shown, as in BuildKit (`BUILDKIT_STEP_LOG_MAX_SIZE`).
 const OUTPUT_BYTES_MAX: usize = 2 << 20;
 
+/// Lines of its output that the error of a step quotes.
+const LAST_LINES_MAX: usize = 10;
+
+/// Bytes of its output that are kept for that.
+const LAST_BYTES_MAX: usize = 4 << 10;
+
 /// Characters of a command that an error quotes.
 const COMMAND_CHARS_MAX: usize = 200;
+
+/// Vertices that are worked on at a time at least: most of them wait for something else than a core.
+const WORKERS_MIN: usize = 2;
+
+/// Where a step looks up names first.
+const HOSTS: &str = "/etc/hosts";
 
 /// Longest description of a record.
 const DESCRIPTION_CHARS_MAX: usize = 300;
@@ -67,7 +83,7 @@ const DESCRIPTION_CHARS_MAX: usize = 300;
 #[non_exhaustive]
 pub enum SolveError {
     /// Its command failed.
-    #[error("exit code {code}{}", reason.as_ref().map(|why| format!(" ({why})")).unwrap_or_default())]
+    #[error("exit code {code}{}{}", reason.as_ref().map(|why| format!(" ({why})")).unwrap_or_default(), quoted(said))]
     Exit {
         /// The command.
         command: String,
@@ -75,6 +91,8 @@ pub enum SolveError {
         code: i32,
         /// Why, if more is known.
         reason: Option<String>,
+        /// The last lines that it wrote.
+        said: Vec<String>,
     },
     /// Its command could not be run.
     #[error(transparent)]
@@ -120,6 +138,12 @@ pub enum SolveError {
         /// Where.
         path: EntryPath,
     },
+    /// What is mounted into it.
+    #[error(transparent)]
+    Mount(#[from] MountError),
+    /// A cache of it is in use.
+    #[error(transparent)]
+    CacheInUse(#[from] Box<RunError>),
     /// A download or a repository.
     #[error(transparent)]
     Remote(#[from] RemoteError),
@@ -174,6 +198,8 @@ impl SolveError {
             Self::Hash(source) => source.kind(),
             Self::Copy(source) => source.kind(),
             Self::Exclude(source) => source.kind(),
+            Self::Mount(source) => source.kind(),
+            Self::CacheInUse(source) => source.kind(),
             Self::Remote(source) => source.kind(),
             Self::Chmod(_) | Self::Link { .. } => ErrorKind::InvalidInput,
             Self::TooManyLayers { .. } => ErrorKind::Limit,
@@ -232,15 +258,119 @@ pub(crate) struct Solved {
 /// The results of a graph.
 #[derive(Debug)]
 pub(crate) struct Results {
-    solved: HashMap<VertexId, Solved>,
+    /// By the numbers of their vertices.
+    solved: Vec<OnceLock<Solved>>,
     pub(crate) steps_count: usize,
     pub(crate) cached_count: usize,
 }
 
 impl Results {
-    /// The result of a vertex of the graph.
+    /// The result of a vertex that was solved.
     pub(crate) fn of(&self, vertex: VertexId) -> &Solved {
-        &self.solved[&vertex]
+        self.solved[vertex.0].get().expect("because a vertex waits for its inputs")
+    }
+}
+
+/// The steps that are worked on, in all builds of this process: who wants the same waits for the first, and finds its
+/// result in the cache.
+#[derive(Debug, Default)]
+pub(crate) struct Steps {
+    busy: Mutex<HashSet<CacheKey>>,
+    ended: Condvar,
+}
+
+/// Ends when dropped.
+struct StepTurn<'a> {
+    steps: &'a Steps,
+    key: CacheKey,
+}
+
+impl Steps {
+    /// Waits for others that do the step with this key. Nobody holds two turns at once, so they can't wait in a circle.
+    fn turn(&self, key: CacheKey) -> StepTurn<'_> {
+        let mut busy = self.busy.lock().unwrap_or_else(PoisonError::into_inner);
+        while !busy.insert(key) {
+            busy = self.ended.wait(busy).unwrap_or_else(PoisonError::into_inner);
+        }
+        StepTurn { steps: self, key }
+    }
+}
+
+impl Drop for StepTurn<'_> {
+    fn drop(&mut self) {
+        self.steps.busy.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.key);
+        self.steps.ended.notify_all();
+    }
+}
+
+/// What is left of a graph, shared by those who work on it.
+struct Queue {
+    /// How many inputs each vertex still waits for.
+    waits_for: Vec<usize>,
+    /// Who waits for each vertex.
+    users: Vec<Vec<VertexId>>,
+    /// What can be worked on; the first in the file goes first.
+    ready: BTreeSet<VertexId>,
+    left_count: usize,
+    steps_count: usize,
+    cached_count: usize,
+    /// Of several that failed at once, the first in the file.
+    failed: Option<(VertexId, Failed)>,
+    /// Nothing new is begun.
+    stopped: bool,
+}
+
+impl Queue {
+    fn of(graph: &Graph) -> Self {
+        let count = graph.len();
+        let (mut waits_for, mut users) = (vec![0; count], vec![Vec::new(); count]);
+        for (id, vertex) in graph.iter() {
+            for input in vertex.op.inputs() {
+                waits_for[id.0] += 1;
+                users[input.0].push(id);
+            }
+        }
+        let ready = graph.iter().map(|(id, _)| id).filter(|id| waits_for[id.0] == 0).collect();
+        let (left_count, failed) = (count, None);
+        Self { waits_for, users, ready, left_count, steps_count: 0, cached_count: 0, failed, stopped: false }
+    }
+
+    fn solved(&mut self, id: VertexId) {
+        self.left_count -= 1;
+        for user in std::mem::take(&mut self.users[id.0]) {
+            self.waits_for[user.0] -= 1;
+            if self.waits_for[user.0] == 0 {
+                self.ready.insert(user);
+            }
+        }
+    }
+
+    fn fail(&mut self, id: VertexId, failed: Failed) {
+        let is_canceled = |failed: &Failed| matches!(failed.error, SolveError::Canceled(_));
+        let goes_first = self.failed.as_ref().is_none_or(|(known, before)| {
+            // What was stopped because of another failure is none.
+            (is_canceled(&failed), id) < (is_canceled(before), *known)
+        });
+        if goes_first {
+            self.failed = Some((id, failed));
+        }
+        self.stopped = true;
+    }
+}
+
+/// A queue and a bell for who waits for it.
+type SharedQueue = (Mutex<Queue>, Condvar);
+
+/// Stops the others if the thread that holds it panics: they would wait for it forever.
+struct StopOnPanic<'a>(&'a SharedQueue, &'a Cancel);
+
+impl Drop for StopOnPanic<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.0.lock().unwrap_or_else(PoisonError::into_inner).stopped = true;
+            self.0.1.notify_all();
+            self.1.cancel();
+        }
     }
 }
 
@@ -260,6 +390,14 @@ pub(crate) struct Solver<'a> {
     pub(crate) cache_from: &'a CacheFrom,
     /// Say for every step where its result came from.
     pub(crate) explain: bool,
+    /// How all commands are run.
+    pub(crate) run_options: &'a RunOptions,
+    /// What steps see as `/etc/hosts`.
+    pub(crate) hosts: &'a Path,
+    pub(crate) secrets: &'a [Secret],
+    pub(crate) ssh: &'a [SshAgent],
+    /// What steps made in this build.
+    pub(crate) made: Mutex<HashMap<CacheKey, ImmutableRef>>,
 }
 
 /// What a step made, besides what can be seen in its tree.
@@ -292,7 +430,7 @@ impl Made {
 }
 
 /// Where an operation's files come from, opened.
-enum Source<'a> {
+pub(super) enum Source<'a> {
     Context(&'a Tree),
     Stage(Box<Stage>),
 }
@@ -306,14 +444,14 @@ struct Part<'a> {
 }
 
 /// The tree of an earlier stage or of an image.
-struct Stage {
+pub(super) struct Stage {
     tree: Tree,
     /// Keeps it mounted; the empty tree needs no mount.
     _mounted: Option<Mounted>,
 }
 
 impl Source<'_> {
-    fn tree(&self) -> &Tree {
+    pub(super) fn tree(&self) -> &Tree {
         match self {
             Source::Context(tree) => tree,
             Source::Stage(stage) => &stage.tree,
@@ -322,39 +460,94 @@ impl Source<'_> {
 }
 
 impl Solver<'_> {
-    /// Solves all vertices of the graph, which was lowered for one target: each of them is needed.
-    pub(crate) fn solve(&self, target: VertexId) -> Result<Results, Failed> {
-        let mut results = Results { solved: HashMap::new(), steps_count: 0, cached_count: 0 };
-        for (id, vertex) in self.graph.iter() {
-            if self.cancel.is_canceled() {
-                return Err(Failed { location: vertex.location, focus: String::new(), error: Canceled.into() });
+    /// Solves all vertices of a graph that was lowered for one target: each of them is needed. What does not need each
+    /// other is done at the same time; after a failure the rest is cancelled, by way of this solver's `cancel`.
+    pub(crate) fn solve(&self, graph: &Graph) -> Result<Results, Failed> {
+        let solved = (0..graph.len()).map(|_| OnceLock::new()).collect();
+        let mut results = Results { solved, steps_count: 0, cached_count: 0 };
+        let queue = (Mutex::new(Queue::of(graph)), Condvar::new());
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let workers_count = cores.max(WORKERS_MIN).min(graph.len());
+        std::thread::scope(|scope| {
+            for _ in 1..workers_count {
+                scope.spawn(|| self.work(graph, &results, &queue));
             }
-            let task = (!vertex.name.is_empty()).then(|| Task::start(self.progress, &vertex.name, None));
-            let solved = self.vertex(vertex, &results, task.as_ref());
-            let (solved, outcome) = solved.map_err(|error| {
-                let error = if canceled_inside(&error) { Canceled.into() } else { error };
-                let focus = match &error {
-                    SolveError::Select(_) => vertex.op.focus(),
-                    _ => String::new(),
-                };
-                Failed { location: vertex.location, focus, error }
-            })?;
-            let layers = solved.base_diff_ids.len() + solved.layers.len();
-            if layers > limits::LAYERS_MAX {
-                let error = SolveError::TooManyLayers { layers };
-                return Err(Failed { location: vertex.location, focus: String::new(), error });
+            self.work(graph, &results, &queue);
+        });
+        let queue = queue.0.into_inner().unwrap_or_else(PoisonError::into_inner);
+        match queue.failed {
+            Some((_, failed)) => Err(failed),
+            None => {
+                (results.steps_count, results.cached_count) = (queue.steps_count, queue.cached_count);
+                Ok(results)
             }
-            if vertex.op.is_step() {
-                results.steps_count += 1;
-                results.cached_count += usize::from(outcome == Outcome::Cached);
-            }
-            if let Some(task) = task {
-                task.end(outcome);
-            }
-            results.solved.insert(id, solved);
         }
-        debug_assert!(results.solved.contains_key(&target));
-        Ok(results)
+    }
+
+    /// Solves one vertex after the other until there is none left.
+    fn work(&self, graph: &Graph, results: &Results, shared: &SharedQueue) {
+        let _guard = StopOnPanic(shared, self.cancel);
+        let (queue, changed) = shared;
+        let mut held = queue.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            if held.stopped || held.left_count == 0 {
+                return;
+            }
+            let Some(id) = held.ready.pop_first() else {
+                held = changed.wait(held).unwrap_or_else(PoisonError::into_inner);
+                continue;
+            };
+            drop(held);
+            let done = self.solve_one(graph.vertex(id), results);
+            held = queue.lock().unwrap_or_else(PoisonError::into_inner);
+            match done {
+                Ok((solved, outcome)) => {
+                    if graph.vertex(id).op.is_step() {
+                        held.steps_count += 1;
+                        held.cached_count += usize::from(outcome == Outcome::Cached);
+                    }
+                    results.solved[id.0].set(solved).expect("because a vertex is taken once");
+                    held.solved(id);
+                }
+                Err(failed) => {
+                    held.fail(id, failed);
+                    // Not under the lock: what is called may want to tell others.
+                    drop(held);
+                    self.cancel.cancel();
+                    held = queue.lock().unwrap_or_else(PoisonError::into_inner);
+                }
+            }
+            changed.notify_all();
+        }
+    }
+
+    fn solve_one(&self, vertex: &Vertex, results: &Results) -> Result<(Solved, Outcome), Failed> {
+        let failed = |error: SolveError| {
+            let error = if canceled_inside(&error) { Canceled.into() } else { error };
+            let focus = if let SolveError::Select(_) = &error { vertex.op.focus() } else { String::new() };
+            Failed { location: vertex.location, focus, error }
+        };
+        if self.cancel.is_canceled() {
+            return Err(failed(Canceled.into()));
+        }
+        let task = (!vertex.name.is_empty()).then(|| Task::start(self.progress, &vertex.name, None));
+        let (solved, outcome) = match self.vertex(vertex, results, task.as_ref()).map_err(failed) {
+            Ok(solved) => solved,
+            Err(failed) => {
+                if let (Some(task), SolveError::Canceled(_)) = (task, &failed.error) {
+                    task.end(Outcome::Canceled);
+                }
+                return Err(failed);
+            }
+        };
+        let layers = solved.base_diff_ids.len() + solved.layers.len();
+        if layers > limits::LAYERS_MAX {
+            return Err(failed(SolveError::TooManyLayers { layers }));
+        }
+        if let Some(task) = task {
+            task.end(outcome);
+        }
+        Ok((solved, outcome))
     }
 
     fn vertex(
@@ -399,8 +592,8 @@ impl Solver<'_> {
             }
             Op::Run { base, run } => {
                 let base = results.of(*base);
-                let key = run_key(run, &base.key);
-                self.step(vertex, base, key, task, |root, path| self.run(run, root, path, task))
+                let key = self.run_key(run, &base.key, results)?;
+                self.step(vertex, base, key, task, |root, path| self.run(run, results, root, path, task))
             }
             Op::Directory { base, path, user } => {
                 let base = results.of(*base);
@@ -458,7 +651,7 @@ impl Solver<'_> {
                 })
             }
             Op::Download(download) => self.download(download, &vertex.name),
-            Op::Git(git) => self.git(git, &vertex.name),
+            Op::Git(git) => self.git(git, vertex),
         }
     }
 
@@ -466,6 +659,7 @@ impl Solver<'_> {
     fn download(&self, download: &Download, name: &str) -> Result<(Solved, Outcome), SolveError> {
         let Download { url, name: file_name, checksum } = download;
         let index = KeyBuilder::new("download", KEY_VERSION).bytes(url.as_bytes()).bytes(file_name.as_bytes()).finish();
+        let _turn = self.engine.steps().turn(index);
         let known = self.known_alone(&index)?;
         let of = |tree: &ImmutableRef, key: &str| self.cache.value(tree.id(), key);
         if let (Some(tree), Some(checksum)) = (&known, checksum)
@@ -562,7 +756,7 @@ impl Solver<'_> {
     }
 
     /// The tree of a repository at the commit that it stands for now.
-    fn git(&self, git: &GitSource, name: &str) -> Result<(Solved, Outcome), SolveError> {
+    fn git(&self, git: &GitSource, vertex: &Vertex) -> Result<(Solved, Outcome), SolveError> {
         let run_dir = self.engine.store().run_dir();
         let commit = git.resolve(run_dir, self.cancel)?;
         let key = KeyBuilder::new("git", KEY_VERSION)
@@ -572,7 +766,8 @@ impl Solver<'_> {
             .number(git.keep_git_dir.into())
             .number(git.submodules.into())
             .finish();
-        if let Some(tree) = self.known_alone(&key)?.filter(|_| !self.no_cache) {
+        let _turn = self.engine.steps().turn(key);
+        if let Some(tree) = self.known_alone(&key)?.filter(|_| !self.no_cache && !vertex.no_cache) {
             return Ok((self.alone(tree, &commit)?, Outcome::Cached));
         }
         let work = git.check_out(&commit, run_dir, self.cancel)?;
@@ -584,7 +779,7 @@ impl Solver<'_> {
         let from = Tree::context(dir, None).cancelable(self.cancel);
         let mut selection = Selection::new(None);
         selection.add(&from, if git.subdir.is_empty() { b"/" } else { git.subdir.as_bytes() })?;
-        let options = RecordOptions { description: Some(short(name)), ..RecordOptions::by("build") };
+        let options = RecordOptions { description: Some(short(&vertex.name)), ..RecordOptions::by("build") };
         let record = self.cache.create(None, &options)?;
         let mounted = record.mount(Attach::InStore)?;
         // Git knows of a file whether it is a program; the rest is the umask of whoever builds.
@@ -627,7 +822,13 @@ impl Solver<'_> {
                 task.output(format!("{says}\n").as_bytes());
             }
         };
-        if self.no_cache {
+        let _turn = self.engine.steps().turn(key);
+        if self.no_cache || vertex.no_cache {
+            // A step that is there twice is still done once.
+            let made = self.made.lock().unwrap_or_else(PoisonError::into_inner).get(&key).cloned();
+            if let Some(tree) = made.filter(|tree| self.stands_on(tree, base)) {
+                return Ok((self.solved(base, key, tree)?, Outcome::Cached));
+            }
             explain("not looked for in the cache, as was asked for");
         } else if let Some(tree) = self.lookup(base, &key)? {
             explain(&format!("cached: record {}", tree.id()));
@@ -651,7 +852,16 @@ impl Solver<'_> {
         let Made { on_the_way, changing } = worked?;
         unmounted?;
         let tree = record.seal(&on_the_way, (!changing).then_some(&key))?;
+        if !changing {
+            self.made.lock().unwrap_or_else(PoisonError::into_inner).insert(key, tree.clone());
+        }
         Ok((self.solved(base, key, tree)?, Outcome::Done))
+    }
+
+    /// Whether a record was made on top of this very base.
+    fn stands_on(&self, tree: &ImmutableRef, base: &Solved) -> bool {
+        let below = base.tree.as_ref().map_or(Parents::None, |tree| Parents::Layer(tree.id()));
+        tree.row().is_ok_and(|row| row.parents == below)
     }
 
     fn solved(&self, base: &Solved, key: CacheKey, tree: ImmutableRef) -> Result<Solved, SolveError> {
@@ -686,7 +896,10 @@ impl Solver<'_> {
             below.push(diff_id);
         }
         let below = (!alone).then_some(below.as_slice());
-        let Some(found) = self.cache_from.find(below, key, &self.graph.story(vertex)) else { return Ok(None) };
+        // No text tells of what all commands of a build are given.
+        let is_told = *self.run_options == RunOptions::default();
+        let story = if is_told { self.graph.story(vertex) } else { Vec::new() };
+        let Some(found) = self.cache_from.find(below, key, &story) else { return Ok(None) };
         let Some(diff_id) = found.diff_id else {
             return Ok(Some((Solved { key: *key, made: None, ..base.clone() }, found.says)));
         };
@@ -746,30 +959,90 @@ impl Solver<'_> {
         }
     }
 
-    fn run(&self, run: &RunOp, root: BorrowedFd<'_>, path: &Path, task: Option<&Task<'_>>) -> Result<Made, SolveError> {
+    fn run_key(&self, run: &RunOp, base: &CacheKey, results: &Results) -> Result<CacheKey, SolveError> {
+        let script = run.invocation.script.iter().flat_map(|(name, text)| [name, text]);
+        let limit = |of: Option<u64>| of.map_or("-1".to_owned(), |of| of.to_string());
+        let limits = self.run_options.limits.iter();
+        let limits = limits.flat_map(|of| [of.name().to_owned(), limit(of.soft), limit(of.hard)]);
+        let key = KeyBuilder::new("run", KEY_VERSION)
+            .input(base)
+            .list(run.invocation.argv.iter())
+            .list(script.collect::<Vec<_>>())
+            .list(run.env.iter().flat_map(|(name, value)| [name, value]).collect::<Vec<_>>())
+            .bytes(run.working_dir.as_bytes())
+            .bytes(run.user.as_bytes())
+            .number((self.network(run) == Network::None).into())
+            .list(self.run_options.add_hosts.iter().flat_map(|(name, address)| [name, address]).collect::<Vec<_>>())
+            .list(limits.collect::<Vec<_>>())
+            .number(self.run_options.shm_size_bytes.unwrap_or(0));
+        Ok(self.key_of_mounts(run, results, key)?.finish())
+    }
+
+    /// Steps have the host's network, as under `docker build --network=host`, unless they are to have none.
+    fn network(&self, run: &RunOp) -> Network {
+        match (run.network, self.run_options.no_network) {
+            (RunNetwork::None, _) | (RunNetwork::Default, true) => Network::None,
+            (RunNetwork::Host, _) | (RunNetwork::Default, false) => Network::Host,
+        }
+    }
+
+    fn run(
+        &self,
+        run: &RunOp,
+        results: &Results,
+        root: BorrowedFd<'_>,
+        path: &Path,
+        task: Option<&Task<'_>>,
+    ) -> Result<Made, SolveError> {
+        let mut prepared = self.prepare_mounts(run, results)?;
+        let made = self.run_prepared(run, &mut prepared, root, path, task);
+        let ended = prepared.end();
+        let made = made?;
+        ended.map(|()| made)
+    }
+
+    fn run_prepared(
+        &self,
+        run: &RunOp,
+        prepared: &mut Prepared<'_>,
+        root: BorrowedFd<'_>,
+        path: &Path,
+        task: Option<&Task<'_>>,
+    ) -> Result<Made, SolveError> {
         make_directory(root, &run.working_dir, None)?;
         let os = |(name, value): &(String, String)| (OsString::from(name), OsString::from(value));
         let mut mounts = StepMount::host_network_files();
+        mounts.retain(|mount| mount.target != Path::new(HOSTS));
+        let source = MountSource::Bind { path: self.hosts.to_owned(), access: Access::ReadOnly };
+        mounts.push(StepMount { target: HOSTS.into(), source });
+        mounts.extend(self.run_options.shm_size_bytes.map(|bytes| StepMount {
+            target: "/dev/shm".into(),
+            source: MountSource::Tmpfs { size_bytes: Some(bytes), access: Access::ReadWrite },
+        }));
         let script = run.invocation.script.as_ref();
         let script = script.map(|(name, text)| Script::write(self.engine.store().run_dir(), name, text)).transpose()?;
         mounts.extend(script.as_ref().map(Script::mount));
+        mounts.append(&mut prepared.mounts);
         let user = user(root, &run.user)?;
         let defaults =
             [("PATH".to_owned(), DEFAULT_PATH.to_owned()), ("HOME".to_owned(), exec::home_of(root, user.uid)?)];
         let step = Step {
             args: run.invocation.argv.iter().map(OsString::from).collect(),
             // Of equal names the last counts.
-            env: defaults.iter().chain(&run.unkeyed_env).chain(&run.env).map(os).collect(),
+            env: defaults.iter().chain(&run.unkeyed_env).chain(&run.env).chain(&prepared.env).map(os).collect(),
             cwd: PathBuf::from(&run.working_dir),
             user,
             rootfs: path.to_owned(),
             mounts,
             hostname: "buildkitsandbox".into(),
-            network: Network::Host,
+            network: self.network(run),
+            limits: self.run_options.limits.clone(),
+            secret: prepared.secret,
             streams: Streams::Captured,
         };
         let left_bytes = AtomicUsize::new(OUTPUT_BYTES_MAX);
-        let output = || TaskOutput { task, left_bytes: &left_bytes };
+        let last = Mutex::new(VecDeque::new());
+        let output = || TaskOutput { task, left_bytes: &left_bytes, last: &last };
         let (mut stdout, mut stderr) = (output(), output());
         let status = match self.executor.run(&step, &mut stdout, &mut stderr, self.cancel) {
             Err(ExecError::Canceled) => return Err(Canceled.into()),
@@ -777,12 +1050,13 @@ impl Solver<'_> {
         };
         if !status.success() {
             let (code, reason) = (status.code(), status.reason().map(str::to_owned));
-            return Err(SolveError::Exit { command: run.invocation.argv.join(" "), code, reason });
+            let said = last_lines(last.into_inner().unwrap_or_else(PoisonError::into_inner));
+            return Err(SolveError::Exit { command: run.invocation.argv.join(" "), code, reason, said });
         }
         Ok(Made::default())
     }
 
-    fn source(&self, from: FilesFrom, results: &Results) -> Result<Source<'_>, SolveError> {
+    pub(super) fn source(&self, from: FilesFrom, results: &Results) -> Result<Source<'_>, SolveError> {
         let FilesFrom::Vertex(vertex) = from else { return Ok(Source::Context(self.context)) };
         let mounted = match &results.of(vertex).tree {
             Some(tree) => tree.mount(Attach::Detached, self.cancel)?,
@@ -843,10 +1117,12 @@ impl Op {
     }
 
     /// Whether the text of a history tells all of what it takes in, where the steps and settings before it are known: not
-    /// the files that are copied, not a script, and not whose a directory is.
+    /// the files that are copied, not a script or a mount, and not whose a directory is.
     pub(super) fn is_told_by_text(&self) -> bool {
         match self {
-            Op::Run { run, .. } => run.invocation.script.is_none(),
+            Op::Run { run, .. } => {
+                run.invocation.script.is_none() && run.mounts.is_empty() && run.network == RunNetwork::Default
+            }
             Op::Directory { user, .. } => ["", "root", "0"].contains(&user.as_str()),
             _ => false,
         }
@@ -861,25 +1137,13 @@ impl Op {
     }
 }
 
-fn run_key(run: &RunOp, base: &CacheKey) -> CacheKey {
-    let script = run.invocation.script.iter().flat_map(|(name, text)| [name, text]);
-    KeyBuilder::new("run", KEY_VERSION)
-        .input(base)
-        .list(run.invocation.argv.iter())
-        .list(script.collect::<Vec<_>>())
-        .list(run.env.iter().flat_map(|(name, value)| [name, value]).collect::<Vec<_>>())
-        .bytes(run.working_dir.as_bytes())
-        .bytes(run.user.as_bytes())
-        .finish()
-}
-
 /// A record's description: a Dockerfile's line can hold a whole script.
-fn short(name: &str) -> String {
+pub(super) fn short(name: &str) -> String {
     name.chars().take(DESCRIPTION_CHARS_MAX).collect()
 }
 
-/// Distinguishes the scripts of one process.
-static NEXT_SCRIPT: AtomicU64 = AtomicU64::new(0);
+/// Distinguishes the scripts and other files of one process.
+static NEXT_FILE: AtomicU64 = AtomicU64::new(0);
 
 /// Makes a directory with its parents (0755, the owner's or root's) inside a root; what is there is left alone.
 pub(crate) fn make_directory(root: BorrowedFd<'_>, path: &str, owner: Option<Owner>) -> Result<(), SolveError> {
@@ -928,10 +1192,17 @@ struct TaskOutput<'a> {
     task: Option<&'a Task<'a>>,
     /// What both streams of the step may still say.
     left_bytes: &'a AtomicUsize,
+    /// The last bytes that they said, for the error.
+    last: &'a Mutex<VecDeque<u8>>,
 }
 
 impl Write for TaskOutput<'_> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        last.extend(&bytes[bytes.len().saturating_sub(LAST_BYTES_MAX)..]);
+        let over = last.len().saturating_sub(LAST_BYTES_MAX);
+        last.drain(..over);
+        drop(last);
         let take = |left: usize| Some(left.saturating_sub(bytes.len()));
         let left = self.left_bytes.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).unwrap_or(0);
         if let Some(task) = self.task.filter(|_| left > 0) {
@@ -948,6 +1219,51 @@ impl Write for TaskOutput<'_> {
     }
 }
 
+/// The last whole lines of an output, without what a terminal would obey.
+fn last_lines(bytes: VecDeque<u8>) -> Vec<String> {
+    let bytes: Vec<u8> = bytes.into();
+    let text = String::from_utf8_lossy(&bytes);
+    let lines = text.lines().map(|line| line.replace(|c: char| c.is_control() && c != '\t', " "));
+    let mut lines: Vec<String> = lines.filter(|line| !line.trim().is_empty()).collect();
+    lines.drain(..lines.len().saturating_sub(LAST_LINES_MAX));
+    lines
+}
+
+fn quoted(lines: &[String]) -> String {
+    match lines {
+        [] => String::new(),
+        lines => format!("; its last words:\n  {}", lines.join("\n  ")),
+    }
+}
+
+/// What a build's steps see as `/etc/hosts`, as BuildKit writes it; gone when dropped.
+pub(super) struct HostsFile(PathBuf);
+
+impl HostsFile {
+    pub(super) fn write(run_dir: &Path, more: &[(String, String)]) -> Result<Self, SolveError> {
+        use std::os::unix::fs::OpenOptionsExt as _;
+        let path = run_dir.join(format!("hosts-{}", NEXT_FILE.fetch_add(1, Ordering::Relaxed)));
+        let mut text = "127.0.0.1\tlocalhost buildkitsandbox\n::1\tlocalhost ip6-localhost ip6-loopback\n".to_owned();
+        more.iter().for_each(|(name, address)| text.push_str(&format!("{address}\t{name}\n")));
+        let file = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o644).open(&path);
+        let written = file.and_then(|mut file| file.write_all(text.as_bytes()));
+        match written {
+            Ok(()) => Ok(Self(path)),
+            Err(source) => Err(SolveError::Io { op: "write", path, source }),
+        }
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for HostsFile {
+    fn drop(&mut self) {
+        drop(std::fs::remove_file(&self.0));
+    }
+}
+
 /// A here-document that is executed: a file in a directory of its own, gone when dropped.
 struct Script {
     dir: PathBuf,
@@ -956,7 +1272,7 @@ struct Script {
 impl Script {
     fn write(run_dir: &Path, name: &str, text: &str) -> Result<Self, SolveError> {
         use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
-        let dir = run_dir.join(format!("script-{}", NEXT_SCRIPT.fetch_add(1, Ordering::Relaxed)));
+        let dir = run_dir.join(format!("script-{}", NEXT_FILE.fetch_add(1, Ordering::Relaxed)));
         let io = |op, path: PathBuf| move |source| SolveError::Io { op, path, source };
         std::fs::create_dir(&dir).map_err(io("create directory", dir.clone()))?;
         let script = Self { dir };

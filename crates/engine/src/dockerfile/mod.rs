@@ -31,7 +31,7 @@ pub use check::{CheckOptions, Rule, Warning, names_a_secret};
 pub(crate) use error::suggest;
 pub use error::{DockerfileError, Location};
 pub use ignore::{Ignore, IgnoreError};
-pub use mount::{Mount, MountError, MountKind, Permissions, RunMount, RunNetwork, RunSecurity, Sharing};
+pub use mount::{Mount, MountError, MountKind, Permissions, RunMount, RunNetwork, RunSecurity, Sharing, ram_bytes};
 pub use parse::parse;
 pub use scope::{BuildArgs, Scope};
 

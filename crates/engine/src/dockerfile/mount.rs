@@ -468,8 +468,8 @@ fn csv_fields(line: &str) -> Result<Vec<String>, String> {
 }
 
 /// A size as docker's `--shm-size` takes it: a number, perhaps with a fraction, and a unit of 1,024 bytes or a power of
-/// that (docker/go-units, `RAMInBytes`).
-fn ram_bytes(text: &str) -> Option<u64> {
+/// that (docker/go-units, `RAMInBytes`). `None` for anything else.
+pub fn ram_bytes(text: &str) -> Option<u64> {
     let end = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
     let (number, unit) = text.split_at(end);
     if !number.starts_with(|c: char| c.is_ascii_digit()) {

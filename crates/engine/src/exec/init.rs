@@ -33,7 +33,7 @@ use rustix::mount::{
     UnmountFlags,
 };
 use rustix::pipe::PipeFlags;
-use rustix::process::{DumpableBehavior, Pid, Signal, WaitOptions};
+use rustix::process::{DumpableBehavior, Pid, Resource, Rlimit, Signal, WaitOptions};
 use rustix::thread::{CapabilitySet, CapabilitySets, UnshareFlags};
 use serde::{Deserialize, Serialize};
 
@@ -41,7 +41,7 @@ use super::sandbox::{CAPABILITIES, DEFAULT_PATH, DEV_SIZE, MASKED_PATHS, READONL
 use super::seccomp::{self, Instruction};
 use super::sys::{self, Signals};
 use super::user::User;
-use super::{Access, ExitStatus, MountSource, Step, Streams};
+use super::{Access, ExitStatus, MountSource, Network, Step, Streams};
 
 /// The first argument that makes this program a helper. Nobody types this.
 pub(super) const HELPER_ARG: &str = "__plies-init";
@@ -84,13 +84,17 @@ pub(super) struct Config {
     rootfs: Vec<u8>,
     mounts: Vec<(Vec<u8>, Source)>,
     hostname: String,
+    /// Whether there is a network but loopback.
+    network: bool,
+    /// Of what, soft and hard.
+    limits: Vec<(String, Option<u64>, Option<u64>)>,
     captured: bool,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
 enum Source {
     Bind { path: Vec<u8>, read_only: bool },
-    Tmpfs { size_bytes: Option<u64> },
+    Tmpfs { size_bytes: Option<u64>, read_only: bool },
 }
 
 impl Config {
@@ -100,7 +104,9 @@ impl Config {
             MountSource::Bind { path, access } => {
                 Source::Bind { path: bytes(path.as_os_str()), read_only: *access == Access::ReadOnly }
             }
-            MountSource::Tmpfs { size_bytes } => Source::Tmpfs { size_bytes: *size_bytes },
+            MountSource::Tmpfs { size_bytes, access } => {
+                Source::Tmpfs { size_bytes: *size_bytes, read_only: *access == Access::ReadOnly }
+            }
         };
         Self {
             parent: rustix::process::getpid().as_raw_nonzero().get(),
@@ -113,6 +119,8 @@ impl Config {
             rootfs: bytes(step.rootfs.as_os_str()),
             mounts: step.mounts.iter().map(|m| (bytes(m.target.as_os_str()), source(&m.source))).collect(),
             hostname: step.hostname.clone(),
+            network: step.network != Network::None,
+            limits: step.limits.iter().map(|limit| (limit.name().to_owned(), limit.soft, limit.hard)).collect(),
             captured: step.streams == Streams::Captured,
         }
     }
@@ -181,8 +189,12 @@ fn outer(config: OwnedFd, reporter: &Reporter) -> Result<i32, Failure> {
     }
     // Compiled here: in pid 1 less is allowed to go wrong.
     let filter = seccomp::filter();
-    sys::unshare_helper(UnshareFlags::NEWNS | UnshareFlags::NEWPID | UnshareFlags::NEWIPC | UnshareFlags::NEWUTS)
-        .context(|| "make namespaces (the built-in executor needs root)".to_owned())?;
+    let mut namespaces = UnshareFlags::NEWNS | UnshareFlags::NEWPID | UnshareFlags::NEWIPC | UnshareFlags::NEWUTS;
+    namespaces.set(UnshareFlags::NEWNET, !config.network);
+    sys::unshare_helper(namespaces).context(|| "make namespaces (the built-in executor needs root)".to_owned())?;
+    if !config.network {
+        sys::raise_loopback().context(|| "start the loopback interface".to_owned())?;
+    }
     let signals = Signals::block().context(|| "block signals".to_owned())?;
     // Ends when we do: tells pid 1 what its parent's number, which is 0 to it, can't.
     let (alive, held) =
@@ -258,6 +270,7 @@ fn inner(
         return Err(Failure { what, source });
     }
     sys::install_filter(filter).context(|| "install the system call filter".to_owned())?;
+    set_limits(&config.limits)?;
     drop_capabilities()?;
     let child = match start(config) {
         Ok(child) => child,
@@ -340,11 +353,12 @@ fn enter_root(config: &Config) -> Result<(), Failure> {
                 let is_dir = FileType::from_raw_mode(rustix::fs::fstat(&tree).context(shown)?.st_mode).is_dir();
                 (tree, is_dir)
             }
-            (None, Source::Tmpfs { size_bytes }) => {
+            (None, Source::Tmpfs { size_bytes, read_only }) => {
                 let size = size_bytes.map(|bytes| bytes.to_string());
                 let mut options = vec![("mode", "1777")];
                 options.extend(size.as_deref().map(|size| ("size", size)));
-                let flags = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV;
+                let mut flags = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV;
+                flags.set(MountAttrFlags::MOUNT_ATTR_RDONLY, *read_only);
                 (fresh("tmpfs", &options, flags).context(shown)?, true)
             }
             (None, Source::Bind { .. }) => unreachable!("a bind's source is opened above"),
@@ -551,6 +565,33 @@ fn drop_capabilities() -> Result<(), Failure> {
     let have = rustix::thread::capabilities(None).context(what)?.permitted;
     let sets = CapabilitySets { effective: keep & have, permitted: keep & have, inheritable: CapabilitySet::empty() };
     rustix::thread::set_capabilities(None, sets).context(what)
+}
+
+/// Limits this process, and so the step: raising one needs a capability that goes next.
+fn set_limits(limits: &[(String, Option<u64>, Option<u64>)]) -> Result<(), Failure> {
+    for (name, soft, hard) in limits {
+        let what = || format!("set the limit {name}");
+        let resource = match name.as_str() {
+            "as" => Resource::As,
+            "core" => Resource::Core,
+            "cpu" => Resource::Cpu,
+            "data" => Resource::Data,
+            "fsize" => Resource::Fsize,
+            "locks" => Resource::Locks,
+            "memlock" => Resource::Memlock,
+            "msgqueue" => Resource::Msgqueue,
+            "nice" => Resource::Nice,
+            "nofile" => Resource::Nofile,
+            "nproc" => Resource::Nproc,
+            "rss" => Resource::Rss,
+            "rtprio" => Resource::Rtprio,
+            "sigpending" => Resource::Sigpending,
+            "stack" => Resource::Stack,
+            _ => return Err(Failure { what: what(), source: Errno::INVAL.into() }),
+        };
+        rustix::process::setrlimit(resource, Rlimit { current: *soft, maximum: *hard }).context(what)?;
+    }
+    Ok(())
 }
 
 fn capability(number: u32) -> CapabilitySet {

@@ -10,12 +10,13 @@
 //! init.rs     the helper's side: namespaces, mounts, pid 1
 //! sandbox.rs  what both give a step: capabilities, devices, masked paths, refused system calls
 //! seccomp.rs  the refused system calls as a kernel filter
+//! memory.rs   tmpfs directories for secrets
 //! stubs.rs    mount points a tree lacks: made before a step, taken away after it
 //! user.rs     `name:group` to numbers, read inside the tree
 //! sys.rs      the only unsafe code
 //! ```
 //!
-//! A step shares the host's network and nothing else: its own mounts, processes, IPC and host name, docker's default
+//! A step shares the host's network, unless it is to have none, and nothing else: its own mounts, processes, IPC and host name, docker's default
 //! capabilities, and docker's refused system calls. It is not a boundary against a kernel exploit; it is the one that
 //! `docker build` gives.
 //!
@@ -24,6 +25,7 @@
 
 mod builtin;
 mod init;
+mod memory;
 mod runtime;
 mod sandbox;
 mod seccomp;
@@ -42,6 +44,7 @@ pub use plies_store::Cancel;
 
 pub use builtin::Builtin;
 pub use init::init_main_if_asked;
+pub use memory::MemoryDir;
 pub use runtime::OciRuntime;
 pub use user::{User, UserError, home_of, resolve_user};
 
@@ -65,6 +68,10 @@ pub struct Step {
     pub hostname: String,
     /// Which network the process sees.
     pub network: Network,
+    /// Limits that differ from this process's own.
+    pub limits: Vec<ResourceLimit>,
+    /// A variable or an argument is secret: no disk may see them.
+    pub secret: bool,
     /// What its standard streams are.
     pub streams: Streams,
 }
@@ -81,6 +88,8 @@ impl Step {
             mounts: Vec::new(),
             hostname: "plies".to_owned(),
             network: Network::Host,
+            limits: Vec::new(),
+            secret: false,
             streams: Streams::Captured,
         }
     }
@@ -164,6 +173,8 @@ pub enum MountSource {
     Tmpfs {
         /// How many bytes it may hold; `None` leaves it to the kernel (half of the memory).
         size_bytes: Option<u64>,
+        /// Whether the step may write to it.
+        access: Access,
     },
 }
 
@@ -183,6 +194,68 @@ pub enum Network {
     /// This machine's.
     #[default]
     Host,
+    /// Loopback only.
+    None,
+}
+
+/// A limit of a step's processes (`setrlimit(2)`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ResourceLimit {
+    /// Of what: an index into [`ResourceLimit::NAMES`].
+    resource: u8,
+    /// What holds until somebody raises it; `None` is no limit.
+    pub soft: Option<u64>,
+    /// How far it can be raised; `None` is no limit.
+    pub hard: Option<u64>,
+}
+
+impl ResourceLimit {
+    /// What there is to limit, as docker's `--ulimit` calls it.
+    pub const NAMES: [&str; 15] = [
+        "as",
+        "core",
+        "cpu",
+        "data",
+        "fsize",
+        "locks",
+        "memlock",
+        "msgqueue",
+        "nice",
+        "nofile",
+        "nproc",
+        "rss",
+        "rtprio",
+        "sigpending",
+        "stack",
+    ];
+
+    /// Reads docker's `NAME=SOFT[:HARD]`; -1 is no limit, and without `HARD` both are the same.
+    ///
+    /// # Errors
+    /// A sentence that says what is wrong.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        let Some((name, limits)) = text.split_once('=') else {
+            return Err(format!("{text:?}: expected NAME=SOFT[:HARD], such as nofile=1024:2048"));
+        };
+        let Some(resource) = Self::NAMES.iter().position(|known| *known == name) else {
+            return Err(format!("unknown limit {name:?}: there are {}", Self::NAMES.join(", ")));
+        };
+        let number = |text: &str| match text {
+            "-1" => Ok(None),
+            text => text.parse().map(Some).map_err(|_| format!("{text:?} is no number, nor -1 for no limit")),
+        };
+        let (soft, hard) = limits.split_once(':').unwrap_or((limits, limits));
+        let (soft, hard) = (number(soft)?, number(hard)?);
+        if soft.unwrap_or(u64::MAX) > hard.unwrap_or(u64::MAX) {
+            return Err(format!("{text:?}: the soft limit is above the hard one"));
+        }
+        Ok(Self { resource: u8::try_from(resource).expect("because there are 15"), soft, hard })
+    }
+
+    /// Of what, as docker calls it.
+    pub fn name(&self) -> &'static str {
+        Self::NAMES[usize::from(self.resource)]
+    }
 }
 
 /// What a step's standard streams are.
@@ -277,6 +350,7 @@ const RUNTIMES: [&str; 2] = ["crun", "runc"];
 /// use is taken away. (The built-in executor's steps die with their process.)
 pub fn end_leftovers(state_dir: &Path) {
     OciRuntime::end_leftovers(state_dir);
+    memory::all(state_dir).for_each(|dir| memory::end(&dir));
 }
 
 /// Chooses an executor. `state_dir` is a directory of ours alone, for bundles and for the runtime's own state;

@@ -3,6 +3,7 @@
 //! ```text
 //! <state dir>/runtime/state/    the runtime's own, given as --root
 //! <state dir>/runtime/bundles/<id>/config.json, log
+//! <state dir>/memory/<number>/    both, for a step with secrets: a tmpfs of its own
 //! ```
 //!
 //! Both go with their step. What a dead process left is deleted when the next executor is made: the state directory
@@ -24,7 +25,10 @@ use serde_json::{Value, json};
 use super::builtin::{copy_streams, pid_of};
 use super::sandbox::{CAPABILITIES, DEV_SIZE, MASKED_PATHS, READONLY_PATHS, UMASK};
 use super::stubs::Stubs;
-use super::{Access, Cancel, ExecError, Executor, ExitStatus, MountSource, Step, Streams, seccomp, sys};
+use super::{
+    Access, Cancel, ExecError, Executor, ExitStatus, MemoryDir, MountSource, Network, Step, Streams, memory, seccomp,
+    sys,
+};
 
 /// Numbers the containers of this process: their cgroups and host-wide names are the same whatever the state directory.
 static NEXT_ID: AtomicU64 = AtomicU64::new(0);
@@ -42,6 +46,11 @@ const HYBRID_CONTROLLERS: &str = "/sys/fs/cgroup/unified/cgroup.controllers";
 /// Names the runtime that a state directory is used with.
 const PROGRAM: &str = "program";
 
+/// Where a runtime keeps its own state.
+const STATE: &str = "state";
+/// Where the containers are described.
+const BUNDLES: &str = "bundles";
+
 /// How much of a runtime's log is looked at, in bytes.
 const LOG_BYTES_MAX: usize = 64 << 10;
 
@@ -50,6 +59,9 @@ const LOG_BYTES_MAX: usize = 64 << 10;
 pub struct OciRuntime {
     program: PathBuf,
     name: String,
+    /// The state directory.
+    state_dir: PathBuf,
+    /// `runtime` in it.
     dir: PathBuf,
     /// Whether the runtime can be told to leave cgroups alone.
     cgroups: Cgroups,
@@ -77,10 +89,13 @@ impl OciRuntime {
         if !is_program(program) {
             return Err(ExecError::NoRuntime { path: program.to_owned() });
         }
-        let dir = std::path::absolute(state_dir)
-            .map_err(|source| ExecError::Io { op: "find", path: state_dir.to_owned(), source })?
-            .join("runtime");
-        for sub in ["state", "bundles"] {
+        let state_dir = std::path::absolute(state_dir).map_err(|source| ExecError::Io {
+            op: "find",
+            path: state_dir.to_owned(),
+            source,
+        })?;
+        let dir = state_dir.join("runtime");
+        for sub in [STATE, BUNDLES] {
             let path = dir.join(sub);
             let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&path);
             made.map_err(|source| ExecError::Io { op: "make the directory", path, source })?;
@@ -94,7 +109,7 @@ impl OciRuntime {
             path: note,
             source,
         })?;
-        let runtime = Self { program: program.to_owned(), name, dir, cgroups };
+        let runtime = Self { program: program.to_owned(), name, state_dir, dir, cgroups };
         runtime.sweep();
         Ok(runtime)
     }
@@ -108,20 +123,23 @@ impl OciRuntime {
 
     /// Deletes what a dead process left. What can't be deleted harms nobody: ids are never used twice.
     fn sweep(&self) {
-        for entry in std::fs::read_dir(self.dir.join("state")).into_iter().flatten().flatten() {
-            self.delete(&entry.file_name());
+        let roots = memory::all(&self.state_dir).map(|dir| dir.join(STATE)).chain([self.dir.join(STATE)]);
+        for root in roots {
+            for entry in std::fs::read_dir(&root).into_iter().flatten().flatten() {
+                self.delete(&root, &entry.file_name());
+            }
         }
-        for entry in std::fs::read_dir(self.dir.join("bundles")).into_iter().flatten().flatten() {
+        for entry in std::fs::read_dir(self.dir.join(BUNDLES)).into_iter().flatten().flatten() {
             let _ = std::fs::remove_dir_all(entry.path());
         }
     }
 
-    fn command(&self) -> Command {
+    fn command(&self, root: &Path) -> Command {
         let mut command = Command::new(&self.program);
         command.env_clear().current_dir("/").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         // runc looks for its helpers there.
         command.env("PATH", super::sandbox::DEFAULT_PATH);
-        command.arg("--root").arg(self.dir.join("state"));
+        command.arg("--root").arg(root);
         if self.cgroups == Cgroups::Disabled {
             command.arg("--cgroup-manager=disabled");
             // crun refuses to start at all where cgroup v2 has controllers beside v1, cgroups wanted or not.
@@ -140,14 +158,14 @@ impl OciRuntime {
     }
 
     /// Kills everything in a container and forgets it.
-    fn delete(&self, id: &OsStr) {
-        let _ = self.command().args([OsStr::new("delete"), OsStr::new("--force"), id]).status();
+    fn delete(&self, root: &Path, id: &OsStr) {
+        let _ = self.command(root).args([OsStr::new("delete"), OsStr::new("--force"), id]).status();
     }
 
     fn run_in(
         &self,
         id: &str,
-        bundle: &Path,
+        dir: &Path,
         step: &Step,
         stdout: &mut (dyn Write + Send),
         stderr: &mut (dyn Write + Send),
@@ -157,16 +175,17 @@ impl OciRuntime {
             let path = path.to_owned();
             move |source| ExecError::Io { op, path, source }
         };
+        let (root, bundle) = (dir.join(STATE), dir.join(BUNDLES).join(id));
         let config = self.config(step, id)?;
         let config_path = bundle.join("config.json");
         std::fs::write(&config_path, config.to_string()).map_err(failed("write", &config_path))?;
         let log = bundle.join("log");
-        let mut command = self.command();
+        let mut command = self.command(&root);
         command
             .arg("--log")
             .arg(self.log_argument(&log))
             .args(["--log-format", "json", "run", "--bundle"])
-            .arg(bundle)
+            .arg(&bundle)
             .arg(id);
         match step.streams {
             Streams::Captured => command.stdout(Stdio::piped()).stderr(Stdio::piped()),
@@ -196,7 +215,7 @@ impl OciRuntime {
         let (ended, copied) = ended.map_err(failed("wait for", &self.program))?;
         // A runtime that was killed itself left its container.
         if ended.code().is_none() || cancel.is_canceled() {
-            self.delete(OsStr::new(id));
+            self.delete(&root, OsStr::new(id));
         }
         if cancel.is_canceled() {
             return Err(ExecError::Canceled);
@@ -279,15 +298,34 @@ impl OciRuntime {
                         Access::ReadWrite => vec!["rbind", "rw"],
                     },
                 }),
-                MountSource::Tmpfs { size_bytes } => {
+                MountSource::Tmpfs { size_bytes, access } => {
                     let mut options = vec!["nosuid".to_owned(), "nodev".to_owned(), "mode=1777".to_owned()];
+                    if *access == Access::ReadOnly {
+                        options.push("ro".to_owned());
+                    }
                     options.extend(size_bytes.map(|bytes| format!("size={bytes}")));
                     json!({ "destination": target, "type": "tmpfs", "source": "tmpfs", "options": options })
                 }
             });
         }
+        let mut namespaces = vec![
+            json!({ "type": "mount" }),
+            json!({ "type": "pid" }),
+            json!({ "type": "ipc" }),
+            json!({ "type": "uts" }),
+        ];
+        if step.network == Network::None {
+            namespaces.push(json!({ "type": "network" }));
+        }
+        let limits = step.limits.iter().map(|limit| {
+            json!({
+                "type": format!("RLIMIT_{}", limit.name().to_uppercase()),
+                // What RLIM_INFINITY is.
+                "soft": limit.soft.unwrap_or(u64::MAX), "hard": limit.hard.unwrap_or(u64::MAX),
+            })
+        });
         let mut linux = json!({
-            "namespaces": [{ "type": "mount" }, { "type": "pid" }, { "type": "ipc" }, { "type": "uts" }],
+            "namespaces": namespaces,
             "maskedPaths": MASKED_PATHS,
             "readonlyPaths": READONLY_PATHS,
             "seccomp": seccomp::oci_profile(),
@@ -311,6 +349,7 @@ impl OciRuntime {
                     "inheritable": [], "ambient": [],
                 },
                 "noNewPrivileges": false,
+                "rlimits": limits.collect::<Vec<_>>(),
             },
             "root": { "path": text(step.rootfs.as_os_str())?, "readonly": false },
             "hostname": step.hostname,
@@ -396,14 +435,16 @@ impl Executor for OciRuntime {
             return Err(ExecError::Canceled);
         }
         let id = format!("plies-{}-{}", std::process::id(), NEXT_ID.fetch_add(1, Ordering::Relaxed));
-        let bundle = self.dir.join("bundles").join(&id);
-        std::fs::DirBuilder::new().mode(0o700).create(&bundle).map_err(|source| ExecError::Io {
+        let memory = if step.secret { Some(MemoryDir::new(&self.state_dir)?) } else { None };
+        let dir = memory.as_ref().map_or(self.dir.as_path(), MemoryDir::path);
+        let bundle = dir.join(BUNDLES).join(&id);
+        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&bundle).map_err(|source| ExecError::Io {
             op: "make the bundle",
             path: bundle.clone(),
             source,
         })?;
         let result = Stubs::make(step).and_then(|mut stubs| {
-            let result = self.run_in(&id, &bundle, step, stdout, stderr, cancel);
+            let result = self.run_in(&id, dir, step, stdout, stderr, cancel);
             let removed = stubs.remove();
             let status = result?;
             removed.map(|()| status)

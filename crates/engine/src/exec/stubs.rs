@@ -195,8 +195,14 @@ mod tests {
         let mut step = Step::new(root, ["true"]);
         let source = MountSource::Bind { path: "/dev/null".into(), access: Access::ReadOnly };
         step.mounts.push(StepMount { target: "/etc/resolv.conf".into(), source });
-        step.mounts.push(StepMount { target: "/run/a/b".into(), source: MountSource::Tmpfs { size_bytes: None } });
-        step.mounts.push(StepMount { target: "/dev/pipes".into(), source: MountSource::Tmpfs { size_bytes: None } });
+        step.mounts.push(StepMount {
+            target: "/run/a/b".into(),
+            source: MountSource::Tmpfs { size_bytes: None, access: Access::ReadWrite },
+        });
+        step.mounts.push(StepMount {
+            target: "/dev/pipes".into(),
+            source: MountSource::Tmpfs { size_bytes: None, access: Access::ReadWrite },
+        });
         step
     }
 

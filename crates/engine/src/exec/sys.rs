@@ -1,4 +1,4 @@
-//! The only unsafe code of this crate: what a process does between `fork` and `exec`, and three calls that no safe
+//! The only unsafe code of this crate: what a process does between `fork` and `exec`, and four calls that no safe
 //! wrapper has.
 //!
 //! Everything but [`pass_fds`] and [`hide_mount`] runs in the helper, which has one thread; that is what makes most of it sound.
@@ -36,12 +36,26 @@ unsafe extern "C" {
     fn prctl(operation: c_int, ...) -> c_int;
     fn sigfillset(set: *mut SignalSet) -> c_int;
     fn sigprocmask(how: c_int, set: *const SignalSet, old: *mut SignalSet) -> c_int;
+    fn socket(domain: c_int, kind: c_int, protocol: c_int) -> c_int;
+    fn ioctl(fd: c_int, request: c_ulong, ...) -> c_int;
     fn sigwait(set: *const SignalSet, signal: *mut c_int) -> c_int;
 }
 
 const PR_SET_SECCOMP: c_int = 22;
 const SECCOMP_MODE_FILTER: c_long = 2;
 const SIG_SETMASK: c_int = 2;
+const AF_INET: c_int = 2;
+const SOCK_DGRAM_CLOEXEC: c_int = 2 | 0o2_000_000;
+const SIOCSIFFLAGS: c_ulong = 0x8914;
+const IFF_UP: u16 = 1;
+
+/// `struct ifreq` with its flags (netdevice(7)): 16 bytes of name, 24 of a union.
+#[repr(C)]
+struct InterfaceFlags {
+    name: [u8; 16],
+    flags: u16,
+    rest: [u8; 22],
+}
 
 /// Has `command`'s process keep these descriptors over its `exec`, and no other process that starts meanwhile: they
 /// stay close-on-exec in this one.
@@ -129,6 +143,25 @@ pub(super) fn unshare_helper(namespaces: UnshareFlags) -> io::Result<()> {
     // never asked for, and there are no other threads.
     debug_assert!(!namespaces.contains(UnshareFlags::FILES));
     Ok(unsafe { rustix::thread::unshare_unsafe(namespaces) }?)
+}
+
+/// Starts the loopback interface of this process's network namespace: a new one has it, but down.
+pub(super) fn raise_loopback() -> io::Result<()> {
+    use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
+    // SAFETY: takes three numbers.
+    let socket = unsafe { socket(AF_INET, SOCK_DGRAM_CLOEXEC, 0) };
+    if socket < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: it was just opened, and nobody else knows it.
+    let socket = unsafe { OwnedFd::from_raw_fd(socket) };
+    let mut request = InterfaceFlags { name: [0; 16], flags: IFF_UP, rest: [0; 22] };
+    request.name[..2].copy_from_slice(b"lo");
+    // SAFETY: the kernel reads one `struct ifreq`, which this is as large as.
+    match unsafe { ioctl(socket.as_raw_fd(), SIOCSIFFLAGS, &raw const request) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 /// Installs a system call filter for this process and all that come from it. Needs `CAP_SYS_ADMIN`, because

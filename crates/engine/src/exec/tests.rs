@@ -268,8 +268,10 @@ fn f02_privileged_mounts_appear_and_leave_no_trace() {
         step.mounts.push(bind("/mnt/ro", Access::ReadOnly));
         step.mounts.push(bind("/mnt/rw", Access::ReadWrite));
         step.mounts.push(bind("/dev/pipes", Access::ReadOnly));
-        step.mounts
-            .push(StepMount { target: "/scratch".into(), source: MountSource::Tmpfs { size_bytes: Some(1 << 20) } });
+        step.mounts.push(StepMount {
+            target: "/scratch".into(),
+            source: MountSource::Tmpfs { size_bytes: Some(1 << 20), access: Access::ReadWrite },
+        });
         let ran = run(executor, &step);
         assert_eq!(ran.code(), 0, "{}{}", ran.out, ran.err);
         assert!(ran.out.starts_with("hellohello"), "{}", ran.out);
@@ -484,4 +486,79 @@ fn auto_takes_the_built_in_executor_where_there_is_no_runtime() {
     assert_eq!(executor.name(), "builtin");
     let missing = ExecutorChoice::Runtime("/no/such/runtime".into());
     assert!(matches!(pick(&missing, state.path(), &[]), Err(ExecError::NoRuntime { .. })));
+}
+
+#[test]
+fn privileged_a_step_without_a_network_has_loopback_alone() {
+    each(|executor, root| {
+        let mut step = sh(root, "grep -c : /proc/net/dev; grep -c lo: /proc/net/dev; cat /proc/net/if_inet6 | wc -l");
+        step.network = Network::None;
+        let ran = run(executor, &step);
+        // One interface; with its address if the kernel has IPv6, so it is up.
+        let lines: Vec<&str> = ran.out.lines().collect();
+        assert_eq!(lines[..2], ["1", "1"], "{}{}", ran.out, ran.err);
+        let ipv6 = Path::new("/proc/net/if_inet6").exists();
+        assert_eq!(lines[2].trim(), if ipv6 { "1" } else { "0" }, "{}{}", ran.out, ran.err);
+    });
+}
+
+#[test]
+fn privileged_limits_and_tmpfs_are_as_asked() {
+    each(|executor, root| {
+        let script = "ulimit -Sn; ulimit -Hn; ulimit -Hc; touch /ro/x 2>/dev/null || echo ro; touch /rw/x && echo rw";
+        let mut step = sh(root, script);
+        step.limits = ["nofile=100:200", "core=-1"].map(|text| ResourceLimit::parse(text).unwrap()).into();
+        let tmpfs = |access| MountSource::Tmpfs { size_bytes: None, access };
+        step.mounts.push(StepMount { target: "/ro".into(), source: tmpfs(Access::ReadOnly) });
+        step.mounts.push(StepMount { target: "/rw".into(), source: tmpfs(Access::ReadWrite) });
+        let ran = run(executor, &step);
+        assert_eq!(ran.out, "100\n200\nunlimited\nro\nrw\n", "{}", ran.err);
+    });
+}
+
+#[test]
+fn limits_are_read_as_docker_reads_them() {
+    let limit = |text| ResourceLimit::parse(text).map(|limit| (limit.name(), limit.soft, limit.hard));
+    assert_eq!(limit("nofile=1:2"), Ok(("nofile", Some(1), Some(2))));
+    assert_eq!(limit("core=-1"), Ok(("core", None, None)));
+    assert_eq!(limit("stack=5"), Ok(("stack", Some(5), Some(5))));
+    for bad in ["nofile", "files=1", "nofile=2:1", "nofile=-1:1", "nofile=x", "nofile=1:2:3", "nofile="] {
+        assert!(limit(bad).is_err(), "{bad}");
+    }
+}
+
+#[test]
+fn privileged_what_a_runtime_writes_down_of_a_secret_is_on_no_disk() {
+    for (executor, state) in executors() {
+        let Some(root) = rootfs() else { return };
+        let (started, wait) = mpsc::channel();
+        let cancel = Cancel::new();
+        let mut step = sh(root.path(), "echo up; exec sleep 1000");
+        step.env.push(("TOKEN".into(), "hidden-from-disks".into()));
+        step.secret = true;
+        std::thread::scope(|scope| {
+            let running = scope.spawn(|| executor.run(&step, &mut Tell(started), &mut std::io::sink(), &cancel));
+            wait.recv().unwrap();
+            let device = |path: &Path| std::os::unix::fs::MetadataExt::dev(&path.symlink_metadata().unwrap());
+            let mut todo = vec![state.path().to_owned()];
+            while let Some(dir) = todo.pop() {
+                for entry in std::fs::read_dir(dir).unwrap().flatten() {
+                    // Another device: the tmpfs.
+                    if device(&entry.path()) != device(state.path()) {
+                        continue;
+                    }
+                    if entry.path().is_dir() {
+                        todo.push(entry.path());
+                    } else if let Ok(bytes) = std::fs::read(entry.path()) {
+                        let text = String::from_utf8_lossy(&bytes);
+                        assert!(!text.contains("hidden-from-disks"), "{}", entry.path().display());
+                    }
+                }
+            }
+            cancel.cancel();
+            assert!(matches!(running.join().unwrap(), Err(ExecError::Canceled)));
+        });
+        let left = std::fs::read_dir(state.path().join("memory")).map_or(0, |entries| entries.count());
+        assert_eq!(left, 0, "{}", executor.name());
+    }
 }
