@@ -137,6 +137,18 @@ impl Accessor {
         self.update(id, &Changes { values: vec![(key.to_owned(), Some(value))], ..Changes::default() })
     }
 
+    /// As [`Accessor::set_value`], durable with whatever is written next: for what nobody misses.
+    ///
+    /// # Errors
+    /// [`CacheError::Catalogue`]. Of a record that is not there nothing is kept, without a word.
+    pub fn set_value_lazily(&self, id: RecordId, key: &str, value: &str, index: &str) -> Result<(), CacheError> {
+        let value = Value { value: value.to_owned(), index: Some(index.to_owned()) };
+        Ok(self.inner.store.write_lazily(|tx| match tx.contains(&RECORDS, &id)? {
+            true => put_value(tx, id, key, Some(&value)).map(drop),
+            false => Ok(()),
+        })?)
+    }
+
     /// A value of a record.
     ///
     /// # Errors

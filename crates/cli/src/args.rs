@@ -309,7 +309,7 @@ pub(crate) struct Prune {
     pub(crate) all: bool,
     /// Only records that match: `type==regular`, `description~=npm`, `until=24h`, `size>=10MB`, …; comma is and,
     /// repeated is or
-    #[arg(long, value_name = "FILTER")]
+    #[arg(long, value_name = "FILTER", value_parser = filter)]
     pub(crate) filter: Vec<String>,
     /// Only records that were not used for so long: 90s, 48h, 7d
     #[arg(long, value_name = "DURATION", value_parser = duration)]
@@ -329,6 +329,14 @@ pub(crate) struct Prune {
     /// Do not ask
     #[arg(short, long)]
     pub(crate) force: bool,
+}
+
+/// A filter; docker's `KEY=VALUE` is `KEY==VALUE` here.
+fn filter(text: &str) -> Result<String, std::convert::Infallible> {
+    Ok(match text.split_once('=') {
+        Some((key, value)) if ["type", "id"].contains(&key) && !value.starts_with('=') => format!("{key}=={value}"),
+        _ => text.to_owned(),
+    })
 }
 
 fn duration(text: &str) -> Result<Duration, String> {

@@ -19,6 +19,7 @@ use std::ops::ControlFlow;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::PoisonError;
+use std::time::Duration;
 
 use plies_archive::tar::EntryPath;
 use plies_archive::{Change, DirIndex, Implied, SealError, Usage};
@@ -858,16 +859,24 @@ fn bind(dir: &Path, target: &Path) -> Result<(), SnapshotError> {
     move_to(clone, target)
 }
 
-/// Unmounts; what is busy is detached so that it cannot show up again.
+/// How long a mount may be busy before that is told. A process that somebody starts meanwhile has copies of all our
+/// descriptors until its `exec`, and one in a new mount namespace of all our mounts until it leaves them: milliseconds, or
+/// some hundreds on a machine that is busy itself.
+const BUSY_TRIES: u32 = 400;
+/// See [`BUSY_TRIES`]: two seconds in all.
+const BUSY_PAUSE: Duration = Duration::from_millis(5);
+
+/// Unmounts; what stays busy is detached so that it cannot show up again.
 fn unmount_at(path: &Path) -> Result<(), SnapshotError> {
-    match rustix::mount::unmount(path, UnmountFlags::NOFOLLOW) {
-        Ok(()) => Ok(()),
-        Err(Errno::BUSY) => {
-            detach(path)?;
-            Err(SnapshotError::MountBusy { path: path.to_owned() })
+    for _ in 0..BUSY_TRIES {
+        match rustix::mount::unmount(path, UnmountFlags::NOFOLLOW) {
+            Ok(()) => return Ok(()),
+            Err(Errno::BUSY) => std::thread::sleep(BUSY_PAUSE),
+            Err(error) => return Err(FileError::new("unmount", path, error).into()),
         }
-        Err(error) => Err(FileError::new("unmount", path, error).into()),
     }
+    detach(path)?;
+    Err(SnapshotError::MountBusy { path: path.to_owned() })
 }
 
 pub(crate) fn detach(path: &Path) -> Result<(), FileError> {

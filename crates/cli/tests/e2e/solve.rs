@@ -199,7 +199,30 @@ fn the_error_of_a_command_has_its_last_words() {
     let Some(ply) = store_with_base() else { return };
     let context = Context::new(&ply, "FROM busybox\nRUN seq 100; printf '\\033[1mbold\\n' >&2; exit 3\n");
     let failed = ply.fails(1, &[args!["build", "-q"], args![context.dir]].concat());
-    assert!(failed.stderr.contains("exit code 3; its last words:"), "{failed}");
+    assert!(failed.stderr.contains("exit code 3; its last words"), "{failed}");
     assert!(failed.stderr.contains("\n  100\n") && !failed.stderr.contains("\n  90\n"), "{failed}");
     assert!(failed.stderr.contains("bold") && !failed.stderr.contains('\u{1b}'), "{failed}");
+}
+
+#[test]
+fn a_step_that_is_not_cached_says_what_changed() {
+    let Some(ply) = store_with_base() else { return };
+    let dockerfile = "FROM busybox\nARG N=1\nCOPY a b /d/\nRUN --mount=target=/src,source=c true\nRUN echo $N\n";
+    let context = Context::new(&ply, dockerfile);
+    ["a", "b", "c"].iter().for_each(|name| drop(context.file(name, name)));
+    context.build(args![]);
+    let explained = |more: &[std::ffi::OsString]| {
+        let built = context.build(&[args!["--explain"], more].concat());
+        let lines = built.ran.stderr.lines().filter_map(|line| line.split_once(" this changed: "));
+        lines.map(|(_, changed)| changed.to_owned()).collect::<Vec<_>>()
+    };
+    assert_eq!(explained(args![]), Vec::<String>::new());
+    let variable = "variable N";
+    assert_eq!(explained(args!["--build-arg", "N=2"]), [variable, &format!("the tree that it stands on, {variable}")]);
+    context.file("c", "changed");
+    assert_eq!(explained(args![]), ["what is mounted", "the tree that it stands on"]);
+    context.file("a", "changed");
+    let changed = explained(args![]);
+    assert_eq!(changed[0], "a b of the context");
+    assert_eq!(changed[1..], ["the tree that it stands on", "the tree that it stands on"]);
 }

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! mod.rs     the request: reads the context and the Dockerfile, runs the four steps
+//! explain.rs what changed since a step was done before
 //! export.rs  a tree's files, out of the store
 //! graph.rs   a Dockerfile becomes a graph of operations and a config
 //! solve.rs   operations become snapshots: from the cache, or by doing them
@@ -14,6 +15,7 @@
 
 mod cache_from;
 mod config;
+mod explain;
 mod export;
 mod graph;
 mod mounts;

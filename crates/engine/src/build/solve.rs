@@ -25,6 +25,7 @@ use plies_store::{Attach, CatalogueError, LayerError, LayerId, Mounted, Snapshot
 use super::RunOptions;
 use super::cache_from::CacheFrom;
 use super::config::DEFAULT_PATH;
+use super::explain::Inputs;
 use super::graph::{CopyOp, FilesFrom, Graph, Op, RunOp, Vertex, VertexId};
 use super::mounts::{MountError, Prepared, Secret, SshAgent};
 use super::remote::{DOWNLOAD_BYTES_MAX, Download, GitSource, RemoteError};
@@ -565,6 +566,8 @@ impl Solver<'_> {
             Op::Image { diff_ids, name } => {
                 let key = KeyBuilder::new("image", KEY_VERSION).list(diff_ids.iter().map(DiffId::as_bytes)).finish();
                 let base_diff_ids = diff_ids.clone();
+                // Two records of one image would be two bases, on which nothing is shared.
+                let _turn = self.engine.steps().turn(key);
                 let tree = self.engine.image_record(diff_ids, name, self.cancel).map_err(Box::new)?;
                 let solved = Solved { key, tree, base_diff_ids, layers: vec![], made: None };
                 Ok((solved, Outcome::Cached))
@@ -592,8 +595,10 @@ impl Solver<'_> {
             }
             Op::Run { base, run } => {
                 let base = results.of(*base);
-                let key = self.run_key(run, &base.key, results)?;
-                self.step(vertex, base, key, task, |root, path| self.run(run, results, root, path, task))
+                let mounts = self.key_of_mounts(run, results, KeyBuilder::new("mounts", KEY_VERSION))?.finish();
+                let key = self.run_key(run, &base.key, &mounts);
+                let inputs = self.run_inputs(run, &mounts, Inputs::on(&base.key));
+                self.step(vertex, base, key, task, inputs, |root, path| self.run(run, results, root, path, task))
             }
             Op::Directory { base, path, user } => {
                 let base = results.of(*base);
@@ -602,7 +607,8 @@ impl Solver<'_> {
                     .bytes(path.as_bytes())
                     .bytes(user.as_bytes())
                     .finish();
-                self.step(vertex, base, key, task, |root, _| {
+                let inputs = Inputs::on(&base.key).value("the directory", path).value("the user", user);
+                self.step(vertex, base, key, task, inputs, |root, _| {
                     let user = self::user(root, user)?;
                     make_directory(root, path, Some(Owner { uid: user.uid, gid: user.gid }))?;
                     Ok(Made::default())
@@ -640,7 +646,17 @@ impl Solver<'_> {
                     .list(copy.chmod.iter())
                     .number(copy.link.into())
                     .finish();
-                self.step(vertex, base, key, task, |root, _| {
+                let mut inputs = Inputs::on(&base.key)
+                    .value("the destination", &copy.dest)
+                    .value("--chown", copy.chown.as_deref().unwrap_or_default())
+                    .value("--chmod", copy.chmod.as_deref().unwrap_or_default());
+                for (part, planned) in parts.iter().zip(&copy.parts) {
+                    let from = if planned.from == FilesFrom::Context { "the context" } else { "another tree" };
+                    let inline = planned.inline.iter().map(|(name, _)| name.as_str());
+                    let names: Vec<&str> = planned.paths.iter().map(String::as_str).chain(inline).collect();
+                    inputs = inputs.value(format!("{} of {from}", names.join(" ")), part.content.as_bytes());
+                }
+                self.step(vertex, base, key, task, inputs, |root, _| {
                     let made = self.copy(copy, &parts, root)?;
                     // A context is a directory that people work in.
                     let changing = parts.iter().any(|part| {
@@ -815,6 +831,7 @@ impl Solver<'_> {
         base: &Solved,
         key: CacheKey,
         task: Option<&Task<'_>>,
+        inputs: Inputs,
         work: impl FnOnce(BorrowedFd<'_>, &Path) -> Result<Made, SolveError>,
     ) -> Result<(Solved, Outcome), SolveError> {
         let explain = |says: &str| {
@@ -841,6 +858,11 @@ impl Solver<'_> {
                 "not cached: nothing is known by key {key}{}",
                 self.cache_from.and_not_there(&self.graph.story(vertex))
             ));
+            if self.explain
+                && let Some(changed) = inputs.changed(&self.cache, &vertex.name)?
+            {
+                explain(&changed);
+            }
         }
         let options = RecordOptions { description: Some(short(&vertex.name)), ..RecordOptions::by("build") };
         let record = self.cache.create(base.tree.as_ref(), &options)?;
@@ -853,6 +875,7 @@ impl Solver<'_> {
         unmounted?;
         let tree = record.seal(&on_the_way, (!changing).then_some(&key))?;
         if !changing {
+            inputs.keep(&self.cache, tree.id(), &vertex.name)?;
             self.made.lock().unwrap_or_else(PoisonError::into_inner).insert(key, tree.clone());
         }
         Ok((self.solved(base, key, tree)?, Outcome::Done))
@@ -959,12 +982,12 @@ impl Solver<'_> {
         }
     }
 
-    fn run_key(&self, run: &RunOp, base: &CacheKey, results: &Results) -> Result<CacheKey, SolveError> {
+    fn run_key(&self, run: &RunOp, base: &CacheKey, mounts: &CacheKey) -> CacheKey {
         let script = run.invocation.script.iter().flat_map(|(name, text)| [name, text]);
         let limit = |of: Option<u64>| of.map_or("-1".to_owned(), |of| of.to_string());
         let limits = self.run_options.limits.iter();
         let limits = limits.flat_map(|of| [of.name().to_owned(), limit(of.soft), limit(of.hard)]);
-        let key = KeyBuilder::new("run", KEY_VERSION)
+        KeyBuilder::new("run", KEY_VERSION)
             .input(base)
             .list(run.invocation.argv.iter())
             .list(script.collect::<Vec<_>>())
@@ -974,8 +997,23 @@ impl Solver<'_> {
             .number((self.network(run) == Network::None).into())
             .list(self.run_options.add_hosts.iter().flat_map(|(name, address)| [name, address]).collect::<Vec<_>>())
             .list(limits.collect::<Vec<_>>())
-            .number(self.run_options.shm_size_bytes.unwrap_or(0));
-        Ok(self.key_of_mounts(run, results, key)?.finish())
+            .number(self.run_options.shm_size_bytes.unwrap_or(0))
+            .input(mounts)
+            .finish()
+    }
+
+    /// A command's inputs, for people.
+    fn run_inputs(&self, run: &RunOp, mounts: &CacheKey, inputs: Inputs) -> Inputs {
+        let script = run.invocation.script.iter().flat_map(|(name, text)| [name, text]);
+        let command: Vec<&String> = run.invocation.argv.iter().chain(script).collect();
+        let options = format!("{:?} {:?}", self.network(run), self.run_options);
+        let inputs = inputs
+            .value("the command", format!("{command:?}"))
+            .value("the working directory", &run.working_dir)
+            .value("the user", &run.user)
+            .value("network, hosts and limits", options)
+            .digest("what is mounted", mounts);
+        run.env.iter().fold(inputs, |inputs, (name, value)| inputs.value(format!("variable {name}"), value))
     }
 
     /// Steps have the host's network, as under `docker build --network=host`, unless they are to have none.
