@@ -65,7 +65,7 @@ mod tree;
 mod usage;
 
 use std::fmt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 pub use cancel::{Cancel, CancelGuard, Canceled, canceled_inside};
@@ -215,12 +215,21 @@ impl Store {
         gc::collect(self, mode)
     }
 
-    /// What everything under the root costs, from the rows.
+    /// What everything under the root costs, from the rows: a row for each kind.
     ///
     /// # Errors
     /// [`UsageError`].
     pub fn usage(&self) -> Result<Vec<UsageRow>, UsageError> {
         usage::usage(self)
+    }
+
+    /// What lies below the root and belongs to nobody, with its bytes on disk: what a crash left until the next open, and
+    /// what others have put there. What is just being published may be among it.
+    ///
+    /// # Errors
+    /// [`UsageError`].
+    pub fn orphans(&self) -> Result<Vec<(PathBuf, u64)>, UsageError> {
+        Ok(usage::orphans(self)?.into_iter().map(|(path, usage)| (path, usage.size_bytes)).collect())
     }
 
     /// Looks for anything that breaks the store's invariants. Nothing may be written meanwhile by
