@@ -81,7 +81,7 @@ pub use error::FileError;
 pub use gc::{Collected, GcError, GcMode, GcReport};
 pub use id::{ActiveId, IdError, LayerId, LeaseId, Owner, Resource, SnapshotId, Stamp};
 pub use layers::{FinishedStage, LayerContents, LayerError, LayerInfo, Layers, Stage};
-pub use lease::{Lease, LeaseInfo, LeaseOptions, held_by, scan_edges, scan_holds};
+pub use lease::{Keeper, Lease, LeaseInfo, LeaseOptions, held_by, keepers_of, scan_edges, scan_holds};
 pub use lock::{Holder, WaitPolicy};
 use open::Inner;
 pub use open::{BeforeRecovery, Clock, OpenError, OpenOptions, Warn};
@@ -213,6 +213,12 @@ impl Store {
     /// [`GcError`].
     pub fn gc(&self, mode: GcMode) -> Result<GcReport, GcError> {
         gc::collect(self, mode)
+    }
+
+    /// Asks for the catalogue to be compacted when the store closes, whatever was removed. A session that removes more
+    /// rows than it leaves does so by itself.
+    pub fn compact_at_close(&self) {
+        self.inner.compact_at_end.store(true, std::sync::atomic::Ordering::Relaxed);
     }
 
     /// What everything under the root costs, from the rows: a row for each kind.

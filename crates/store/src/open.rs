@@ -248,6 +248,8 @@ pub(crate) struct Inner {
     pub(crate) driver: Box<dyn Driver>,
     /// Something was left behind that only the search after an unclean stop would find.
     unclean: AtomicBool,
+    /// Somebody asked for a compaction of the catalogue.
+    pub(crate) compact_at_end: AtomicBool,
     _lock: StoreLock,
 }
 
@@ -310,11 +312,15 @@ impl Inner {
     fn end_session(&mut self) -> Result<(), CatalogueError> {
         self.catalogue.flush()?;
         let begun = self.session.get_mut().map_or(None, |session| session.take()).is_some();
-        if !begun || *self.unclean.get_mut() {
-            return Ok(());
+        if begun && !*self.unclean.get_mut() {
+            self.catalogue
+                .write(Urgency::Durable, &Stamp::default, |tx| tx.put(&META, &META_CLEAN.to_owned(), &1).map(drop))?;
         }
-        self.catalogue
-            .write(Urgency::Durable, &Stamp::default, |tx| tx.put(&META, &META_CLEAN.to_owned(), &1).map(drop))
+        // Last, since all is well without it.
+        if std::mem::take(self.compact_at_end.get_mut()) || self.catalogue.is_hollow()? {
+            self.catalogue.compact()?;
+        }
+        Ok(())
     }
 }
 
@@ -354,6 +360,7 @@ pub(crate) fn open(root: &Path, options: OpenOptions, wait: WaitPolicy<'_>) -> R
         mounted: Mutex::default(),
         driver,
         unclean: AtomicBool::new(false),
+        compact_at_end: AtomicBool::new(false),
         _lock: lock,
     };
     let store = Store { inner: Arc::new(inner) };
