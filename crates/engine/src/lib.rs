@@ -8,7 +8,8 @@
 //! images.rs     list, inspect, history, tag, remove     layers.rs  `ply layer`
 //! build/        Dockerfile -> graph -> solve -> image
 //! run.rs        run, mount, umount         records.rs  `ply ref`
-//! space.rs      du, tree, gc, info     prune.rs    what goes from the build cache
+//! space.rs      du, tree, gc, info       why.rs      what keeps something
+//! prune.rs      what goes from the build cache
 //! dockerfile/ context/ exec/   the parts of a build that need no store
 //! ```
 //!
@@ -28,6 +29,7 @@ mod records;
 mod run;
 mod save;
 mod space;
+mod why;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -52,7 +54,8 @@ pub use prune::{PruneError, PruneRow, PruneSummary};
 pub use records::{RecordSummary, RecordsError};
 pub use run::{RunError, RunRequest};
 pub use save::{Output, SaveError, SaveFormat};
-pub use space::{GcSummary, Info, SpaceError, SpaceReport, SpaceRow, TreeNode};
+pub use space::{GcSummary, Info, RecordSpace, RecordTotals, SpaceError, SpaceReport, SpaceRow, SpaceTotals, TreeNode};
+pub use why::WhyNode;
 
 /// How to open an engine.
 pub struct EngineOptions {
