@@ -47,7 +47,9 @@ pub(crate) fn run(args: Ply) -> anyhow::Result<ExitCode> {
     }
     check(&command)?;
     // Until the store is ours an interrupt simply ends the wait; opening survives it.
-    let engine = open(&global)?;
+    let removes =
+        matches!(command, Command::Prune(_) | Command::Gc { .. } | Command::Rmi { .. } | Command::Ref(Ref::Rm { .. }));
+    let engine = open(&global, removes)?;
     let cancel = cancel_on_signals()?;
     let code = with_engine(&engine, &global, command, &cancel)?;
     engine.close()?;
@@ -565,7 +567,7 @@ fn draw(node: &TreeNode, first: &str, rest: &str, out: &mut String) {
     }
 }
 
-fn open(global: &Global) -> anyhow::Result<Engine> {
+fn open(global: &Global, use_reserve: bool) -> anyhow::Result<Engine> {
     let root = match &global.root {
         Some(root) => root.clone(),
         None if rustix::process::geteuid().is_root() => PathBuf::from(SYSTEM_ROOT),
@@ -577,6 +579,7 @@ fn open(global: &Global) -> anyhow::Result<Engine> {
             args::Driver::Overlay => DriverKind::Overlay,
             args::Driver::Native => DriverKind::Native,
         },
+        use_reserve,
         wait: !global.no_wait,
         on_wait: Box::new(|holder| eprintln!("ply: waiting for {holder}")),
         command: std::env::args().take(2).collect::<Vec<_>>().join(" "),

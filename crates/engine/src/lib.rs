@@ -61,6 +61,8 @@ pub use why::WhyNode;
 pub struct EngineOptions {
     /// How layers are kept and mounted.
     pub driver: DriverKind,
+    /// Give up the reserve if the file system is full: for requests that remove something.
+    pub use_reserve: bool,
     /// Whether to wait for another process that owns the store.
     pub wait: bool,
     /// Told once for whom we wait.
@@ -120,6 +122,7 @@ impl Engine {
         let store_options = OpenOptions {
             command: options.command,
             driver: options.driver,
+            use_reserve: options.use_reserve,
             // Steps that outlived their `ply` use mounts and files that are about to go.
             before_recovery: Arc::new(exec::end_leftovers),
             warn: Arc::clone(&options.warn),

@@ -326,6 +326,7 @@ fn kind_name(kind: UsageKind) -> &'static str {
         UsageKind::Ingests => "ingests",
         UsageKind::Trash => "trash",
         UsageKind::Catalogue => "catalogue",
+        UsageKind::Reserve => "reserve",
         UsageKind::Directories => "directories",
         UsageKind::Scratch => "scratch",
         UsageKind::Orphans => "orphans",

@@ -59,6 +59,7 @@ mod open;
 pub mod progress;
 mod recover;
 mod refs;
+mod reserve;
 mod snapshots;
 pub mod transfer;
 mod tree;

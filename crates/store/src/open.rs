@@ -20,7 +20,7 @@ use crate::driver::{Driver, DriverKind, Native, Overlay};
 use crate::error::{At as _, FileError};
 use crate::lock::{Holder, LockFailure, StoreLock, WaitPolicy};
 use crate::recover::{self, RecoverError};
-use crate::{ActiveId, Stamp, Store, tree};
+use crate::{ActiveId, Stamp, Store, reserve, tree};
 
 /// Tells the time. Injected, since nothing below the engine reads clocks.
 pub type Clock = Arc<dyn Fn() -> SystemTime + Send + Sync>;
@@ -51,6 +51,8 @@ pub struct OpenOptions {
     pub ingest_max_age: Duration,
     /// How snapshots become trees. The layers on disk are the same either way.
     pub driver: DriverKind,
+    /// Give up the reserve if the file system is full: for who wants to remove something.
+    pub use_reserve: bool,
 }
 
 impl OpenOptions {
@@ -72,6 +74,7 @@ impl OpenOptions {
             cache_bytes: Self::CACHE_BYTES,
             ingest_max_age: Self::INGEST_MAX_AGE,
             driver: DriverKind::default(),
+            use_reserve: false,
         }
     }
 }
@@ -338,6 +341,9 @@ pub(crate) fn open(root: &Path, options: OpenOptions, wait: WaitPolicy<'_>) -> R
     if !options.create && !paths.catalog.try_exists().at("stat", &paths.catalog)? {
         return Err(OpenError::Missing { root });
     }
+    if options.use_reserve {
+        reserve::spend(&paths.catalog)?;
+    }
     make_dir(&paths.catalog)?;
     let lock = StoreLock::take(&paths.catalog.join("lock"), &options.command, wait)?;
     let catalogue = open_catalogue(&root, &paths, &options)?;
@@ -366,6 +372,7 @@ pub(crate) fn open(root: &Path, options: OpenOptions, wait: WaitPolicy<'_>) -> R
     let store = Store { inner: Arc::new(inner) };
     (store.inner.options.before_recovery)(store.run_dir());
     recover::at_open(&store)?;
+    reserve::keep(&store.inner.paths.catalog)?;
     Ok(store)
 }
 

@@ -18,6 +18,7 @@ use crate::catalogue::schema::{ACTIVES, BLOBS, Kind, LAYERS, TOTALS, TRASH};
 use crate::catalogue::{CatalogueError, Rows};
 use crate::error::{At as _, FileError};
 use crate::recover::{entries, unlisted};
+use crate::reserve::RESERVE;
 use crate::tree::STAT_BLOCK_BYTES;
 use crate::{Resource, Store, tree};
 
@@ -38,6 +39,8 @@ pub enum UsageKind {
     Trash,
     /// The database file.
     Catalogue,
+    /// Room that is kept to make room.
+    Reserve,
     /// The store's own directories and small files, those of uppers and ingests included.
     Directories,
     /// What running work has not finished: stages, mount points, scratch.
@@ -158,6 +161,7 @@ pub(crate) fn usage(store: &Store) -> Result<Vec<UsageRow>, UsageError> {
         });
     };
     add(UsageKind::Catalogue, vec![own_size(&paths.database())?]);
+    add(UsageKind::Reserve, vec![own_size(&paths.catalog.join(RESERVE))?]);
     let directories = own_paths(store)?.iter().map(|path| own_size(path)).collect::<Result<_, _>>()?;
     add(UsageKind::Directories, directories);
     let scratch = [&paths.stage, &paths.mounts, &paths.run].map(|dir| tree_size(dir));
@@ -203,7 +207,7 @@ pub(crate) fn orphans(store: &Store) -> Result<Vec<(PathBuf, Usage)>, UsageError
         Ok(())
     };
     strangers(root, &["catalog", "content", "layers", "active", "mounts", "run"])?;
-    strangers(&paths.catalog, &["lock", "plies.redb"])?;
+    strangers(&paths.catalog, &["lock", "plies.redb", RESERVE])?;
     strangers(&paths.content, &["oci-layout", "blobs", "ingest"])?;
     strangers(&root.join("content/blobs"), &["sha256"])?;
     let (counts, trash) = store.read(|tx| {

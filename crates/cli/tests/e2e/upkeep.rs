@@ -154,6 +154,67 @@ fn a_full_disk_fails_the_load_and_the_store_goes_on() {
     ply.ok(args!["rmi", "localhost/small:1"]);
 }
 
+/// Makes a file system of `mib` MiB with so many inodes where the store will be.
+fn small_disk(ply: &Ply, mib: u64, inodes: u64) {
+    let (disk, root) = (ply.scratch().file("disk", ""), ply.scratch().dir("root"));
+    fs::File::options().write(true).open(&disk).unwrap().set_len(mib << 20).unwrap();
+    let mut mkfs = Command::new("mkfs.ext4");
+    tools::run(mkfs.args(["-q", "-m", "0", "-N", &inodes.to_string()]).arg(&disk));
+    tools::run(Command::new("mount").args(["-o", "loop"]).arg(&disk).arg(&root));
+}
+
+fn noise(len: u32, seed: u32) -> Vec<u8> {
+    (0..len).map(|n| ((n ^ seed).wrapping_mul(2_654_435_761) >> 13) as u8).collect()
+}
+
+#[test]
+fn removing_works_without_a_byte_or_an_inode_free() {
+    if !tools::have(&["mkfs.ext4"]) {
+        return;
+    }
+    for full_of in ["bytes", "inodes"] {
+        let Some(ply) = store() else { return };
+        small_disk(&ply, 256, 2000);
+        let root = ply.root();
+        load(&ply, &Image::new("localhost/kept:1").layer(&[Member::file("f", "kept")], Packing::Gzip));
+        load(&ply, &Image::new("localhost/big:1").layer(&[Member::file("f", noise(9_000_000, 7))], Packing::Plain));
+        let context = Context::new(&ply, "FROM localhost/kept:1\nCOPY f /g\n");
+        context.file("f", noise(5_000_000, 9));
+        context.build(&[]);
+        ply.ok(args!["rmi", "built"]);
+        let ballast = root.join("ballast");
+        fs::create_dir(&ballast).unwrap();
+        if full_of == "bytes" {
+            // To the last block: what a large write leaves, small ones take.
+            for (name, len) in [("a", 1 << 20), ("b", 4096), ("c", 1)] {
+                let mut file = fs::File::create(ballast.join(name)).unwrap();
+                let chunk = vec![1; len];
+                while std::io::Write::write_all(&mut file, &chunk).is_ok() {}
+            }
+        } else {
+            let mut n = 0;
+            while fs::File::create(ballast.join(n.to_string())).is_ok() {
+                n += 1;
+            }
+        }
+        let free = || {
+            let stat = rustix::fs::statvfs(&root).unwrap();
+            stat.f_bavail * stat.f_frsize
+        };
+        assert!(full_of == "inodes" || free() < 8192, "{} bytes are free", free());
+        let before = free();
+        ply.ok(args!["prune", "--all", "--force"]);
+        assert!(free() >= before + 5_000_000, "{full_of}: {before} bytes were free, {} are", free());
+        ply.ok(args!["rmi", "localhost/big:1"]);
+        ply.ok(args!["gc"]);
+        assert!(free() >= before + 20_000_000, "{full_of}: {before} bytes were free, {} are", free());
+        fs::remove_dir_all(&ballast).unwrap();
+        // There is plenty again, and so there is a reserve.
+        assert!(tree_of(&ply, "localhost/kept:1").find("f").is_some());
+        assert!(root.join("catalog/reserve").exists());
+    }
+}
+
 #[test]
 fn the_native_driver_shows_the_same_tree() {
     let Some(ply) = store() else { return };
