@@ -29,6 +29,11 @@ impl RecordId {
         Ok(Self(bytes))
     }
 
+    /// The ID that is written so; `None` if it is not a whole one.
+    pub fn parse(text: &str) -> Option<Self> {
+        Self::lowest_with(text).filter(|_| text.len() == Self::DIGITS)
+    }
+
     /// The lowest ID that begins with these hex digits, and the number of digits; `None` if they are none.
     pub(crate) fn lowest_with(prefix: &str) -> Option<Self> {
         if prefix.is_empty()

@@ -25,7 +25,7 @@ use plies_store::{Cancel, Canceled, CatalogueError, GcMode, GcReport, Rows as _,
 
 use crate::filter::Filters;
 use crate::manager::{Controller, Inner};
-use crate::record::{self, RecordRow, RecordType, USES};
+use crate::record::{self, RecordRow, RecordType, USES, UseRow};
 use crate::usage::{RecordUsage, Survey};
 use crate::{CacheError, RecordId};
 
@@ -564,13 +564,12 @@ impl<'a> Run<'a> {
     fn scores(&self) -> Vec<u64> {
         let eligible: Vec<u32> = self.places().filter(|at| self.verdicts[*at as usize] == Verdict::MayGo).collect();
         let nodes = &self.survey.nodes;
-        let by_use = ranks(eligible.iter().map(|at| nodes[*at as usize].uses.last_used_at));
-        let by_count = ranks(eligible.iter().map(|at| nodes[*at as usize].uses.count));
-        let mut scores = vec![0; nodes.len()];
-        for (at, (use_rank, count_rank)) in eligible.into_iter().zip(by_use.into_iter().zip(by_count)) {
-            scores[at as usize] = (use_rank + count_rank).to_bits();
+        let uses: Vec<UseRow> = eligible.iter().map(|at| nodes[*at as usize].uses).collect();
+        let mut bits = vec![0; nodes.len()];
+        for (at, score) in eligible.into_iter().zip(scores(&uses)) {
+            bits[at as usize] = score.to_bits();
         }
-        scores
+        bits
     }
 
     /// Why a record stays; `None` if it does not.
@@ -593,6 +592,13 @@ impl<'a> Run<'a> {
             collected: None,
         }
     }
+}
+
+/// The score of each of these, which may go: see the module. All are positive.
+fn scores(uses: &[UseRow]) -> Vec<f64> {
+    let by_use = ranks(uses.iter().map(|uses| uses.last_used_at));
+    let by_count = ranks(uses.iter().map(|uses| uses.count));
+    by_use.into_iter().zip(by_count).map(|(by_use, by_count)| by_use + by_count).collect()
 }
 
 /// The rank of each value as a part of the highest: equal ones share a rank, the lowest has the first, which is 1.
@@ -773,6 +779,58 @@ mod tests {
         assert_eq!(caps(&huge), (10 * GB, 100 * GB, 800 * GB));
         // No file system at all: no caps, and no panic.
         assert_eq!(caps(&PruneOptions::default_policy(0)[3]), (0, 0, 0));
+    }
+
+    /// What operators read; its examples are computed here.
+    const GUIDE: &str = include_str!("../../../docs/space.md");
+
+    #[test]
+    fn the_guide_tells_the_cap_as_it_is() {
+        for (reserved, max, min_free, used, free) in [
+            (0, 20, 0, 50, 9),
+            (10, 20, 5, 50, 1),
+            (0, 49, 5, 50, 1),
+            (48, 49, 5, 50, 1),
+            (10, 0, 5, 50, 6),
+            (0, 20, 100, 50, 1),
+        ] {
+            let options = PruneOptions {
+                reserved_space_bytes: reserved * GB,
+                max_used_space_bytes: max * GB,
+                min_free_space_bytes: min_free * GB,
+                ..PruneOptions::default()
+            };
+            let what = match effective_keep(&options, used * GB, free * GB) {
+                Cap::Off => "all that may go goes".to_owned(),
+                Cap::Everything => "nothing goes".to_owned(),
+                Cap::Bytes(bytes) => format!("records go until less than {} are used", bytes / GB),
+            };
+            let line = format!("\n| {reserved} | {max} | {min_free} | {used} | {free} | {what} |\n");
+            assert!(GUIDE.contains(&line), "{line}");
+        }
+    }
+
+    #[test]
+    fn the_guide_tells_the_score_as_it_is() {
+        const HOUR: u64 = 3_600_000_000;
+        let now = 1000 * HOUR;
+        let at = |ago: u64| Some(Stamp::from_micros(now - ago));
+        let records = [
+            ("a", "never", None, 0),
+            ("b", "10 days ago", at(240 * HOUR), 1),
+            ("c", "2 days ago", at(48 * HOUR), 7),
+            ("d", "1 hour ago", at(HOUR), 1),
+        ];
+        let scores = scores(&records.map(|(_, _, last_used_at, count)| UseRow { last_used_at, count }));
+        for ((name, last_used, _, count), score) in records.iter().zip(&scores) {
+            let line = format!("\n| {name} | {last_used} | {count} | {score:.2} |\n");
+            assert!(GUIDE.contains(&line), "{line}");
+        }
+        let mut order = [0, 1, 2, 3];
+        order.sort_by(|a, b| scores[*a].total_cmp(&scores[*b]));
+        let order = order.map(|at| records[at].0);
+        assert_eq!(order, ["a", "b", "d", "c"]);
+        assert!(GUIDE.contains("So a goes first, then b, d and c"));
     }
 
     #[test]

@@ -744,8 +744,8 @@ fn what_is_kept(
     let mut trees: Vec<(SnapshotId, u32)> = Vec::new();
     let mut next = 0;
     scan_holds(rows, |owner, held| {
-        let id = owner.as_str().strip_prefix("record:").filter(|id| id.len() == RecordId::DIGITS);
-        let Some(id) = id.and_then(RecordId::lowest_with) else { return ControlFlow::Continue(()) };
+        let id = owner.as_str().strip_prefix("record:").and_then(RecordId::parse);
+        let Some(id) = id else { return ControlFlow::Continue(()) };
         // Owners are in the order of their records.
         next += nodes[next..].iter().take_while(|node| node.id < id).count();
         let Some(node) = nodes.get_mut(next).filter(|node| node.id == id) else { return ControlFlow::Continue(()) };

@@ -130,8 +130,18 @@ pub(crate) enum Command {
     /// Records of the build cache by hand
     #[command(subcommand)]
     Ref(Ref),
-    /// Show what uses disk space
-    Du,
+    /// Show what uses disk space: by kind, or with -v or --filter each record and all else
+    Du {
+        /// Only records that match: `type==regular`, `inuse`, `shared`, `size>=10MB`, `until=24h`, …; comma is and,
+        /// repeated is or
+        #[arg(long, value_name = "FILTER")]
+        filter: Vec<String>,
+    },
+    /// Show what keeps a record, layer, blob or image
+    Why {
+        /// Record, layer or chain ID, digest of a blob, or image name or ID
+        target: String,
+    },
     /// Show what stands on what
     Tree {
         /// Only this image or record
@@ -144,6 +154,9 @@ pub(crate) enum Command {
         /// Only say what would go
         #[arg(long)]
         dry_run: bool,
+        /// Also give back what the catalogue's file has too much
+        #[arg(long, conflicts_with = "dry_run")]
+        compact: bool,
     },
     /// Say what this store is
     Info,

@@ -15,7 +15,7 @@ use plies_engine::dockerfile::Warning;
 use plies_engine::exec::Cancel;
 use plies_engine::{
     DriverKind, Engine, EngineOptions, Input, Output, PruneOptions, PullRequest, RemovedImage, RunRequest, SaveFormat,
-    TreeNode,
+    SpaceTotals, TreeNode, WhyNode,
 };
 use serde::Serialize;
 use serde_json::json;
@@ -52,7 +52,9 @@ pub(crate) fn run(args: Ply) -> anyhow::Result<ExitCode> {
     }
     check(&command)?;
     // Until the store is ours an interrupt simply ends the wait; opening survives it.
-    let engine = open(&global)?;
+    let removes =
+        matches!(command, Command::Prune(_) | Command::Gc { .. } | Command::Rmi { .. } | Command::Ref(Ref::Rm { .. }));
+    let engine = open(&global, removes)?;
     let cancel = cancel_on_signals()?;
     let code = with_engine(&engine, &global, command, &cancel)?;
     engine.close()?;
@@ -223,7 +225,16 @@ fn with_engine(engine: &Engine, global: &Global, command: Command, cancel: &Canc
             }
             collect(engine);
         }
-        Command::Du => return usage(engine, json),
+        Command::Du { filter } => return usage(engine, global, &filter),
+        Command::Why { target } => {
+            let node = engine.why(&target)?;
+            if json {
+                return print_json(&node);
+            }
+            let mut text = String::new();
+            draw_why(&node, "", "", &mut text);
+            print(&text)?;
+        }
         Command::Tree { target } => {
             let nodes = engine.tree(target.as_deref())?;
             let damaged = nodes.iter().map(TreeNode::damaged_count).sum();
@@ -237,8 +248,11 @@ fn with_engine(engine: &Engine, global: &Global, command: Command, cancel: &Canc
             return Ok(damaged_code(damaged));
         }
         Command::Prune(prune) => return run_prune(engine, json, prune, cancel),
-        Command::Gc { dry_run } => {
+        Command::Gc { dry_run, compact } => {
             let report = engine.gc(dry_run)?;
+            if compact {
+                engine.compact_at_close();
+            }
             if json {
                 return print_json(&report);
             }
@@ -522,11 +536,65 @@ fn records(engine: &Engine, json: bool) -> anyhow::Result<ExitCode> {
     Ok(damaged_code(damaged))
 }
 
-fn usage(engine: &Engine, json: bool) -> anyhow::Result<ExitCode> {
-    let usage = engine.usage()?;
+fn usage(engine: &Engine, global: &Global, filters: &[String]) -> anyhow::Result<ExitCode> {
+    if !global.json && !global.verbose && filters.is_empty() {
+        print_totals(&engine.usage_totals()?)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let usage = engine.usage(filters)?;
     let damaged = usage.rows.iter().filter(|row| row.error.is_some()).count();
-    if json {
+    if global.json {
         print_json(&usage)?;
+        return Ok(damaged_code(damaged));
+    }
+    let columns = [
+        Column::Left("RECORD"),
+        Column::Left("TYPE"),
+        Column::Left("STATE"),
+        Column::Right("SIZE"),
+        Column::Right("UNIQUE"),
+        Column::Right("SHARED"),
+        Column::Left("CREATED"),
+        Column::Left("LAST USED"),
+        Column::Right("USES"),
+        Column::Left("PARENTS"),
+        Column::Left("DESCRIPTION"),
+    ];
+    let rows = usage.records.iter().map(|record| {
+        let flags = [
+            (record.in_use, "in use"),
+            (record.mutable, "mutable"),
+            (record.shared, "in an image"),
+            (record.pinned, "pinned"),
+        ];
+        let state: Vec<_> = flags.iter().filter(|(is, _)| *is).map(|(_, name)| *name).collect();
+        let parents: Vec<_> = record.parents.iter().map(|id| format::short_id(id)).collect();
+        vec![
+            format::short_id(&record.id).to_owned(),
+            record.record_type.to_owned(),
+            if state.is_empty() { "idle".to_owned() } else { state.join(", ") },
+            format::size(record.size_bytes),
+            format::size(record.unique_bytes),
+            format::size(record.shared_bytes),
+            ago(record.created.as_deref()),
+            record.last_used.as_deref().map_or_else(|| "never".to_owned(), |used| ago(Some(used))),
+            record.usage_count.to_string(),
+            format::ellipsis(&parents.join(" "), 26),
+            described(&record.description, record.error.as_deref()),
+        ]
+    });
+    print(&format::table(&columns, rows))?;
+    let totals = &usage.record_totals;
+    say(&format!(
+        "{} records: {} (unique {}, shared {}); in use {}, idle {}\n",
+        totals.count,
+        format::size(totals.total_bytes),
+        format::size(totals.unique_bytes),
+        format::size(totals.shared_bytes),
+        format::size(totals.in_use_bytes),
+        format::size(totals.total_bytes - totals.in_use_bytes),
+    ))?;
+    if !filters.is_empty() {
         return Ok(damaged_code(damaged));
     }
     let columns = [Column::Left("KIND"), Column::Left("ID"), Column::Right("SIZE"), Column::Left("DESCRIPTION")];
@@ -539,11 +607,35 @@ fn usage(engine: &Engine, json: bool) -> anyhow::Result<ExitCode> {
         ]
     });
     print(&format::table(&columns, rows))?;
-    for (kind, size_bytes) in &usage.totals {
-        say(&format!("{:<13}{:>9}", format!("{kind}:"), format::size(*size_bytes)))?;
-    }
-    say(&format!("{:<13}{:>9}", "total:", format::size(usage.total_bytes)))?;
+    say("")?;
+    print_totals(&usage.everything)?;
     Ok(damaged_code(damaged))
+}
+
+fn print_totals(totals: &SpaceTotals) -> anyhow::Result<()> {
+    let columns = [Column::Left("KIND"), Column::Right("COUNT"), Column::Right("SIZE")];
+    let rows = totals.totals.iter().map(|(kind, size_bytes)| {
+        let count = totals.counts.get(kind).map_or_else(String::new, u64::to_string);
+        vec![(*kind).to_owned(), count, format::size(*size_bytes)]
+    });
+    let total = vec!["total".to_owned(), String::new(), format::size(totals.total_bytes)];
+    print(&format::table(&columns, rows.chain([total])))
+}
+
+fn draw_why(node: &WhyNode, first: &str, rest: &str, out: &mut String) {
+    let id = if node.id.is_empty() { String::new() } else { format!(" {}", node.id) };
+    let label = if node.label.is_empty() { String::new() } else { format!(" {}", node.label) };
+    out.push_str(&format!("{first}{}\n", format::safe(&format!("{}{id}{label}", node.kind))));
+    let notes = node.root.iter().chain(&node.note).map(|note| (Some(note), None));
+    let lines: Vec<_> = notes.chain(node.by.iter().map(|by| (None, Some(by)))).collect();
+    for (at, (note, by)) in lines.iter().enumerate() {
+        let (branch, stem) = if at + 1 == lines.len() { ("└─ ", "   ") } else { ("├─ ", "│  ") };
+        match (note, by) {
+            (_, Some(by)) => draw_why(by, &format!("{rest}{branch}"), &format!("{rest}{stem}"), out),
+            (Some(note), None) => out.push_str(&format!("{rest}{branch}{}\n", format::safe(note))),
+            (None, None) => {}
+        }
+    }
 }
 
 /// What a row is about, or what is wrong with it.
@@ -594,7 +686,7 @@ fn draw(node: &TreeNode, first: &str, rest: &str, out: &mut String) {
     }
 }
 
-fn open(global: &Global) -> anyhow::Result<Engine> {
+fn open(global: &Global, use_reserve: bool) -> anyhow::Result<Engine> {
     let root = match &global.root {
         Some(root) => root.clone(),
         None if rustix::process::geteuid().is_root() => PathBuf::from(SYSTEM_ROOT),
@@ -606,6 +698,7 @@ fn open(global: &Global) -> anyhow::Result<Engine> {
             args::Driver::Overlay => DriverKind::Overlay,
             args::Driver::Native => DriverKind::Native,
         },
+        use_reserve,
         wait: !global.no_wait,
         on_wait: Box::new(|holder| eprintln!("ply: waiting for {holder}")),
         registry: config::registries(global.config.as_deref())?,

@@ -9,7 +9,8 @@
 //! images.rs     list, inspect, history, tag, remove     layers.rs  `ply layer`
 //! build/        Dockerfile -> graph -> solve -> image
 //! run.rs        run, mount, umount         records.rs  `ply ref`
-//! space.rs      du, tree, gc, info     prune.rs    what goes from the build cache
+//! space.rs      du, tree, gc, info       why.rs      what keeps something
+//! prune.rs      what goes from the build cache
 //! dockerfile/ context/ exec/   the parts of a build that need no store
 //! ```
 //!
@@ -33,6 +34,7 @@ mod records;
 mod run;
 mod save;
 mod space;
+mod why;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -61,12 +63,15 @@ pub use push::{PushError, PushedImage};
 pub use records::{RecordSummary, RecordsError};
 pub use run::{RunError, RunRequest};
 pub use save::{Output, SaveError, SaveFormat};
-pub use space::{GcSummary, Info, SpaceError, SpaceReport, SpaceRow, TreeNode};
+pub use space::{GcSummary, Info, RecordSpace, RecordTotals, SpaceError, SpaceReport, SpaceRow, SpaceTotals, TreeNode};
+pub use why::WhyNode;
 
 /// How to open an engine.
 pub struct EngineOptions {
     /// How layers are kept and mounted.
     pub driver: DriverKind,
+    /// Give up the reserve if the file system is full: for requests that remove something.
+    pub use_reserve: bool,
     /// Whether to wait for another process that owns the store.
     pub wait: bool,
     /// Told once for whom we wait.
@@ -133,6 +138,7 @@ impl Engine {
         let store_options = OpenOptions {
             command: options.command,
             driver: options.driver,
+            use_reserve: options.use_reserve,
             // Steps that outlived their `ply` use mounts and files that are about to go.
             before_recovery: Arc::new(exec::end_leftovers),
             warn: Arc::clone(&options.warn),

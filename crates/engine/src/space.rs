@@ -1,13 +1,15 @@
-//! `ply du`, `ply tree`, `ply gc`, `ply info`: what there is and what it costs. Sums of rows; nothing here walks a tree.
+//! `ply du`, `ply tree`, `ply gc`, `ply info`: what there is and what it costs. Sums of rows; nothing here walks a tree
+//! but those of writable layers and cache mounts, which change without anybody saying so.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ops::ControlFlow;
 
-use plies_cache::CacheError;
+use plies_cache::{CacheError, RecordUsage, UsageOptions};
 use plies_image::LayerStoreError;
 use plies_oci::ErrorKind;
 use plies_store::{
-    BlobError, CatalogueError, GcError, GcMode, LayerError, LayerId, Resource, SnapshotError, UsageError, UsageKind,
+    ActiveInfo, BlobError, CatalogueError, FileError, GcError, GcMode, LayerError, LayerId, Resource, SnapshotError,
+    UsageError, UsageKind,
 };
 use serde::Serialize;
 
@@ -38,6 +40,9 @@ pub enum SpaceError {
     /// Blobs.
     #[error("read blobs")]
     Blobs(#[from] BlobError),
+    /// Ingests.
+    #[error("read ingests")]
+    Ingests(#[from] FileError),
     /// Layers.
     #[error("read layers")]
     Layers(#[from] LayerError),
@@ -67,6 +72,7 @@ impl SpaceError {
             Self::Target(source) => source.kind(),
             Self::Usage(source) => source.kind(),
             Self::Blobs(source) => source.kind(),
+            Self::Ingests(source) => source.kind(),
             Self::Layers(source) => source.kind(),
             Self::Snapshots(source) => source.kind(),
             Self::LayerStore(source) => source.kind(),
@@ -77,14 +83,14 @@ impl SpaceError {
     }
 }
 
-/// One line of `ply du`. Every byte is in one line only.
+/// What is neither image nor record, as a line of `ply du -v`. Every byte is in one line only.
 #[derive(Debug, Clone, Serialize)]
 pub struct SpaceRow {
-    /// `layer`, `blob` or `active`; `image` or `record` for one that is damaged.
+    /// `layer`, `blob`, `active`, `ingest` or `orphan`; `image` or `record` for one that is damaged.
     pub kind: &'static str,
-    /// Its ID or digest.
+    /// Its ID or digest; of an orphan its path.
     pub id: String,
-    /// What it takes on disk.
+    /// What it takes on disk; of a layer without what lies beside its tree.
     pub size_bytes: u64,
     /// How many images and records stand on it. Of a blob nobody counts.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -96,15 +102,105 @@ pub struct SpaceRow {
     pub error: Option<String>,
 }
 
-/// What `ply du` shows.
+/// A record of the build cache, as a line of `ply du -v`.
+#[derive(Debug, Clone, Serialize)]
+pub struct RecordSpace {
+    /// Its ID.
+    pub id: String,
+    /// What kind of thing it is, as BuildKit names it.
+    pub record_type: &'static str,
+    /// Whether it can still be written to.
+    pub mutable: bool,
+    /// Whether somebody holds it, or a record that stands on it.
+    pub in_use: bool,
+    /// Whether an image has its layers as well.
+    pub shared: bool,
+    /// Never pruned.
+    pub pinned: bool,
+    /// All that it keeps, without what it stands on.
+    pub size_bytes: u64,
+    /// Of that, what no other record keeps.
+    pub unique_bytes: u64,
+    /// Of that, what other records keep as well.
+    pub shared_bytes: u64,
+    /// Of that, what no record before it in this list keeps: these add up.
+    pub charged_bytes: u64,
+    /// What it stands on.
+    pub parents: Vec<String>,
+    /// RFC 3339; `None` if its row does not say.
+    pub created: Option<String>,
+    /// RFC 3339; `None` if it was never used.
+    pub last_used: Option<String>,
+    /// Uses since it was made.
+    pub usage_count: u64,
+    /// What it is.
+    pub description: String,
+    /// What is wrong with it, if it is damaged.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+}
+
+impl From<RecordUsage> for RecordSpace {
+    fn from(usage: RecordUsage) -> Self {
+        Self {
+            id: usage.id.to_string(),
+            record_type: usage.record_type.name(),
+            mutable: usage.mutable,
+            in_use: usage.in_use,
+            shared: usage.shared,
+            pinned: usage.pinned,
+            size_bytes: usage.size_bytes,
+            unique_bytes: usage.unique_bytes,
+            shared_bytes: usage.size_bytes - usage.unique_bytes,
+            charged_bytes: usage.charged_bytes,
+            parents: usage.parents.iter().map(ToString::to_string).collect(),
+            created: usage.created_at.map(crate::rfc3339),
+            last_used: usage.last_used_at.map(crate::rfc3339),
+            usage_count: usage.usage_count,
+            description: usage.description,
+            error: usage.error,
+        }
+    }
+}
+
+/// What the listed records cost together, each byte once.
+#[derive(Debug, Clone, Serialize)]
+pub struct RecordTotals {
+    /// How many are listed.
+    pub count: u64,
+    /// Their bytes.
+    pub total_bytes: u64,
+    /// Of these, what one record alone keeps.
+    pub unique_bytes: u64,
+    /// Of these, what several keep.
+    pub shared_bytes: u64,
+    /// Of these, what no prune can take now.
+    pub in_use_bytes: u64,
+}
+
+/// What everything below the root takes on disk.
+#[derive(Debug, Clone, Serialize)]
+pub struct SpaceTotals {
+    /// Bytes by kind. Each byte is of one kind.
+    pub totals: BTreeMap<&'static str, u64>,
+    /// How many there are of each kind.
+    pub counts: BTreeMap<&'static str, u64>,
+    /// The sum of the totals: what `du -x` says of the root, but for the last block of each blob.
+    pub total_bytes: u64,
+}
+
+/// What `ply du -v` shows.
 #[derive(Debug, Clone, Serialize)]
 pub struct SpaceReport {
-    /// Layers, blobs and upper directories, the largest first.
+    /// Layers, blobs, upper directories, ingests and orphans, the largest first. Empty if records were filtered.
     pub rows: Vec<SpaceRow>,
-    /// Bytes by kind: all kinds, those without rows included.
-    pub totals: BTreeMap<&'static str, u64>,
-    /// The sum of the totals.
-    pub total_bytes: u64,
+    /// Records of the build cache that match, by ID. What they keep is among the rows.
+    pub records: Vec<RecordSpace>,
+    /// The listed records together.
+    pub record_totals: RecordTotals,
+    /// Everything.
+    #[serde(flatten)]
+    pub everything: SpaceTotals,
 }
 
 /// Something that `ply tree` shows, with what it stands on below it.
@@ -225,19 +321,72 @@ fn kind_name(kind: UsageKind) -> &'static str {
     match kind {
         UsageKind::Blobs => "blobs",
         UsageKind::Layers => "layers",
+        UsageKind::Sidecars => "sidecars",
         UsageKind::Actives => "actives",
         UsageKind::Ingests => "ingests",
         UsageKind::Trash => "trash",
         UsageKind::Catalogue => "catalogue",
+        UsageKind::Reserve => "reserve",
+        UsageKind::Directories => "directories",
+        UsageKind::Scratch => "scratch",
+        UsageKind::Orphans => "orphans",
     }
 }
 
 impl Engine {
-    /// What everything takes on disk.
+    /// What everything takes on disk, by kind. Costs the same for any number of records, images and blobs, but for the
+    /// names in their directories, which are counted.
     ///
     /// # Errors
     /// [`SpaceError`].
-    pub fn usage(&self) -> Result<SpaceReport, SpaceError> {
+    pub fn usage_totals(&self) -> Result<SpaceTotals, SpaceError> {
+        for info in self.actives()? {
+            self.active_bytes(&info);
+        }
+        self.totals()
+    }
+
+    /// The totals, of uppers as last measured.
+    fn totals(&self) -> Result<SpaceTotals, SpaceError> {
+        let rows = self.store().usage()?;
+        Ok(SpaceTotals {
+            totals: rows.iter().map(|row| (kind_name(row.kind), row.size_bytes)).collect(),
+            counts: rows.iter().map(|row| (kind_name(row.kind), row.count)).collect(),
+            total_bytes: rows.iter().map(|row| row.size_bytes).sum(),
+        })
+    }
+
+    fn actives(&self) -> Result<Vec<ActiveInfo>, SpaceError> {
+        let mut actives = Vec::new();
+        self.store().snapshots().scan_actives(|info| {
+            actives.push(info);
+            ControlFlow::Continue(())
+        })?;
+        Ok(actives)
+    }
+
+    /// What everything takes on disk, thing by thing; with `filters` (BuildKit's), only the records that match one.
+    ///
+    /// # Errors
+    /// [`SpaceError`].
+    pub fn usage(&self, filters: &[String]) -> Result<SpaceReport, SpaceError> {
+        let options = UsageOptions { filters: filters.to_vec(), ..UsageOptions::default() };
+        let mut records = Vec::new();
+        let totals = self.cache.controller().scan_usage(&options, &mut |usage| records.push(usage.into()))?;
+        let rows = if filters.is_empty() { self.usage_rows()? } else { Vec::new() };
+        let record_totals = RecordTotals {
+            count: totals.records_count,
+            total_bytes: totals.total_bytes,
+            unique_bytes: totals.unique_bytes,
+            shared_bytes: totals.total_bytes - totals.unique_bytes,
+            in_use_bytes: totals.in_use_bytes,
+        };
+        // After what may have been measured on the way.
+        Ok(SpaceReport { rows, records, record_totals, everything: self.totals()? })
+    }
+
+    /// Everything but records.
+    fn usage_rows(&self) -> Result<Vec<SpaceRow>, SpaceError> {
         let mut rows = Vec::new();
         let users = self.layer_users(&mut rows)?;
         self.store().layers().scan(|layer| {
@@ -274,15 +423,23 @@ impl Engine {
                 error,
             });
         }
-        let mut actives = Vec::new();
-        self.store().snapshots().scan_actives(|info| {
-            actives.push(info);
-            ControlFlow::Continue(())
-        })?;
+        let plain = |kind, id: String, size_bytes| SpaceRow {
+            kind,
+            id,
+            size_bytes,
+            users_count: None,
+            description: String::new(),
+            error: None,
+        };
+        for ingest in self.store().content().ingests()? {
+            rows.push(plain("ingest", ingest.ingest.to_string(), ingest.offset_bytes));
+        }
+        for (path, size_bytes) in self.store().orphans()? {
+            rows.push(plain("orphan", path.display().to_string(), size_bytes));
+        }
         let records = self.records()?;
         let writable = self.layer_store()?.list_rw()?;
-        // Before the totals are read, which are of what was measured last.
-        for info in actives {
+        for info in self.actives()? {
             let active = info.id.to_string();
             let users: Vec<_> = records.iter().filter(|record| record.active.as_ref() == Some(&active)).collect();
             let named = writable.iter().find(|rw| rw.active == info.id);
@@ -302,10 +459,7 @@ impl Engine {
             });
         }
         rows.sort_by(|a, b| b.size_bytes.cmp(&a.size_bytes).then_with(|| a.id.cmp(&b.id)));
-        let totals: BTreeMap<_, _> =
-            self.store().usage()?.into_iter().map(|row| (kind_name(row.kind), row.size_bytes)).collect();
-        let total_bytes = totals.values().sum();
-        Ok(SpaceReport { rows, totals, total_bytes })
+        Ok(rows)
     }
 
     /// For each layer, how many images and records stand on it, and the name of one. What is damaged gets a row.
@@ -439,6 +593,11 @@ impl Engine {
         let removed: Vec<GcRow> = collected.chain(ingests).collect();
         let total_bytes = removed.iter().map(|row| row.size_bytes).sum();
         Ok(GcSummary { removed, total_bytes })
+    }
+
+    /// Asks for the catalogue's file to be made as small as what is in it when the engine closes.
+    pub fn compact_at_close(&self) {
+        self.store().compact_at_close();
     }
 
     /// What this store is.

@@ -211,6 +211,7 @@ impl Checker<'_> {
         for (id, row) in rows {
             listed.insert(id);
             self.count(Kind::Layers, row.total());
+            self.totals.entry(Kind::Sidecars).or_default().add(row.sidecars());
             match open_root(self.store, id) {
                 Err(error @ LayerError::Damaged { .. }) => {
                     self.damaged(id, error.to_string());
@@ -366,9 +367,14 @@ impl Checker<'_> {
         for (_, size_bytes) in self.store.read(|tx| tx.all(&TRASH))? {
             self.count(Kind::Trash, TotalRow::one(size_bytes, 0));
         }
-        for (kind, of) in
-            [(Kind::Blobs, "blobs"), (Kind::Layers, "layers"), (Kind::Actives, "actives"), (Kind::Trash, "trash")]
-        {
+        for kind in Kind::ALL {
+            let of = match kind {
+                Kind::Blobs => "blobs",
+                Kind::Layers => "layers",
+                Kind::Actives => "actives",
+                Kind::Trash => "trash",
+                Kind::Sidecars => "sidecars",
+            };
             let kept = self.store.read(|tx| tx.get(&TOTALS, &kind))?.unwrap_or_default();
             let counted = self.totals.get(&kind).copied().unwrap_or_default();
             if kept != counted {

@@ -177,7 +177,7 @@ fn unmarked(rows: &impl Rows, live: &HashSet<Resource>) -> Result<(Vec<Collected
     };
     rows.scan(&ACTIVES, |id, row| judge(id.into(), row.total().size_bytes))?;
     rows.scan(&SNAPSHOTS, |id, _| judge(id.into(), 0))?;
-    rows.scan(&LAYERS, |id, row| judge(id.into(), row.total().size_bytes))?;
+    rows.scan(&LAYERS, |id, row| judge(id.into(), row.removal_bytes()))?;
     rows.scan(&BLOBS, |digest, row| judge(digest.into(), row.size_bytes))?;
     Ok((found, kept))
 }
@@ -253,7 +253,7 @@ fn resources_count(rows: &impl Rows) -> Result<u64, CatalogueError> {
 fn size_of(rows: &impl Rows, resource: Resource) -> Result<Option<u64>, CatalogueError> {
     Ok(match resource {
         Resource::Blob(digest) => rows.get(&BLOBS, &digest)?.map(|row| row.size_bytes),
-        Resource::Layer(id) => rows.get(&LAYERS, &id)?.map(|row| row.total().size_bytes),
+        Resource::Layer(id) => rows.get(&LAYERS, &id)?.map(|row| row.removal_bytes()),
         Resource::Active(id) => rows.get(&ACTIVES, &id)?.map(|row| row.total().size_bytes),
         Resource::Snapshot(id) => rows.contains(&SNAPSHOTS, &id)?.then_some(0),
     })
@@ -555,8 +555,15 @@ mod tests {
             Resource::Layer(id) => {
                 let usage = StoredUsage { size_bytes: u64::from(n), inodes: 1, content_bytes: 0 };
                 let created = tx.now();
-                let row =
-                    LayerRow { kind: LayerKind::Full, diff_id: None, chain_id: None, usage, created, tar_split: false };
+                let row = LayerRow {
+                    kind: LayerKind::Full,
+                    diff_id: None,
+                    chain_id: None,
+                    usage,
+                    created,
+                    tar_split: false,
+                    beside: usage,
+                };
                 tx.put_layer(id, &row)
             }
             Resource::Snapshot(id) => {

@@ -18,7 +18,7 @@ use std::fs::{self, DirBuilder, File};
 use std::io::{self, Write as _};
 use std::ops::ControlFlow;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
 use plies_oci::{BlobDigest, ChainId, DiffId, ErrorKind};
@@ -28,6 +28,7 @@ use crate::catalogue::schema::{LAYERS, LAYERS_BY_CHAIN, LAYERS_BY_DIFF, LayerKin
 use crate::catalogue::{CatalogueError, Rows, Tx};
 use crate::error::{At as _, FileError};
 use crate::open::sync_dir;
+use crate::tree::STAT_BLOCK_BYTES;
 use crate::{LayerId, Lease, Stamp, Store, tree};
 use plies_archive::tar::EntryPath;
 use plies_archive::{DirIndex, Usage};
@@ -147,9 +148,12 @@ pub(crate) struct Sidecar {
 impl Sidecar {
     pub(crate) fn write(dir: &Path, row: &LayerRow) -> Result<(), FileError> {
         let path = dir.join(SIDECAR);
-        let text = serde_json::to_vec_pretty(&Self { version: SIDECAR_VERSION, row: row.clone() })
-            .expect("because rows are plain data, which JSON always encodes");
-        fs::write(&path, text).at("write", path)
+        fs::write(&path, Self::encode(row)).at("write", path)
+    }
+
+    fn encode(row: &LayerRow) -> Vec<u8> {
+        serde_json::to_vec_pretty(&Self { version: SIDECAR_VERSION, row: row.clone() })
+            .expect("because rows are plain data, which JSON always encodes")
     }
 
     /// `None` if it is not there or not ours.
@@ -310,10 +314,8 @@ impl<'a> Layers<'a> {
         // Bytes before rows: a sidecar that knows more than the row is right all the same.
         let dir = layer_dir(self.store, id);
         let (new, path) = (dir.join("layer.json.new"), dir.join(SIDECAR));
-        let text = serde_json::to_vec_pretty(&Sidecar { version: SIDECAR_VERSION, row })
-            .expect("because rows are plain data, which JSON always encodes");
         let mut file = File::create(&new).at("create", &new)?;
-        file.write_all(&text).and_then(|()| file.sync_all()).at("write", &new)?;
+        file.write_all(&Sidecar::encode(&row)).and_then(|()| file.sync_all()).at("write", &new)?;
         fs::rename(&new, &path).at("rename", &new)?;
         sync_dir(&dir)?;
         self.store.write(|tx| {
@@ -474,15 +476,38 @@ pub struct FinishedStage {
 }
 
 impl FinishedStage {
-    fn row(&self, kind: LayerKind, created: Stamp) -> LayerRow {
-        LayerRow {
+    fn row(&self, kind: LayerKind, created: Stamp) -> Result<LayerRow, FileError> {
+        let mut row = LayerRow {
             kind,
             diff_id: self.contents.diff_id,
             chain_id: self.contents.chain_id,
             usage: StoredUsage::from(self.contents.usage),
             created,
             tar_split: self.stage.tar_split,
+            beside: StoredUsage::default(),
+        };
+        row.beside = self.beside(&Sidecar::encode(&row))?;
+        Ok(row)
+    }
+
+    /// What the directory costs besides the tree, with a sidecar of about this text that is not written yet.
+    fn beside(&self, sidecar: &[u8]) -> Result<StoredUsage, FileError> {
+        let dir = &self.stage.dir;
+        let meta = fs::symlink_metadata(dir).at("stat", dir)?;
+        let block_bytes = meta.blksize().max(1);
+        let mut beside = StoredUsage {
+            size_bytes: meta.blocks() * STAT_BLOCK_BYTES + (sidecar.len() as u64).next_multiple_of(block_bytes),
+            inodes: 2,
+            content_bytes: sidecar.len() as u64,
+        };
+        for name in [INDEX, TAR_SPLIT].iter().take(1 + usize::from(self.stage.tar_split)) {
+            let path = dir.join(name);
+            let meta = fs::symlink_metadata(&path).at("stat", &path)?;
+            beside.size_bytes += meta.blocks() * STAT_BLOCK_BYTES;
+            beside.inodes += 1;
+            beside.content_bytes += meta.len();
         }
+        Ok(beside)
     }
 }
 
@@ -505,7 +530,7 @@ pub(crate) fn publish<E: From<LayerError> + From<CatalogueError> + From<FileErro
         fs::write(&path, contents.index.encode()).at("write", path)?;
     }
     for finished in &finished {
-        let row = finished.row(kind, now);
+        let row = finished.row(kind, now)?;
         Sidecar::write(&finished.stage.dir, &row)?;
         rows.push((finished.stage.id, row));
     }

@@ -10,6 +10,7 @@
 //! at which a thing exists unheld. Process-bound leases are written lazily: a crash that loses such
 //! a row ends the lease anyway.
 
+use std::collections::{HashMap, HashSet};
 use std::ops::ControlFlow;
 use std::time::Duration;
 
@@ -256,6 +257,41 @@ pub fn scan_holds(
         // Nobody's hold: the check finds it.
         None => ControlFlow::Continue(()),
     })
+}
+
+/// What keeps a resource directly.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Keeper {
+    /// Somebody who holds it for good.
+    Owner(Owner),
+    /// A lease, whether or not it has expired.
+    Lease(LeaseId),
+    /// Another resource, over an edge.
+    Resource(Resource),
+}
+
+/// What keeps each of these resources, directly. One look at all holds and edges.
+///
+/// # Errors
+/// [`CatalogueError`].
+pub fn keepers_of(
+    rows: &impl Rows,
+    wanted: &HashSet<Resource>,
+) -> Result<HashMap<Resource, Vec<Keeper>>, CatalogueError> {
+    let mut keepers: HashMap<Resource, Vec<Keeper>> = HashMap::new();
+    let mut note = |held: Resource, keeper: &dyn Fn() -> Keeper| {
+        if wanted.contains(&held) {
+            keepers.entry(held).or_default().push(keeper());
+        }
+        ControlFlow::Continue(())
+    };
+    scan_holds(rows, |owner, held| note(held, &|| Keeper::Owner(owner.clone())))?;
+    rows.scan_each(&LEASE_HOLDS, |key, _| match key {
+        Some((lease, held)) => note(held, &|| Keeper::Lease(lease)),
+        None => ControlFlow::Continue(()),
+    })?;
+    scan_edges(rows, |from, to| note(to, &|| Keeper::Resource(from)))?;
+    Ok(keepers)
 }
 
 /// Calls `visit` for every edge, by what it leads from, until it breaks. One look at the table.

@@ -60,6 +60,7 @@ mod open;
 pub mod progress;
 mod recover;
 mod refs;
+mod reserve;
 mod snapshots;
 mod sys;
 pub mod transfer;
@@ -67,7 +68,7 @@ mod tree;
 mod usage;
 
 use std::fmt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 pub use cancel::{Cancel, CancelGuard, Canceled, canceled_inside};
@@ -84,7 +85,7 @@ pub use gc::{Collected, GcError, GcMode, GcReport};
 pub use id::{ActiveId, IdError, LayerId, LeaseId, Owner, Resource, SnapshotId, Stamp};
 pub use idmap::{IdMapError, IdMaps, IdRange};
 pub use layers::{FinishedStage, LayerContents, LayerError, LayerInfo, Layers, Stage};
-pub use lease::{Lease, LeaseInfo, LeaseOptions, held_by, scan_edges, scan_holds};
+pub use lease::{Keeper, Lease, LeaseInfo, LeaseOptions, held_by, keepers_of, scan_edges, scan_holds};
 pub use lock::{Holder, WaitPolicy};
 use open::Inner;
 pub use open::{BeforeRecovery, Clock, OpenError, OpenOptions, Warn};
@@ -226,12 +227,27 @@ impl Store {
         gc::collect(self, mode)
     }
 
-    /// What everything under the root costs, from the rows.
+    /// Asks for the catalogue to be compacted when the store closes, whatever was removed. A session that removes more
+    /// rows than it leaves does so by itself.
+    pub fn compact_at_close(&self) {
+        self.inner.compact_at_end.store(true, std::sync::atomic::Ordering::Relaxed);
+    }
+
+    /// What everything under the root costs, from the rows: a row for each kind.
     ///
     /// # Errors
     /// [`UsageError`].
     pub fn usage(&self) -> Result<Vec<UsageRow>, UsageError> {
         usage::usage(self)
+    }
+
+    /// What lies below the root and belongs to nobody, with its bytes on disk: what a crash left until the next open, and
+    /// what others have put there. What is just being published may be among it.
+    ///
+    /// # Errors
+    /// [`UsageError`].
+    pub fn orphans(&self) -> Result<Vec<(PathBuf, u64)>, UsageError> {
+        Ok(usage::orphans(self)?.into_iter().map(|(path, usage)| (path, usage.size_bytes)).collect())
     }
 
     /// Looks for anything that breaks the store's invariants. Nothing may be written meanwhile by

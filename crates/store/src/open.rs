@@ -20,7 +20,7 @@ use crate::driver::{Driver, DriverKind, Native, Overlay};
 use crate::error::{At as _, FileError};
 use crate::lock::{Holder, LockFailure, StoreLock, WaitPolicy};
 use crate::recover::{self, RecoverError};
-use crate::{ActiveId, Stamp, Store, tree};
+use crate::{ActiveId, Stamp, Store, reserve, tree};
 
 /// Tells the time. Injected, since nothing below the engine reads clocks.
 pub type Clock = Arc<dyn Fn() -> SystemTime + Send + Sync>;
@@ -51,6 +51,8 @@ pub struct OpenOptions {
     pub ingest_max_age: Duration,
     /// How snapshots become trees. The layers on disk are the same either way.
     pub driver: DriverKind,
+    /// Give up the reserve if the file system is full: for who wants to remove something.
+    pub use_reserve: bool,
 }
 
 impl OpenOptions {
@@ -72,6 +74,7 @@ impl OpenOptions {
             cache_bytes: Self::CACHE_BYTES,
             ingest_max_age: Self::INGEST_MAX_AGE,
             driver: DriverKind::default(),
+            use_reserve: false,
         }
     }
 }
@@ -258,6 +261,8 @@ pub(crate) struct Inner {
     pub(crate) driver: Box<dyn Driver>,
     /// Something was left behind that only the search after an unclean stop would find.
     unclean: AtomicBool,
+    /// Somebody asked for a compaction of the catalogue.
+    pub(crate) compact_at_end: AtomicBool,
     _lock: StoreLock,
 }
 
@@ -320,11 +325,15 @@ impl Inner {
     fn end_session(&mut self) -> Result<(), CatalogueError> {
         self.catalogue.flush()?;
         let begun = self.session.get_mut().map_or(None, |session| session.take()).is_some();
-        if !begun || *self.unclean.get_mut() {
-            return Ok(());
+        if begun && !*self.unclean.get_mut() {
+            self.catalogue
+                .write(Urgency::Durable, &Stamp::default, |tx| tx.put(&META, &META_CLEAN.to_owned(), &1).map(drop))?;
         }
-        self.catalogue
-            .write(Urgency::Durable, &Stamp::default, |tx| tx.put(&META, &META_CLEAN.to_owned(), &1).map(drop))
+        // Last, since all is well without it.
+        if std::mem::take(self.compact_at_end.get_mut()) || self.catalogue.is_hollow()? {
+            self.catalogue.compact()?;
+        }
+        Ok(())
     }
 }
 
@@ -343,6 +352,9 @@ pub(crate) fn open(root: &Path, options: OpenOptions, wait: WaitPolicy<'_>) -> R
         return Err(OpenError::Missing { root });
     }
     let driver = pick_driver(options.driver, &paths)?;
+    if options.use_reserve {
+        reserve::spend(&paths.catalog)?;
+    }
     make_dir(&paths.catalog)?;
     let lock = StoreLock::take(&paths.catalog.join("lock"), &options.command, wait)?;
     let catalogue = open_catalogue(&root, &paths, &options)?;
@@ -359,11 +371,13 @@ pub(crate) fn open(root: &Path, options: OpenOptions, wait: WaitPolicy<'_>) -> R
         mounted: Mutex::default(),
         driver,
         unclean: AtomicBool::new(false),
+        compact_at_end: AtomicBool::new(false),
         _lock: lock,
     };
     let store = Store { inner: Arc::new(inner) };
     (store.inner.options.before_recovery)(store.run_dir());
     recover::at_open(&store)?;
+    reserve::keep(&store.inner.paths.catalog)?;
     Ok(store)
 }
 

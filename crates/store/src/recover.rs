@@ -7,14 +7,14 @@
 
 use std::fs;
 use std::io;
-use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
+use std::os::unix::ffi::OsStringExt as _;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use plies_oci::BlobDigest;
 
-use crate::catalogue::schema::{ACTIVES, ActiveRow, BLOBS, LAYERS, LEASES, META, META_CLEAN, SEALING, TRASH};
-use crate::catalogue::{CatalogueError, ReadTx, Rows as _};
+use crate::catalogue::schema::{ACTIVES, ActiveRow, LAYERS, LEASES, META, META_CLEAN, SEALING, TRASH, exists};
+use crate::catalogue::{CatalogueError, Rows as _};
 use crate::error::{At as _, FileError};
 use crate::gc::{self, GcError};
 use crate::open::{make_dir, sync_dir};
@@ -79,7 +79,7 @@ pub(crate) fn at_open(store: &Store) -> Result<(), RecoverError> {
     Ok(())
 }
 
-fn entries(dir: &Path) -> Result<Vec<PathBuf>, FileError> {
+pub(crate) fn entries(dir: &Path) -> Result<Vec<PathBuf>, FileError> {
     let read = fs::read_dir(dir).at("read directory", dir)?;
     read.map(|entry| Ok(entry.at("read directory", dir)?.path())).collect()
 }
@@ -188,42 +188,44 @@ fn remove_stale_uppers(store: &Store) -> Result<(), RecoverError> {
 /// Bytes that no row names: what was between its rename and its commit.
 fn remove_unlisted(store: &Store) -> Result<(), RecoverError> {
     let paths = &store.inner.paths;
-    let unlisted = |dir: &Path, is_listed: &dyn Fn(&ReadTx, &str) -> Result<bool, CatalogueError>| {
-        // One by one: there may be a million.
-        let entries = fs::read_dir(dir).at("read directory", dir)?;
-        store.read(|tx| {
-            let mut found = Vec::new();
-            for entry in entries {
-                let path = entry.at("read directory", dir)?.path();
-                let name = path.file_name().unwrap_or_default();
-                let listed = match std::str::from_utf8(name.as_bytes()) {
-                    Ok(name) => is_listed(tx, name)?,
-                    Err(_) => false,
-                };
-                if !listed {
-                    found.push(path);
-                }
-            }
-            Ok::<_, RecoverError>(found)
-        })
-    };
-    // What is in the trash counts as listed here; its turn comes.
-    let blobs = unlisted(&paths.blobs, &|tx, name| match BlobDigest::from_hex(name) {
-        Ok(digest) => Ok(tx.contains(&BLOBS, &digest)? || tx.contains(&TRASH, &digest.into())?),
-        Err(_) => Ok(false),
-    })?;
-    let layers = unlisted(&paths.layers, &|tx, name| match LayerId::from_str(name) {
-        Ok(id) => Ok(tx.contains(&LAYERS, &id)? || tx.contains(&TRASH, &id.into())?),
-        Err(_) => Ok(name == "stage"),
-    })?;
-    let uppers = unlisted(&paths.active, &|tx, name| match ActiveId::from_str(name) {
-        Ok(id) => Ok(tx.contains(&ACTIVES, &id)? || tx.contains(&TRASH, &id.into())?),
-        Err(_) => Ok(false),
-    })?;
-    for path in blobs.iter().chain(&layers).chain(&uppers) {
-        tree::remove(path)?;
+    for dir in [&paths.blobs, &paths.layers, &paths.active] {
+        unlisted::<RecoverError>(store, dir)?.iter().try_for_each(|path| tree::remove(path))?;
     }
     Ok(())
+}
+
+/// The entries of one of the directories of blobs, layers and uppers that no row names. What is in the trash counts as
+/// listed here; its turn comes.
+pub(crate) fn unlisted<E: From<FileError> + From<CatalogueError>>(
+    store: &Store,
+    dir: &Path,
+) -> Result<Vec<PathBuf>, E> {
+    let paths = &store.inner.paths;
+    let resource = |name: &str| -> Option<Resource> {
+        if *dir == paths.blobs {
+            BlobDigest::from_hex(name).ok().map(Into::into)
+        } else if *dir == paths.layers {
+            LayerId::from_str(name).ok().map(Into::into)
+        } else {
+            ActiveId::from_str(name).ok().map(Into::into)
+        }
+    };
+    // One by one: there may be a million.
+    let entries = fs::read_dir(dir).at("read directory", dir)?;
+    store.read(|tx| {
+        let mut found = Vec::new();
+        for entry in entries {
+            let path = entry.at("read directory", dir)?.path();
+            let listed = match path.file_name().and_then(|name| name.to_str()).and_then(resource) {
+                Some(resource) => exists(tx, resource)? || tx.contains(&TRASH, &resource)?,
+                None => path == paths.stage,
+            };
+            if !listed {
+                found.push(path);
+            }
+        }
+        Ok(found)
+    })
 }
 
 #[cfg(test)]

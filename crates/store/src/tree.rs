@@ -33,7 +33,7 @@ const OVERLAY_PREFIX: &[u8] = b"trusted.overlay.";
 /// Of a long path, opened in one call; the kernel takes 4,095 (PATH_MAX, limits.h).
 const PATH_STEP_BYTES: usize = 4_000;
 /// Size of st_blocks' unit, whatever the file system's block size (stat(3type)).
-const STAT_BLOCK_BYTES: u64 = 512;
+pub(crate) const STAT_BLOCK_BYTES: u64 = 512;
 /// Asked of the kernel in one call; it stops at 2 GiB (copy_file_range(2)).
 const COPY_CHUNK_BYTES: usize = 1 << 30;
 /// Buffer where the kernel does not copy by itself.
@@ -214,7 +214,8 @@ fn clear(top: BorrowedFd<'_>, dir: BorrowedFd<'_>, depth: usize, moved: &mut u64
 
 // ---- measuring --------------------------------------------------------------------------------
 
-/// What a tree costs: blocks and inodes of everything in it, the root included, hard links once.
+/// What a tree costs: blocks and inodes of everything in it that is on its file system, the root included, hard links
+/// once.
 pub(crate) fn measure(root: impl AsFd) -> io::Result<Usage> {
     let mut usage = Usage::default();
     let mut seen = HashSet::new();
@@ -229,12 +230,16 @@ pub(crate) fn measure(root: impl AsFd) -> io::Result<Usage> {
             usage.content_bytes += u64::try_from(stat.st_size).unwrap_or(0);
         }
     };
-    count(&rustix::fs::fstat(&root)?);
+    let own = rustix::fs::fstat(&root)?;
+    count(&own);
     let mut pending = vec![EntryPath::root()];
     while let Some(path) = pending.pop() {
         let dir = open_dir(&root, &path)?;
         for name in list(&dir)? {
             let Some(stat) = stat(&dir, &name)? else { continue };
+            if stat.st_dev != own.st_dev {
+                continue;
+            }
             count(&stat);
             if file_type(&stat) == FileType::Directory {
                 pending.push(path.join(name.to_bytes()));

@@ -186,7 +186,7 @@ fn a_writable_layer_is_mounted_changed_committed_and_removed() {
     ply.ok(args!["layer", "rw", "create", "box", "--parent", parent, "--init"]);
     let ran = ply.fails(1, args!["layer", "rw", "create", "box"]);
     assert!(ran.stderr.contains("\"box\""), "{ran}");
-    let usage = ply.ok(args!["du"]).stdout;
+    let usage = ply.ok(args!["du", "-v"]).stdout;
     assert!(usage.contains("writable layer box") && usage.contains("registered layer "), "{usage}");
     let dir = ply.scratch().dir("box");
     ply.ok(args!["layer", "rw", "mount", "box", dir]);

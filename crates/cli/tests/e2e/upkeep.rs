@@ -1,6 +1,6 @@
 //! Space, full disks, broken stores, and what is printed about hostile names.
 
-use std::{fs, os::unix::fs::MetadataExt as _, path::Path};
+use std::{fs, path::Path, process::Command};
 
 use plies_testkit::{
     args,
@@ -15,21 +15,17 @@ use serde_json::json;
 
 use crate::common::{Context, Shape, State, busybox, everything, load, store, tree_of};
 
-/// Bytes that the files below a directory take on the disk, hard links once.
+/// What du(1) says of a directory, without the database, which grows and shrinks by pages as it likes.
 fn disk_bytes(root: &Path) -> u64 {
-    let mut seen = std::collections::BTreeSet::new();
-    let mut waiting = vec![root.to_owned()];
-    let mut bytes = 0;
-    while let Some(path) = waiting.pop() {
-        let meta = fs::symlink_metadata(&path).unwrap();
-        if seen.insert(meta.ino()) {
-            bytes += meta.blocks() * 512;
-        }
-        if meta.is_dir() {
-            waiting.extend(fs::read_dir(&path).unwrap().map(|entry| entry.unwrap().path()));
-        }
-    }
-    bytes
+    let mut du = Command::new("du");
+    du.args(["-x", "-s", "--block-size=1", "--exclude=plies.redb"]).arg(root);
+    let output = tools::output_of(&mut du);
+    let text = String::from_utf8(output.stdout).unwrap();
+    text.split_whitespace().next().unwrap().parse().unwrap()
+}
+
+fn number(value: &serde_json::Value) -> u64 {
+    value.as_u64().unwrap_or_else(|| panic!("no number: {value}"))
 }
 
 #[test]
@@ -41,25 +37,111 @@ fn du_adds_up_and_is_what_the_disk_says() {
     let context = Context::new(&ply, "FROM localhost/noise:1\nCOPY f /f\n");
     context.file("f", vec![1; 500_000]);
     context.build(&[]);
+    // Uppers: of a record, and of a mount that is still there.
+    let record = ply.ok(args!["ref", "new"]).stdout.trim().to_owned();
+    fs::write(ply.mount_with(&record, args!["--rw"]).path().join("f"), vec![1; 300_000]).unwrap();
+    let mounted = ply.mount_with("localhost/noise:1", args!["--rw"]);
+    fs::write(mounted.path().join("g"), vec![1; 70_000]).unwrap();
+    // What was not finished, and what somebody has put there.
+    let ingest = ply.root().join("content/ingest").join("0a".repeat(32));
+    fs::create_dir(&ingest).unwrap();
+    fs::write(ingest.join("ref"), "half").unwrap();
+    fs::write(ingest.join("data"), vec![1; 40_000]).unwrap();
+    fs::create_dir(ply.root().join("layers/stranger")).unwrap();
+    fs::write(ply.root().join("layers/stranger/f"), vec![1; 90_000]).unwrap();
 
     let usage = ply.json(args!["du"]);
-    let number = |value: &serde_json::Value| value.as_u64().unwrap_or_else(|| panic!("no number: {value}"));
-    let totals: u64 = usage["totals"].as_object().unwrap().values().map(number).sum();
-    let rows: u64 = usage["rows"].as_array().unwrap().iter().map(|row| number(&row["size_bytes"])).sum();
+    let totals = usage["totals"].as_object().unwrap();
     let total = number(&usage["total_bytes"]);
-    assert_eq!(totals, total, "{usage:#}");
-    assert_eq!(rows + number(&usage["totals"]["catalogue"]), total, "{usage:#}");
-    let disk = disk_bytes(&ply.root());
-    // Directories and small files of the store itself are not worth a row.
-    let apart = disk.abs_diff(total);
-    assert!(apart < disk / 20 + 300_000, "du says {total}, the disk {disk}: {usage:#}");
+    assert_eq!(totals.values().map(number).sum::<u64>(), total, "{usage:#}");
+    for (kind, rows) in
+        [("layers", "layer"), ("blobs", "blob"), ("actives", "active"), ("ingests", "ingest"), ("orphans", "orphan")]
+    {
+        let listed = usage["rows"].as_array().unwrap().iter().filter(|row| row["kind"] == rows);
+        assert_eq!(listed.map(|row| number(&row["size_bytes"])).sum::<u64>(), number(&totals[kind]), "{usage:#}");
+        assert!(number(&totals[kind]) > 0, "{kind}: {usage:#}");
+    }
+    let records = usage["records"].as_array().unwrap();
+    let charged = records.iter().map(|record| number(&record["charged_bytes"])).sum::<u64>();
+    assert_eq!(charged, number(&usage["record_totals"]["total_bytes"]), "{usage:#}");
+    let parts = ["unique_bytes", "shared_bytes"].map(|part| number(&usage["record_totals"][part]));
+    assert_eq!(parts.iter().sum::<u64>(), charged, "{usage:#}");
+
+    // Blobs and ingests are counted by their lengths, all else by its blocks.
+    let by_length = number(&usage["counts"]["blobs"]) + number(&usage["counts"]["ingests"]);
+    let (said, disk) = (total - number(&totals["catalogue"]), disk_bytes(&ply.root()));
+    let apart = disk.abs_diff(said);
+    assert!(apart <= by_length * 4096, "ply du says {said}, du(1) {disk}, {apart} apart: {usage:#}");
+
+    // The short form says the same.
+    let short = ply.ok(args!["du"]).stdout;
+    assert_eq!(short.lines().count(), totals.len() + 2, "{short}");
+    let filtered = ply.json(args!["du", "--filter", "mutable"]);
+    assert_eq!((filtered["records"].as_array().unwrap().len(), &filtered["rows"]), (1, &json!([])), "{filtered:#}");
+    assert_eq!(filtered["records"][0]["id"], json!(record));
+    ply.fails(1, args!["du", "--filter", "a==\"b"]);
+}
+
+#[test]
+fn why_leads_up_to_the_roots() {
+    let Some(ply) = store() else { return };
+    load(&ply, &Image::new("localhost/small:1").layer(&[Member::file("f", "small")], Packing::Gzip));
+    let context = Context::new(&ply, "FROM localhost/small:1\nCOPY f /g\n");
+    context.file("f", "f");
+    context.build(&[]);
+    let usage = ply.json(args!["du"]);
+    let of_kind = |kind: &str| {
+        let rows = usage["rows"].as_array().unwrap().iter().filter(|row| row["kind"] == kind);
+        rows.map(|row| row["id"].as_str().unwrap().to_owned()).collect::<Vec<_>>()
+    };
+    for id in of_kind("layer").iter().chain(&of_kind("blob")) {
+        let why = ply.json(args!["why", id]);
+        assert_eq!((&why["id"], &why["kept"]), (&json!(id), &json!(true)), "{why:#}");
+        assert!(why.to_string().contains("until ply rmi"), "{why:#}");
+    }
+    let text = ply.ok(args!["why", "localhost/small:1"]).stdout;
+    assert!(text.contains("named localhost/small:1, until ply rmi"), "{text}");
+
+    // A record is there until it is pruned, unless it is pinned; one that stands on it keeps it as well.
+    let records = ply.json(args!["ref", "ls"]);
+    let stands = records.as_array().unwrap().iter().find(|row| !row["parents"].as_array().unwrap().is_empty()).unwrap();
+    let (child, parent) = (stands["id"].as_str().unwrap(), stands["parents"][0].as_str().unwrap());
+    ply.ok(args!["ref", "pin", child]);
+    let why = ply.json(args!["why", parent]);
+    assert_eq!(why["root"], "a record of the build cache, until a prune takes it", "{why:#}");
+    assert_eq!(why["by"][0]["id"], json!(child), "{why:#}");
+    assert_eq!(why["by"][0]["root"], "pinned, until ply ref unpin", "{why:#}");
+
+    // With the image gone, the record alone keeps what it needs; with both gone there is nothing to ask about.
+    ply.ok(args!["rmi", "built", "localhost/small:1"]);
+    let layer = ply.json(args!["ref", "inspect", child])["layer"].as_str().unwrap().to_owned();
+    let why = ply.json(args!["why", layer]);
+    assert!(!why.to_string().contains("rmi") && why["by"][0]["id"] == json!(child), "{why:#}");
+    ply.ok(args!["ref", "rm", child]);
+    let ran = ply.fails(1, args!["why", layer]);
+    assert!(ran.stderr.contains(&layer), "{ran}");
+    let ran = ply.fails(1, args!["why", "nothing"]);
+    assert!(ran.stderr.contains("nothing"), "{ran}");
+}
+
+#[test]
+fn gc_compacts_the_catalogue_when_asked() {
+    let Some(ply) = store() else { return };
+    load(&ply, &Image::new("localhost/small:1").layer(&[Member::file("f", "small")], Packing::Gzip));
+    let before = State::of(&ply);
+    let size = || fs::metadata(ply.root().join("catalog/plies.redb")).unwrap().len();
+    let size_before = size();
+    ply.ok(args!["gc", "--compact"]);
+    assert!(size() < size_before, "{} bytes, then {}", size_before, size());
+    before.assert_same(&State::of(&ply), "after a compaction");
+    ply.fails(2, args!["gc", "--compact", "--dry-run"]);
 }
 
 #[test]
 fn a_full_disk_fails_the_load_and_the_store_goes_on() {
     let Some(ply) = store() else { return };
     let root = ply.scratch().dir("root");
-    tools::run(std::process::Command::new("mount").args(["-t", "tmpfs", "-o", "size=12m", "tmpfs"]).arg(&root));
+    tools::run(Command::new("mount").args(["-t", "tmpfs", "-o", "size=12m", "tmpfs"]).arg(&root));
     load(&ply, &Image::new("localhost/small:1").layer(&[Member::file("f", "small")], Packing::Gzip));
     let before = State::of(&ply);
     let noise: Vec<u8> = (0..16_000_000u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
@@ -70,6 +152,67 @@ fn a_full_disk_fails_the_load_and_the_store_goes_on() {
     before.assert_same(&State::of(&ply), "after a full disk and gc");
     assert!(tree_of(&ply, "localhost/small:1").find("f").is_some());
     ply.ok(args!["rmi", "localhost/small:1"]);
+}
+
+/// Makes a file system of `mib` MiB with so many inodes where the store will be.
+fn small_disk(ply: &Ply, mib: u64, inodes: u64) {
+    let (disk, root) = (ply.scratch().file("disk", ""), ply.scratch().dir("root"));
+    fs::File::options().write(true).open(&disk).unwrap().set_len(mib << 20).unwrap();
+    let mut mkfs = Command::new("mkfs.ext4");
+    tools::run(mkfs.args(["-q", "-m", "0", "-N", &inodes.to_string()]).arg(&disk));
+    tools::run(Command::new("mount").args(["-o", "loop"]).arg(&disk).arg(&root));
+}
+
+fn noise(len: u32, seed: u32) -> Vec<u8> {
+    (0..len).map(|n| ((n ^ seed).wrapping_mul(2_654_435_761) >> 13) as u8).collect()
+}
+
+#[test]
+fn removing_works_without_a_byte_or_an_inode_free() {
+    if !tools::have(&["mkfs.ext4"]) {
+        return;
+    }
+    for full_of in ["bytes", "inodes"] {
+        let Some(ply) = store() else { return };
+        small_disk(&ply, 256, 2000);
+        let root = ply.root();
+        load(&ply, &Image::new("localhost/kept:1").layer(&[Member::file("f", "kept")], Packing::Gzip));
+        load(&ply, &Image::new("localhost/big:1").layer(&[Member::file("f", noise(9_000_000, 7))], Packing::Plain));
+        let context = Context::new(&ply, "FROM localhost/kept:1\nCOPY f /g\n");
+        context.file("f", noise(5_000_000, 9));
+        context.build(&[]);
+        ply.ok(args!["rmi", "built"]);
+        let ballast = root.join("ballast");
+        fs::create_dir(&ballast).unwrap();
+        if full_of == "bytes" {
+            // To the last block: what a large write leaves, small ones take.
+            for (name, len) in [("a", 1 << 20), ("b", 4096), ("c", 1)] {
+                let mut file = fs::File::create(ballast.join(name)).unwrap();
+                let chunk = vec![1; len];
+                while std::io::Write::write_all(&mut file, &chunk).is_ok() {}
+            }
+        } else {
+            let mut n = 0;
+            while fs::File::create(ballast.join(n.to_string())).is_ok() {
+                n += 1;
+            }
+        }
+        let free = || {
+            let stat = rustix::fs::statvfs(&root).unwrap();
+            stat.f_bavail * stat.f_frsize
+        };
+        assert!(full_of == "inodes" || free() < 8192, "{} bytes are free", free());
+        let before = free();
+        ply.ok(args!["prune", "--all", "--force"]);
+        assert!(free() >= before + 5_000_000, "{full_of}: {before} bytes were free, {} are", free());
+        ply.ok(args!["rmi", "localhost/big:1"]);
+        ply.ok(args!["gc"]);
+        assert!(free() >= before + 20_000_000, "{full_of}: {before} bytes were free, {} are", free());
+        fs::remove_dir_all(&ballast).unwrap();
+        // There is plenty again, and so there is a reserve.
+        assert!(tree_of(&ply, "localhost/kept:1").find("f").is_some());
+        assert!(root.join("catalog/reserve").exists());
+    }
 }
 
 #[test]
@@ -131,7 +274,8 @@ fn nothing_that_a_stranger_wrote_reaches_the_terminal_raw() {
         ply.ok(args!["images"]),
         ply.ok(args!["history", "localhost/hostile:1"]),
         ply.ok(args!["tree"]),
-        ply.ok(args!["du"]),
+        ply.ok(args!["du", "-v"]),
+        ply.ok(args!["why", "localhost/hostile:1"]),
         context.build_fails(&[]),
     ] {
         let printed = ran.stdout + &ran.stderr;
@@ -158,6 +302,7 @@ fn every_listing_is_one_json_document_when_asked() {
         args!["du"],
         args!["tree"],
         args!["tree", name],
+        args!["why", name],
         args!["gc", "--dry-run"],
         args!["gc"],
         args!["info"],

@@ -2,6 +2,7 @@ use std::fmt;
 use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, ThreadId};
 
@@ -18,6 +19,10 @@ const PENDING_ROWS_MAX: usize = 16_384;
 /// the file in the page cache, and several seconds from a disk; but half as many commits a second from one thread, as
 /// the list is 64 KiB long. What is smaller is read in less than 0.2 s, and has its checksums verified by it.
 const QUICK_REPAIR_FROM_BYTES: u64 = 256 << 20;
+
+/// Rows that a session removes before its end is worth a compaction: some 3 MB of rows of 200 bytes. Another condition is
+/// that they are more than what is left, so that a compaction never costs more than what it follows.
+const COMPACT_FROM_ROWS: u64 = 16_384;
 
 /// When a write must be safe from a power failure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,6 +48,8 @@ pub(crate) struct Catalogue {
     state: Mutex<State>,
     /// A flush has ended.
     flushed: Condvar,
+    /// Rows that went since it was opened.
+    removed_count: AtomicU64,
 }
 
 struct State {
@@ -98,6 +105,7 @@ impl Catalogue {
                 failed: None,
             }),
             flushed: Condvar::new(),
+            removed_count: AtomicU64::new(0),
         })
     }
 
@@ -231,7 +239,37 @@ impl Catalogue {
         txn.set_two_phase_commit(true);
         txn.set_quick_repair(is_large);
         txn.commit().map_err(|error| CatalogueError::database("commit")(error.into()))?;
+        self.removed_count.fetch_add(changes.removed_count(), Ordering::Relaxed);
         Base::begin(&self.db).map_err(|error| CatalogueError::database("begin read")(error.into()))
+    }
+}
+
+impl Catalogue {
+    /// Whether so much went since it was opened that the file is mostly free pages.
+    pub(crate) fn is_hollow(&self) -> Result<bool, CatalogueError> {
+        let removed_count = self.removed_count.load(Ordering::Relaxed);
+        if removed_count < COMPACT_FROM_ROWS {
+            return Ok(false);
+        }
+        let base = Arc::clone(&lock(&self.state).view.base);
+        Ok(base.rows_count()? < removed_count)
+    }
+
+    /// Moves what is in the file to its beginning and gives the rest back to the file system. Costs time and writes for
+    /// what is in it, and nothing else can be done meanwhile. A kill leaves a database that the next open repairs.
+    pub(crate) fn compact(&mut self) -> Result<(), CatalogueError> {
+        self.flush()?;
+        let failed = |error: redb::Error| CatalogueError::database("compact")(error);
+        // Compaction wants nobody to read, and there is no view without a base: for that time it is an empty one.
+        let empty = Self::builder(0)
+            .create_with_backend(redb::backends::InMemoryBackend::new())
+            .map_err(|error| failed(error.into()))?;
+        let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
+        state.view.base = Arc::new(Base::begin(&empty).map_err(|error| failed(error.into()))?);
+        let compacted = self.db.compact();
+        state.view.base = Arc::new(Base::begin(&self.db).map_err(|error| failed(error.into()))?);
+        self.removed_count.store(0, Ordering::Relaxed);
+        compacted.map(drop).map_err(|error| failed(error.into()))
     }
 }
 
@@ -279,6 +317,46 @@ mod tests {
 
     fn refused() -> CatalogueError {
         CatalogueError::Damaged { table: "test", key: String::new(), what: "on purpose" }
+    }
+
+    #[test]
+    fn a_file_that_is_mostly_free_is_compacted_and_keeps_its_rows() {
+        const TEXTS: Table<String, u64> = Table::new("texts");
+        let dir = tempfile::tempdir().unwrap();
+        let mut catalogue = catalogue(&dir);
+        let size = |catalogue: &Catalogue| fs::metadata(&catalogue.path).unwrap().len();
+        let text = |number: u64| format!("{number:0200}");
+        let count = 100_000;
+        for from in (0..count).step_by(10_000) {
+            write(&catalogue, |tx| (from..from + 10_000).try_for_each(|number| tx.put(&TEXTS, &text(number), &number)))
+                .unwrap();
+        }
+        assert!(!catalogue.is_hollow().unwrap(), "nothing was removed");
+        // Half is not enough: what would be moved is as much as what went.
+        write(&catalogue, |tx| (0..count / 2 - 1).try_for_each(|number| tx.remove(&TEXTS, &text(number)).map(drop)))
+            .unwrap();
+        assert!(!catalogue.is_hollow().unwrap());
+        write(&catalogue, |tx| {
+            (count / 2 - 1..count - 100).try_for_each(|number| tx.remove(&TEXTS, &text(number)).map(drop))
+        })
+        .unwrap();
+        assert!(catalogue.is_hollow().unwrap());
+        let before = size(&catalogue);
+        catalogue.compact().unwrap();
+        assert!(before > 20_000_000 && size(&catalogue) < 5_000_000, "{before} bytes, then {}", size(&catalogue));
+        assert!(!catalogue.is_hollow().unwrap(), "done");
+
+        let numbers = |catalogue: &Catalogue| -> Vec<u64> {
+            let rows: Result<_, CatalogueError> = catalogue.read(|tx| tx.all(&TEXTS));
+            rows.unwrap().into_iter().map(|(_, number)| number).collect()
+        };
+        let expected: Vec<u64> = (count - 100..count).collect();
+        assert_eq!(numbers(&catalogue), expected);
+        write(&catalogue, |tx| tx.put(&TEXTS, &text(count), &count)).unwrap();
+        let path = catalogue.path.clone();
+        drop(catalogue);
+        let reopened = Catalogue::open(&path, 1 << 20).unwrap();
+        assert_eq!(numbers(&reopened).last(), Some(&count));
     }
 
     fn all(catalogue: &Catalogue) -> Vec<u64> {

@@ -10,7 +10,7 @@
 //! refs              resource                 -> count      of the rows of the last three that name it
 //! loose             resource                 -> ()         those that have a row and no count
 //! blobs             digest                   -> size, created
-//! layers            layer                    -> kind, diff ID, chain ID, usage, created, tar_split
+//! layers            layer                    -> kind, diff ID, chain ID, usage, created, tar_split, beside
 //! layers_by_diff    diff ID, layer           -> ()         self-contained ones
 //! layers_by_chain   chain ID, layer          -> ()         those that need the layers below
 //! snapshots         snapshot                 -> layers, fix-up, created
@@ -107,10 +107,40 @@ pub(crate) struct LayerRow {
     pub(crate) created: Stamp,
     /// Whether a tar-split lies beside it.
     pub(crate) tar_split: bool,
+    /// What its directory costs besides the tree: itself, the index, the sidecar, the tar-split. Nothing of layers of
+    /// version 1, of which nobody knows.
+    #[serde(default)]
+    pub(crate) beside: StoredUsage,
+}
+
+/// A layer of version 1.
+#[derive(Deserialize)]
+struct LayerRow1 {
+    kind: LayerKind,
+    diff_id: Option<DiffId>,
+    chain_id: Option<ChainId>,
+    usage: StoredUsage,
+    created: Stamp,
+    tar_split: bool,
 }
 
 impl Row for LayerRow {
-    const VERSION: u8 = 1;
+    const VERSION: u8 = 2;
+
+    fn upgrade(version: u8, body: &[u8]) -> Option<Self> {
+        (version == 1).then_some(())?;
+        let (LayerRow1 { kind, diff_id, chain_id, usage, created, tar_split }, rest) =
+            postcard::take_from_bytes(body).ok()?;
+        rest.is_empty().then_some(Self {
+            kind,
+            diff_id,
+            chain_id,
+            usage,
+            created,
+            tar_split,
+            beside: StoredUsage::default(),
+        })
+    }
 }
 
 /// `plies_archive::Usage` as it is stored.
@@ -174,10 +204,11 @@ pub(crate) enum Kind {
     Layers = 2,
     Actives = 3,
     Trash = 4,
+    Sidecars = 5,
 }
 
 impl Kind {
-    pub(crate) const ALL: [Kind; 4] = [Kind::Blobs, Kind::Layers, Kind::Actives, Kind::Trash];
+    pub(crate) const ALL: [Kind; 5] = [Kind::Blobs, Kind::Layers, Kind::Actives, Kind::Trash, Kind::Sidecars];
 }
 
 impl Key for Kind {
@@ -230,8 +261,21 @@ impl BlobRow {
 }
 
 impl LayerRow {
+    /// Its tree alone.
     pub(crate) fn total(&self) -> TotalRow {
         TotalRow::one(self.usage.size_bytes, self.usage.inodes)
+    }
+
+    /// What lies beside the tree.
+    pub(crate) fn sidecars(&self) -> TotalRow {
+        // Of a layer of version 1 nothing was ever counted.
+        let StoredUsage { size_bytes, inodes, .. } = self.beside;
+        TotalRow { count: u64::from(inodes > 0), size_bytes, inodes }
+    }
+
+    /// All that its removal frees.
+    pub(crate) fn removal_bytes(&self) -> u64 {
+        self.usage.size_bytes.saturating_add(self.beside.size_bytes)
     }
 }
 
@@ -296,7 +340,8 @@ impl Tx<'_> {
         if let LayerKind::Squash(list) = row.kind {
             self.put(&SQUASHES, &list, &id)?;
         }
-        self.count(Kind::Layers, Some(row.total()), None)
+        self.count(Kind::Layers, Some(row.total()), None)?;
+        self.count(Kind::Sidecars, Some(row.sidecars()), None)
     }
 
     pub(crate) fn take_layer(&mut self, id: LayerId) -> Result<Option<LayerRow>, CatalogueError> {
@@ -312,6 +357,7 @@ impl Tx<'_> {
             self.remove(&SQUASHES, &list)?;
         }
         self.count(Kind::Layers, None, Some(row.total()))?;
+        self.count(Kind::Sidecars, None, Some(row.sidecars()))?;
         Ok(Some(row))
     }
 
@@ -348,7 +394,7 @@ impl Tx<'_> {
             }
             Resource::Layer(id) => {
                 let Some(row) = self.take_layer(id)? else { return Ok(None) };
-                row.usage.size_bytes
+                row.removal_bytes()
             }
             Resource::Active(id) => {
                 let Some(row) = self.take(&ACTIVES, &id)? else { return Ok(None) };

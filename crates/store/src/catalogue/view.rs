@@ -67,6 +67,11 @@ impl Changes {
         self.rows
     }
 
+    /// Rows that went.
+    pub(super) fn removed_count(&self) -> u64 {
+        self.tables.values().map(|rows| rows.iter().filter(|(_, row)| row.is_none()).count() as u64).sum()
+    }
+
     fn get(&self, table: &'static str, key: &[u8]) -> Option<&Option<Vec<u8>>> {
         self.tables.get(table)?.get(key)
     }
@@ -117,6 +122,18 @@ impl Base {
         // Twice, if two come at once: that costs nothing.
         self.tables.write().unwrap_or_else(PoisonError::into_inner).push((name, table.clone()));
         Ok(table)
+    }
+
+    /// Rows in all tables. The database knows how many are in each.
+    pub(super) fn rows_count(&self) -> Result<u64, CatalogueError> {
+        let failed = |error: redb::StorageError| CatalogueError::database("count")(error.into());
+        let mut count = 0;
+        for table in self.txn.list_tables().map_err(failed)? {
+            let table = self.txn.open_untyped_table(table);
+            let table = table.map_err(|error| CatalogueError::database("open table")(error.into()))?;
+            count += table.len().map_err(failed)?;
+        }
+        Ok(count)
     }
 
     fn contains(&self, table: &'static str, key: &[u8]) -> Result<bool, CatalogueError> {
