@@ -472,16 +472,17 @@ impl Inner {
             })?
             .ok_or_else(|| CacheError::no_record(id))?;
         match row.state {
-            State::Mutable { active, .. } => {
-                self.check_active(id, active)?;
+            State::Mutable { active, .. } | State::Shared { active, .. } if !self.check_active(id, active)? => {
+                return self.load(held, options);
+            }
+            State::Mutable { .. } => {
                 // Several may get it at once: none of them needs it for itself, and one commits it.
                 let (committed, ticket) = self.commit(id, row.retain, held.holder())?;
                 let committed = ImmutableRef::new(self, committed, ticket, options, held.holder().clone());
                 held.abandon();
                 return self.load(committed, options);
             }
-            State::Shared { mutable, active } => {
-                self.check_active(id, active)?;
+            State::Shared { mutable, .. } => {
                 // A mutable record whose row is lost can say nothing; what it wrote is still here.
                 let goes = match self.row(mutable) {
                     Ok(Some(partner)) => !partner.retain && !row.retain,
@@ -507,22 +508,27 @@ impl Inner {
         Ok(held)
     }
 
-    /// Whether a mutable record's directory can still be trusted. If not, the record is removed.
-    fn check_active(&self, id: RecordId, active: plies_store::ActiveId) -> Result<(), CacheError> {
+    /// Whether a mutable record's directory can still be trusted. If not, the record is removed. False if the record has
+    /// other files by now: somebody finalized it, and its row is to be read again.
+    fn check_active(&self, id: RecordId, active: plies_store::ActiveId) -> Result<bool, CacheError> {
         match self.store.snapshots().check_usable(active) {
-            Ok(()) => Ok(()),
-            Err(SnapshotError::NotFound { .. } | SnapshotError::Stale { .. }) => {
-                self.remove_dead(id)?;
-                Err(CacheError::no_record(id))
-            }
+            Ok(()) => Ok(true),
+            Err(SnapshotError::NotFound { .. } | SnapshotError::Stale { .. }) => match self.remove_dead(id, active)? {
+                true => Err(CacheError::no_record(id)),
+                false => Ok(false),
+            },
             Err(other) => Err(other.into()),
         }
     }
 
-    /// Removes a record whose files are gone, with the partner that shared them.
-    pub(crate) fn remove_dead(&self, id: RecordId) -> Result<(), CacheError> {
+    /// Removes a record whose files were in a directory that is gone, with the partner that shared them; false if it has
+    /// others by now.
+    fn remove_dead(&self, id: RecordId, active: plies_store::ActiveId) -> Result<bool, CacheError> {
         Ok(self.store.write_lazily(|tx| {
             let partner = match record::get(tx, id) {
+                Ok(Some(row)) if !matches!(row.state, State::Mutable { active: its, .. } | State::Shared { active: its, .. } if its == active) => {
+                    return Ok(false);
+                }
                 Ok(row) => row.and_then(|row| partner_of(&row.state)),
                 Err(CatalogueError::Damaged { .. } | CatalogueError::RowTooNew { .. }) => None,
                 Err(error) => return Err(error),
@@ -531,7 +537,7 @@ impl Inner {
             if let Some(partner) = partner {
                 record::remove(tx, partner)?;
             }
-            Ok::<_, CatalogueError>(())
+            Ok::<_, CatalogueError>(true)
         })?)
     }
 
@@ -540,7 +546,7 @@ impl Inner {
         for active in self.store.snapshots().stale_actives()? {
             let id = self.read(|rows| rows.get(&record::ACTIVES, &active))?;
             if let Some(record::IdRow(id)) = id {
-                self.remove_dead(id)?;
+                self.remove_dead(id, active)?;
             }
         }
         Ok(())
@@ -606,7 +612,9 @@ impl Inner {
         let State::Mutable { active, committed_as } = row.state else {
             return Err(CacheError::WrongKind { id, wanted: "mutable" });
         };
-        self.check_active(id, active)?;
+        if !self.check_active(id, active)? {
+            return self.open_mutable(id);
+        }
         let Some(partner) = committed_as else { return Ok(row.retain) };
         self.live.condemn(partner).map_err(|why| refused(partner, why))?;
         let undo = |tx: &mut plies_store::Tx<'_>| {
@@ -939,5 +947,38 @@ impl Inner {
     pub(crate) fn one_prune<T>(&self, work: impl FnOnce() -> T) -> T {
         let _one = self.pruning.lock().unwrap_or_else(PoisonError::into_inner);
         work()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::SystemTime;
+
+    use plies_store::{DriverKind, OpenOptions, WaitPolicy};
+
+    use super::*;
+
+    #[test]
+    fn what_was_finalized_meanwhile_is_not_removed_for_the_directory_it_had() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut options = OpenOptions::new(Arc::new(SystemTime::now));
+        options.driver = DriverKind::Native;
+        let store = Store::open(&dir.path().join("store"), options, WaitPolicy::Fail).unwrap();
+        let warn: plies_store::Warn = Arc::new(|error| panic!("{error}"));
+        let manager = Manager::open(store, ManagerOptions { limits: Limits::default(), checker: None, warn }).unwrap();
+        let accessor = manager.accessor();
+        let by = RecordOptions::by("test");
+
+        let made = accessor.create(None, &by).unwrap().commit().unwrap();
+        let State::Shared { active, .. } = accessor.row(made.id()).unwrap().state else { panic!("it was finalized") };
+        made.finalize().unwrap();
+        assert!(!manager.inner.remove_dead(made.id(), active).unwrap());
+        assert!(accessor.row(made.id()).is_ok());
+
+        let lost = accessor.create(None, &by).unwrap().commit().unwrap();
+        let State::Shared { active, .. } = accessor.row(lost.id()).unwrap().state else { panic!("it was finalized") };
+        assert!(manager.inner.remove_dead(lost.id(), active).unwrap());
+        assert!(accessor.row(lost.id()).is_err());
+        lost.release().unwrap();
     }
 }

@@ -95,7 +95,7 @@ fn caches_outlive_builds_and_are_listed_and_pruned_by_their_ids() {
         assert_eq!(listed.len(), 2, "{listed:?}");
         assert!(listed.iter().any(|(_, text)| text.contains("\"counter\"")), "{listed:?}");
         assert!(listed.iter().any(|(_, text)| text.contains("\"/var/x\"")), "{listed:?}");
-        assert!(context.ply.ok(args!["du"]).stdout.contains("counter"));
+        assert!(context.ply.ok(args!["du", "-v"]).stdout.contains("counter"));
         context.ply.ok(args!["prune", "--force", "--filter", "type=exec.cachemount"]);
         assert_eq!(caches(context.ply), []);
         build("3");
