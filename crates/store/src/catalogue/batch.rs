@@ -205,29 +205,35 @@ impl Catalogue {
 
             state = lock(&self.state);
             state.is_flushing = false;
-            state.view.flushing = Arc::default();
-            let (failed, panic) = match written {
+            // Thousands of rows are freed when nobody is kept waiting by it.
+            let old = (Arc::clone(&state.view.base), std::mem::take(&mut state.view.flushing), changes);
+            let done = match written {
                 Ok(Ok(base)) => {
                     state.view.base = Arc::new(base);
                     state.durable = published;
-                    (None, None)
+                    Ok(Ok(()))
                 }
-                Ok(Err(error)) => (Some(error), None),
-                Err(panic) => {
+                Ok(Err(error)) => Ok(Err(error)),
+                Err(panic) => Err(panic),
+            };
+            let failed = match &done {
+                Ok(Ok(())) => None,
+                Ok(Err(error)) => Some(error.clone()),
+                Err(_) => {
                     let broken = redb::Error::Corrupted("the database panicked during the commit".to_owned());
-                    (Some(CatalogueError::database("commit")(broken)), Some(panic))
+                    Some(CatalogueError::database("commit")(broken))
                 }
             };
-            if let Some(error) = failed {
+            if failed.is_some() {
                 // As a crash would have it: what was not written down never was.
                 state.view.pending = Arc::default();
-                state.failed = Some(error);
+                state.failed = failed;
             }
             self.flushed.notify_all();
-            if let Some(panic) = panic {
-                drop(state);
-                resume_unwind(panic)
-            }
+            drop(state);
+            drop(old);
+            // What was asked for was among what was written.
+            return done.unwrap_or_else(|panic| resume_unwind(panic));
         }
     }
 
@@ -553,6 +559,22 @@ mod tests {
         });
         assert_eq!(seen.unwrap(), (vec![(1, 0), (2, 0)], 2));
         assert_eq!(all(catalogue), [2, 3, 4]);
+    }
+
+    #[test]
+    fn what_is_removed_while_it_is_written_down_stays_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = catalogue(&dir);
+        write_lazily(&first, 1);
+        write(&first, |tx| {
+            // What the closure sees is not in the file; when its changes are added, it is.
+            thread::scope(|scope| scope.spawn(|| first.flush()).join().unwrap())?;
+            tx.remove(&NUMBERS, &1)
+        })
+        .unwrap();
+        assert_eq!(all(&first), [0; 0]);
+        drop(first);
+        assert_eq!(all(&Catalogue::open(&dir.path().join("db"), 1 << 20).unwrap()), [0; 0]);
     }
 
     #[test]
