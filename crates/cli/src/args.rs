@@ -158,6 +158,12 @@ pub(crate) enum Command {
         #[arg(long, conflicts_with = "dry_run")]
         compact: bool,
     },
+    /// Bring a store that an older version made up to this one's format
+    Migrate {
+        /// Only say what would be done
+        #[arg(long)]
+        dry_run: bool,
+    },
     /// Say what this store is
     Info,
     /// Print completions for a shell

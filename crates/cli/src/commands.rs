@@ -14,8 +14,8 @@ use plies_engine::build::{BuildRequest, RunOptions, TreeOutput};
 use plies_engine::dockerfile::Warning;
 use plies_engine::exec::Cancel;
 use plies_engine::{
-    DriverKind, Engine, EngineOptions, Input, Output, PruneOptions, PullRequest, RemovedImage, RunRequest, SaveFormat,
-    SpaceTotals, TreeNode, WhyNode,
+    DriverKind, Engine, EngineOptions, Input, Migrate, Migrated, Output, PruneOptions, PullRequest, RemovedImage,
+    RunRequest, SaveFormat, SpaceTotals, TreeNode, WhyNode,
 };
 use serde::Serialize;
 use serde_json::json;
@@ -54,7 +54,13 @@ pub(crate) fn run(args: Ply) -> anyhow::Result<ExitCode> {
     // Until the store is ours an interrupt simply ends the wait; opening survives it.
     let removes =
         matches!(command, Command::Prune(_) | Command::Gc { .. } | Command::Rmi { .. } | Command::Ref(Ref::Rm { .. }));
-    let engine = open(&global, removes)?;
+    let engine = match command {
+        Command::Migrate { dry_run } => return run_migrate(&global, dry_run),
+        _ => open(&global, removes)?,
+    };
+    if let Some(migrated) = engine.migrated() {
+        eprintln!("ply: {}", told_of(migrated));
+    }
     let cancel = cancel_on_signals()?;
     let code = with_engine(&engine, &global, command, &cancel)?;
     engine.close()?;
@@ -271,7 +277,9 @@ fn with_engine(engine: &Engine, global: &Global, command: Command, cancel: &Canc
                 say(&format!("{:<22}{}", format!("{key}:"), format::safe(&value)))?;
             }
         }
-        Command::Completions { .. } | Command::Man { .. } => unreachable!("because they need no store and ran before"),
+        Command::Completions { .. } | Command::Man { .. } | Command::Migrate { .. } => {
+            unreachable!("because they ran before")
+        }
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -687,25 +695,72 @@ fn draw(node: &TreeNode, first: &str, rest: &str, out: &mut String) {
 }
 
 fn open(global: &Global, use_reserve: bool) -> anyhow::Result<Engine> {
-    let root = match &global.root {
+    let options = EngineOptions { use_reserve, ..engine_options(global)? };
+    Ok(Engine::open(&root(global)?, options)?)
+}
+
+fn root(global: &Global) -> anyhow::Result<PathBuf> {
+    absolute(&match &global.root {
         Some(root) => root.clone(),
         None if rustix::process::geteuid().is_root() => PathBuf::from(SYSTEM_ROOT),
         None => user_root()?,
-    };
-    let options = EngineOptions {
+    })
+}
+
+fn engine_options(global: &Global) -> anyhow::Result<EngineOptions> {
+    Ok(EngineOptions {
         driver: match global.driver {
             args::Driver::Auto => DriverKind::Auto,
             args::Driver::Overlay => DriverKind::Overlay,
             args::Driver::Native => DriverKind::Native,
         },
-        use_reserve,
+        use_reserve: false,
         wait: !global.no_wait,
         on_wait: Box::new(|holder| eprintln!("ply: waiting for {holder}")),
         registry: config::registries(global.config.as_deref())?,
         command: std::env::args().take(2).collect::<Vec<_>>().join(" "),
+        migrate: Migrate::default(),
+        progress: Arc::new(plies_engine::progress::Silent),
         warn: Arc::new(|error| eprintln!("ply: warning: {error}")),
-    };
-    Ok(Engine::open(&absolute(&root)?, options)?)
+    })
+}
+
+/// Asked for by name, so it takes as long as it takes.
+fn run_migrate(global: &Global, dry_run: bool) -> anyhow::Result<ExitCode> {
+    let (root, options) = (root(global)?, engine_options(global)?);
+    let plan = Engine::migration_plan(&root, options)?;
+    if global.json && (dry_run || plan.steps.is_empty()) {
+        return print_json(&plan);
+    }
+    if plan.steps.is_empty() {
+        say(&format!("The store has schema {} already, nothing to do", plan.to))?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    if dry_run {
+        for (from, step) in (plan.from..).zip(&plan.steps) {
+            say(&format!("Would migrate from schema {from} to {}: {step}", from + 1))?;
+        }
+        say(&format!("Would keep the old catalogue: {} more", format::size(plan.catalogue_bytes)))?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let style = if global.quiet { Style::Quiet } else { Style::Auto };
+    let options =
+        EngineOptions { migrate: Migrate::Always, progress: style.renderer().into(), ..engine_options(global)? };
+    let engine = Engine::open(&root, options)?;
+    if let Some(migrated) = engine.migrated() {
+        if global.json {
+            print_json(migrated)?;
+        } else {
+            say(&told_of(migrated))?;
+        }
+    }
+    engine.close()?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn told_of(Migrated { from, to, kept }: &Migrated) -> String {
+    let kept = kept.display().to_string();
+    format!("the store was migrated from schema {from} to {to}; its old catalogue is kept as {}", format::safe(&kept))
 }
 
 /// The XDG base directory specification's place for data.

@@ -44,7 +44,7 @@ pub(crate) enum Style {
 
 impl Style {
     /// The renderer of this style.
-    pub(crate) fn renderer(self) -> Box<dyn Progress> {
+    pub(crate) fn renderer(self) -> Box<dyn Progress + Send> {
         match self {
             Style::Quiet => Box::new(plies_engine::progress::Silent),
             Style::Plain => Box::new(Plain::default()),

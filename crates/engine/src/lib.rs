@@ -56,7 +56,9 @@ pub use layers::{ChangeSummary, LayerDetails, LayerSummary, LayersError, Removed
 pub use load::{LoadError, LoadedImage, MovedName};
 pub use plies_image::Removed as RemovedImage;
 pub use plies_registry as registry;
-pub use plies_store::{Canceled, DriverKind, IdMapError, IdMaps, IdRange, TransferError, progress};
+pub use plies_store::{
+    Canceled, DriverKind, IdMapError, IdMaps, IdRange, Migrate, Migrated, MigrationPlan, TransferError, progress,
+};
 pub use prune::{PruneError, PruneRow, PruneSummary};
 pub use pull::{PullRequest, PulledImage};
 pub use push::{PushError, PushedImage};
@@ -78,6 +80,10 @@ pub struct EngineOptions {
     pub on_wait: Box<dyn FnMut(&Holder)>,
     /// What this process calls itself to those who wait for it.
     pub command: String,
+    /// What to do about a store that an older version made.
+    pub migrate: Migrate,
+    /// Told how far that is.
+    pub progress: Arc<dyn progress::Progress + Send>,
     /// What is known of registries.
     pub registry: ClientOptions,
     /// Told of errors that no caller is there to get.
@@ -139,6 +145,8 @@ impl Engine {
             command: options.command,
             driver: options.driver,
             use_reserve: options.use_reserve,
+            migrate: options.migrate,
+            progress: options.progress,
             // Steps that outlived their `ply` use mounts and files that are about to go.
             before_recovery: Arc::new(exec::end_leftovers),
             warn: Arc::clone(&options.warn),
@@ -152,6 +160,21 @@ impl Engine {
         let cache = Manager::open(store.clone(), cache_options)?;
         let (cache_mounts, steps) = Default::default();
         Ok(Self { store, cache, limits, registry: options.registry, cache_mounts, steps })
+    }
+
+    /// What opening the store at `root` would migrate; changes nothing.
+    ///
+    /// # Errors
+    /// [`EngineError::Open`].
+    pub fn migration_plan(root: &Path, mut options: EngineOptions) -> Result<MigrationPlan, EngineError> {
+        let store_options = OpenOptions { command: options.command, ..OpenOptions::new(Arc::new(SystemTime::now)) };
+        let wait = if options.wait { WaitPolicy::Wait(&mut *options.on_wait) } else { WaitPolicy::Fail };
+        Ok(plies_store::migration_plan(root, &store_options, wait)?)
+    }
+
+    /// What was migrated when the store was opened, if anything was.
+    pub fn migrated(&self) -> Option<&Migrated> {
+        self.store.migrated()
     }
 
     /// Gives the store up, telling what went wrong.

@@ -7,7 +7,7 @@
 //! <root>/                         0700
 //! ├── catalog/
 //! │   ├── lock                    advisory lock; pid and command of the holder
-//! │   └── plies.redb              every row (docs/format/catalogue.md)
+//! │   └── plies.redb              every row (docs/format/catalogue.md); beside it, those of older schemas
 //! ├── content/                    an OCI layout's blobs
 //! │   ├── oci-layout
 //! │   ├── blobs/sha256/<hex>      verified bytes, read-only
@@ -56,6 +56,7 @@ mod idmap;
 mod layers;
 mod lease;
 mod lock;
+mod migrate;
 mod open;
 pub mod progress;
 mod recover;
@@ -87,6 +88,7 @@ pub use idmap::{IdMapError, IdMaps, IdRange};
 pub use layers::{FinishedStage, LayerContents, LayerError, LayerInfo, Layers, Stage};
 pub use lease::{Keeper, Lease, LeaseInfo, LeaseOptions, held_by, keepers_of, scan_edges, scan_holds};
 pub use lock::{Holder, WaitPolicy};
+pub use migrate::{Migrate, Migrated, MigrationPlan, migration_plan};
 use open::Inner;
 pub use open::{BeforeRecovery, Clock, OpenError, OpenOptions, Warn};
 pub use snapshots::{ActiveInfo, ActiveOptions, Attach, MountOptions, Mounted, SnapshotError, SnapshotInfo, Snapshots};
@@ -121,6 +123,11 @@ impl Store {
     /// A directory for files that nobody needs after this process; emptied at the next start.
     pub fn run_dir(&self) -> &Path {
         &self.inner.paths.run
+    }
+
+    /// What was migrated when it was opened, if anything was.
+    pub fn migrated(&self) -> Option<&Migrated> {
+        self.inner.migrated.as_ref()
     }
 
     /// How snapshots are mounted, and why so.

@@ -19,6 +19,8 @@ use crate::catalogue::{Catalogue, CatalogueError, Rows as _, Urgency};
 use crate::driver::{Driver, DriverKind, Native, Overlay};
 use crate::error::{At as _, FileError};
 use crate::lock::{Holder, LockFailure, StoreLock, WaitPolicy};
+use crate::migrate::{self, Migrate, Migrated};
+use crate::progress::{Progress, Silent};
 use crate::recover::{self, RecoverError};
 use crate::{ActiveId, Stamp, Store, reserve, tree};
 
@@ -53,6 +55,10 @@ pub struct OpenOptions {
     pub driver: DriverKind,
     /// Give up the reserve if the file system is full: for who wants to remove something.
     pub use_reserve: bool,
+    /// What to do about a store that an older version made.
+    pub migrate: Migrate,
+    /// Told how far a migration is.
+    pub progress: Arc<dyn Progress + Send>,
 }
 
 impl OpenOptions {
@@ -75,6 +81,8 @@ impl OpenOptions {
             ingest_max_age: Self::INGEST_MAX_AGE,
             driver: DriverKind::default(),
             use_reserve: false,
+            migrate: Migrate::default(),
+            progress: Arc::new(Silent),
         }
     }
 }
@@ -115,6 +123,19 @@ pub enum OpenError {
         /// The newest known.
         supported: u64,
     },
+    /// An earlier version wrote it, and to bring it up takes longer than a command should without being asked to.
+    #[error(
+        "the store has schema {found}, this version writes {supported}: run `ply migrate`, which copies the catalogue \
+         ({} MiB) and keeps the old one", .catalogue_bytes >> 20
+    )]
+    NotMigrated {
+        /// Its schema.
+        found: u64,
+        /// This version's.
+        supported: u64,
+        /// The size of its catalogue.
+        catalogue_bytes: u64,
+    },
     /// An earlier version wrote it, and there is no way from there to here.
     #[error("the store has schema {found}, which is too old to migrate")]
     TooOld {
@@ -153,7 +174,7 @@ impl OpenError {
         match self {
             Self::Missing { .. } => ErrorKind::NotFound,
             Self::InUse { .. } => ErrorKind::Busy,
-            Self::TooNew { .. } | Self::TooOld { .. } => ErrorKind::FailedPrecondition,
+            Self::TooNew { .. } | Self::TooOld { .. } | Self::NotMigrated { .. } => ErrorKind::FailedPrecondition,
             Self::CatalogueMissing { .. } | Self::Corrupt { .. } => ErrorKind::DataLoss,
             Self::Driver { .. } => ErrorKind::Unavailable,
             Self::File(error) => error.kind(),
@@ -196,7 +217,7 @@ pub(crate) struct Paths {
 }
 
 impl Paths {
-    fn below(root: &Path) -> Self {
+    pub(crate) fn below(root: &Path) -> Self {
         Self {
             catalog: root.join("catalog"),
             content: root.join("content"),
@@ -263,6 +284,8 @@ pub(crate) struct Inner {
     unclean: AtomicBool,
     /// Somebody asked for a compaction of the catalogue.
     pub(crate) compact_at_end: AtomicBool,
+    /// What was done when it was opened.
+    pub(crate) migrated: Option<Migrated>,
     _lock: StoreLock,
 }
 
@@ -357,8 +380,7 @@ pub(crate) fn open(root: &Path, options: OpenOptions, wait: WaitPolicy<'_>) -> R
     }
     make_dir(&paths.catalog)?;
     let lock = StoreLock::take(&paths.catalog.join("lock"), &options.command, wait)?;
-    let catalogue = open_catalogue(&root, &paths, &options)?;
-    check_schema(&catalogue)?;
+    let (catalogue, migrated) = migrate::open_migrated(&root, &paths, &options)?;
     let inner = Inner {
         root,
         paths,
@@ -372,6 +394,7 @@ pub(crate) fn open(root: &Path, options: OpenOptions, wait: WaitPolicy<'_>) -> R
         driver,
         unclean: AtomicBool::new(false),
         compact_at_end: AtomicBool::new(false),
+        migrated,
         _lock: lock,
     };
     let store = Store { inner: Arc::new(inner) };
@@ -394,7 +417,7 @@ fn pick_driver(kind: DriverKind, paths: &Paths) -> Result<Box<dyn Driver>, OpenE
     }
 }
 
-fn open_catalogue(root: &Path, paths: &Paths, options: &OpenOptions) -> Result<Catalogue, OpenError> {
+pub(crate) fn open_catalogue(root: &Path, paths: &Paths, options: &OpenOptions) -> Result<Catalogue, OpenError> {
     let path = paths.database();
     if !path.try_exists().at("stat", &path)? {
         if holds_data(paths)? {
@@ -462,87 +485,4 @@ fn create_catalogue(path: &Path, options: &OpenOptions) -> Result<(), OpenError>
     sync_dir(dir)?;
     sync_dir(dir.parent().expect("because that lies in the root"))?;
     Ok(())
-}
-
-fn check_schema(catalogue: &Catalogue) -> Result<(), OpenError> {
-    let found = catalogue.read(|tx| tx.get(&META, &META_SCHEMA.to_owned()))?;
-    match found {
-        Some(SCHEMA) => Ok(()),
-        Some(1) => Ok(count_refs(catalogue)?),
-        Some(found) if found > SCHEMA => Err(OpenError::TooNew { found, supported: SCHEMA }),
-        Some(found) => Err(OpenError::TooOld { found }),
-        None => {
-            Err(CatalogueError::Damaged { table: META.name(), key: String::new(), what: "no schema version" }.into())
-        }
-    }
-}
-
-/// From schema 1 to 2: what holds each resource is counted once. All in one transaction, so that a
-/// kill leaves the old store, and the next open begins again.
-fn count_refs(catalogue: &Catalogue) -> Result<(), CatalogueError> {
-    catalogue.write(Urgency::Durable, &Stamp::default, |tx| {
-        tx.recount()?;
-        tx.put(&META, &META_SCHEMA.to_owned(), &SCHEMA).map(drop)
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    use plies_oci::BlobDigest;
-
-    use super::*;
-    use crate::catalogue::schema::{BLOBS, BlobRow, EDGES, HOLDS, LEASE_HOLDS, LEASES, LOOSE, LeaseRow, REFS};
-    use crate::refs::{Differences, count_of, differences};
-    use crate::{GcMode, LeaseId, Owner, Resource};
-
-    fn options() -> OpenOptions {
-        OpenOptions::new(Arc::new(|| SystemTime::UNIX_EPOCH))
-    }
-
-    #[test]
-    fn a_store_of_schema_1_is_counted_when_it_is_opened() {
-        let dir = tempfile::tempdir().unwrap();
-        let root = dir.path().join("store");
-        Store::open(&root, options(), WaitPolicy::Fail).unwrap().close().unwrap();
-
-        // As the first version wrote them: no counts.
-        let digest = |n: u8| BlobDigest::of(&[n]);
-        let resource = |n: u8| Resource::from(digest(n));
-        let lease = LeaseId::from_bytes([1; 8]);
-        let old = Catalogue::open(&Paths::below(&root).database(), OpenOptions::CACHE_BYTES).unwrap();
-        let written: Result<(), CatalogueError> = old.write(Urgency::Durable, &Stamp::default, |tx| {
-            for n in 0..4 {
-                tx.put(&BLOBS, &digest(n), &BlobRow { size_bytes: 1, created: Stamp::default() })?;
-            }
-            tx.put(&HOLDS, &(Owner::new("test", 0), resource(0)), &())?;
-            tx.put(&EDGES, &(resource(0), resource(1)), &())?;
-            let expires = Some(Stamp::from_micros(1));
-            tx.put(&LEASES, &lease, &LeaseRow { created: Stamp::default(), expires, label: String::new() })?;
-            tx.put(&LEASE_HOLDS, &(lease, resource(1)), &())?;
-            tx.put(&LEASE_HOLDS, &(lease, resource(2)), &())?;
-            tx.put(&META, &META_SCHEMA.to_owned(), &1).map(drop)
-        });
-        written.unwrap();
-        let uncounted: Result<_, CatalogueError> = old.read(|tx| Ok((tx.all(&REFS)?, tx.all(&LOOSE)?)));
-        assert_eq!(uncounted.unwrap(), (Vec::new(), Vec::new()));
-        drop(old);
-
-        for _ in 0..2 {
-            let store = Store::open(&root, options(), WaitPolicy::Fail).unwrap();
-            store
-                .read(|tx| {
-                    assert_eq!(tx.get(&META, &META_SCHEMA.to_owned())?, Some(2));
-                    for (n, count) in [1, 2, 1, 0].into_iter().enumerate() {
-                        assert_eq!(count_of(tx, resource(n as u8))?, count, "{n}");
-                    }
-                    assert_eq!(tx.all(&LOOSE)?, [(resource(3), ())]);
-                    assert_eq!(differences(tx)?, Differences::default());
-                    Ok::<_, CatalogueError>(())
-                })
-                .unwrap();
-        }
-        let store = Store::open(&root, options(), WaitPolicy::Fail).unwrap();
-        let collected = store.gc(GcMode::Run).unwrap().collected;
-        assert_eq!(collected.iter().map(|one| one.resource).collect::<Vec<_>>(), [resource(3)]);
-    }
 }

@@ -17,6 +17,7 @@ use plies_oci::{DiffId, ErrorKind};
 use crate::catalogue::schema::{ACTIVES, BLOBS, Kind, LAYERS, TOTALS, TRASH};
 use crate::catalogue::{CatalogueError, Rows};
 use crate::error::{At as _, FileError};
+use crate::migrate::kept_catalogues;
 use crate::recover::{entries, unlisted};
 use crate::reserve::RESERVE;
 use crate::tree::STAT_BLOCK_BYTES;
@@ -37,7 +38,7 @@ pub enum UsageKind {
     Ingests,
     /// What was collected but could not be unlinked yet.
     Trash,
-    /// The database file.
+    /// The database file, and those of older schemas that are kept beside it.
     Catalogue,
     /// Room that is kept to make room.
     Reserve,
@@ -160,7 +161,8 @@ pub(crate) fn usage(store: &Store) -> Result<Vec<UsageRow>, UsageError> {
             inodes: found.iter().map(|one| one.inodes).sum(),
         });
     };
-    add(UsageKind::Catalogue, vec![own_size(&paths.database())?]);
+    let catalogues = [vec![paths.database()], kept_catalogues(paths)?].concat();
+    add(UsageKind::Catalogue, catalogues.iter().map(|path| own_size(path)).collect::<Result<_, _>>()?);
     add(UsageKind::Reserve, vec![own_size(&paths.catalog.join(RESERVE))?]);
     let directories = own_paths(store)?.iter().map(|path| own_size(path)).collect::<Result<_, _>>()?;
     add(UsageKind::Directories, directories);
@@ -208,8 +210,10 @@ pub(crate) fn orphans(store: &Store) -> Result<Vec<(PathBuf, Usage)>, UsageError
     };
     strangers(root, &["catalog", "content", "layers", "active", "mounts", "run"])?;
     strangers(&paths.catalog, &["lock", "plies.redb", RESERVE])?;
+    let kept = kept_catalogues(paths)?;
     strangers(&paths.content, &["oci-layout", "blobs", "ingest"])?;
     strangers(&root.join("content/blobs"), &["sha256"])?;
+    found.retain(|path| !kept.contains(path));
     let (counts, trash) = store.read(|tx| {
         let counts = [tx.rows_count(&BLOBS)?, tx.rows_count(&LAYERS)?, tx.rows_count(&ACTIVES)?];
         Ok::<_, CatalogueError>((counts, tx.rows_count(&TRASH)?))

@@ -25,7 +25,7 @@ use serde_json::Value;
 
 use crate::common::{Context, Shape, busybox, everything, load, store, tree_of};
 
-fn points_per_call() -> u32 {
+pub(crate) fn points_per_call() -> u32 {
     std::env::var("PLIES_KILL_POINTS").ok().and_then(|text| text.parse().ok()).unwrap_or(4)
 }
 

@@ -16,6 +16,7 @@ mod dockerfiles;
 mod layers;
 mod load;
 mod lock;
+mod migrate;
 mod mounts;
 mod oracle;
 mod refs;
