@@ -47,7 +47,7 @@ pub(crate) use mounts::CacheMounts;
 pub use mounts::{MountError, SECRET_BYTES_MAX, Secret, SecretSource, SshAgent};
 pub use remote::RemoteError;
 pub use solve::SolveError;
-pub(crate) use solve::{Steps, make_directory, user};
+pub(crate) use solve::{make_directory, user};
 
 /// Bytes of a Dockerfile. Generated ones reach some hundred KiB.
 const DOCKERFILE_BYTES_MAX: u64 = 16 << 20;

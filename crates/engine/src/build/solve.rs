@@ -4,7 +4,7 @@
 //! takes in: mode, owner, extended attributes and bytes, not times. So a changed input changes the keys of all that
 //! stands on it, and an unchanged one finds its record whatever happened to file times.
 
-use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::ffi::OsString;
 use std::io::{self, Write};
 use std::os::fd::{AsFd as _, BorrowedFd};
@@ -272,38 +272,6 @@ impl Results {
     }
 }
 
-/// The steps that are worked on, in all builds of this process: who wants the same waits for the first, and finds its
-/// result in the cache.
-#[derive(Debug, Default)]
-pub(crate) struct Steps {
-    busy: Mutex<HashSet<CacheKey>>,
-    ended: Condvar,
-}
-
-/// Ends when dropped.
-struct StepTurn<'a> {
-    steps: &'a Steps,
-    key: CacheKey,
-}
-
-impl Steps {
-    /// Waits for others that do the step with this key. Nobody holds two turns at once, so they can't wait in a circle.
-    fn turn(&self, key: CacheKey) -> StepTurn<'_> {
-        let mut busy = self.busy.lock().unwrap_or_else(PoisonError::into_inner);
-        while !busy.insert(key) {
-            busy = self.ended.wait(busy).unwrap_or_else(PoisonError::into_inner);
-        }
-        StepTurn { steps: self, key }
-    }
-}
-
-impl Drop for StepTurn<'_> {
-    fn drop(&mut self) {
-        self.steps.busy.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.key);
-        self.steps.ended.notify_all();
-    }
-}
-
 /// What is left of a graph, shared by those who work on it.
 struct Queue {
     /// How many inputs each vertex still waits for.
@@ -567,7 +535,7 @@ impl Solver<'_> {
                 let key = KeyBuilder::new("image", KEY_VERSION).list(diff_ids.iter().map(DiffId::as_bytes)).finish();
                 let base_diff_ids = diff_ids.clone();
                 // Two records of one image would be two bases, on which nothing is shared.
-                let _turn = self.engine.steps().turn(key);
+                let _turn = self.engine.steps().take([key], self.cancel)?;
                 let tree = self.engine.image_record(diff_ids, name, self.cancel).map_err(Box::new)?;
                 let solved = Solved { key, tree, base_diff_ids, layers: vec![], made: None };
                 Ok((solved, Outcome::Cached))
@@ -675,7 +643,7 @@ impl Solver<'_> {
     fn download(&self, download: &Download, name: &str) -> Result<(Solved, Outcome), SolveError> {
         let Download { url, name: file_name, checksum } = download;
         let index = KeyBuilder::new("download", KEY_VERSION).bytes(url.as_bytes()).bytes(file_name.as_bytes()).finish();
-        let _turn = self.engine.steps().turn(index);
+        let _turn = self.engine.steps().take([index], self.cancel)?;
         let known = self.known_alone(&index)?;
         let of = |tree: &ImmutableRef, key: &str| self.cache.value(tree.id(), key);
         if let (Some(tree), Some(checksum)) = (&known, checksum)
@@ -782,7 +750,7 @@ impl Solver<'_> {
             .number(git.keep_git_dir.into())
             .number(git.submodules.into())
             .finish();
-        let _turn = self.engine.steps().turn(key);
+        let _turn = self.engine.steps().take([key], self.cancel)?;
         if let Some(tree) = self.known_alone(&key)?.filter(|_| !self.no_cache && !vertex.no_cache) {
             return Ok((self.alone(tree, &commit)?, Outcome::Cached));
         }
@@ -839,7 +807,7 @@ impl Solver<'_> {
                 task.output(format!("{says}\n").as_bytes());
             }
         };
-        let _turn = self.engine.steps().turn(key);
+        let _turn = self.engine.steps().take([key], self.cancel)?;
         if self.no_cache || vertex.no_cache {
             // A step that is there twice is still done once.
             let made = self.made.lock().unwrap_or_else(PoisonError::into_inner).get(&key).cloned();

@@ -6,8 +6,8 @@
 //! <state dir>/memory/<number>/    both, for a step with secrets: a tmpfs of its own
 //! ```
 //!
-//! Both go with their step. What a dead process left is deleted when the next executor is made: the state directory
-//! belongs to one process at a time.
+//! Both go with their step. What a dead process left is deleted by the next that the state directory belongs to, before
+//! it makes an executor ([`super::end_leftovers`]).
 
 use std::ffi::{CStr, OsStr, OsString};
 use std::io::Write;
@@ -81,7 +81,8 @@ pub(super) fn is_program(path: &Path) -> bool {
 }
 
 impl OciRuntime {
-    /// With the runtime at `program`; what it left under `state_dir` before is deleted.
+    /// With the runtime at `program`. What it left under `state_dir` before stays: it may be another request's of this
+    /// process ([`OciRuntime::end_leftovers`]).
     ///
     /// # Errors
     /// [`ExecError::NoRuntime`], [`ExecError::Io`].
@@ -109,16 +110,14 @@ impl OciRuntime {
             path: note,
             source,
         })?;
-        let runtime = Self { program: program.to_owned(), name, state_dir, dir, cgroups };
-        runtime.sweep();
-        Ok(runtime)
+        Ok(Self { program: program.to_owned(), name, state_dir, dir, cgroups })
     }
 
     /// Ends what a dead process left in `state_dir`, with the runtime that it used.
     pub(super) fn end_leftovers(state_dir: &Path) {
         let Ok(program) = std::fs::read(state_dir.join("runtime").join(PROGRAM)) else { return };
-        // Making a runtime sweeps. One that is gone cannot, and then nobody can.
-        drop(Self::new(Path::new(OsStr::from_bytes(&program)), state_dir));
+        // One that is gone cannot, and then nobody can.
+        drop(Self::new(Path::new(OsStr::from_bytes(&program)), state_dir).map(|runtime| runtime.sweep()));
     }
 
     /// Deletes what a dead process left. What can't be deleted harms nobody: ids are never used twice.

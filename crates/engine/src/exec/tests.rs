@@ -441,7 +441,7 @@ fn privileged_steps_run_side_by_side() {
 }
 
 #[test]
-fn privileged_pick_deletes_what_a_dead_process_left() {
+fn privileged_leftovers_of_a_dead_process_are_ended_and_those_of_ours_are_not() {
     let Some(root) = rootfs() else { return };
     let path: Vec<PathBuf> = ["/usr/sbin", "/usr/bin"].map(PathBuf::from).into();
     for name in RUNTIMES {
@@ -457,8 +457,12 @@ fn privileged_pick_deletes_what_a_dead_process_left() {
         std::thread::scope(|scope| {
             let running = scope.spawn(|| executor.run(&step, &mut Tell(started), &mut std::io::sink(), &Cancel::new()));
             wait.recv().unwrap();
+            // Another request of this process is at work there.
+            let other = pick(&choice, state.path(), &path).unwrap();
+            assert_eq!(run(&*other, &sh(root.path(), "exit 3")).code(), 3);
+            assert!(!running.is_finished());
             // The next owner of the state directory finds the container.
-            let _next = pick(&choice, state.path(), &path).unwrap();
+            end_leftovers(state.path());
             assert!(!running.join().unwrap().is_ok_and(|status| status.success()));
         });
         assert_eq!(std::fs::read_dir(state.path().join("runtime/state")).unwrap().count(), 0);
