@@ -7,7 +7,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use plies_engine::IdRange;
-use plies_engine::build::{Secret, SecretSource, SshAgent};
+use plies_engine::build::{Entitlement, Secret, SecretSource, SshAgent};
 use plies_engine::exec::{ExecutorChoice, ResourceLimit};
 use plies_oci::{Platform, Reference};
 
@@ -260,6 +260,9 @@ pub(crate) struct Build {
     /// SSH agent that RUN --mount=type=ssh may ask for [socket: $SSH_AUTH_SOCK]
     #[arg(long, value_name = "default|ID[=SOCKET]", value_parser = ssh_agent)]
     pub(crate) ssh: Vec<SshAgent>,
+    /// What the Dockerfile may ask for: `network.host`, `security.insecure`
+    #[arg(long, value_name = "ENTITLEMENT", value_delimiter = ',', value_parser = entitlement)]
+    pub(crate) allow: Vec<Entitlement>,
     /// Network of commands that do not say otherwise
     #[arg(long, value_enum, default_value_t, value_name = "NETWORK")]
     pub(crate) network: RunNetwork,
@@ -450,6 +453,24 @@ fn ssh_agent(text: &str) -> Result<SshAgent, String> {
         Ok(_) => Err(format!("{} is no socket: add keys to an agent with ssh-add and give that", socket.display())),
         Err(error) => Err(format!("{}: {error}", socket.display())),
     }
+    let kind = |path: &PathBuf| match std::fs::metadata(path) {
+        Ok(found) if found.file_type().is_socket() => Ok(true),
+        Ok(found) if found.is_file() => Ok(false),
+        Ok(_) => Err(format!("{} is neither a socket nor a key file", path.display())),
+        Err(error) => Err(format!("{}: {error}", path.display())),
+    };
+    let are_sockets = paths.iter().map(kind).collect::<Result<Vec<bool>, _>>()?;
+    let source = match (are_sockets.as_slice(), paths.pop()) {
+        ([true], Some(socket)) => SshSource::Socket(socket),
+        (all, last) if !all.contains(&true) => SshSource::Keys(paths.into_iter().chain(last).collect()),
+        _ => return Err("give one socket, or key files".into()),
+    };
+    Ok(SshAgent { id: id.to_owned(), source })
+}
+
+fn entitlement(text: &str) -> Result<Entitlement, String> {
+    let found = Entitlement::ALL.into_iter().find(|known| known.name() == text);
+    found.ok_or_else(|| format!("there are {}", Entitlement::ALL.map(Entitlement::name).join(" and ")))
 }
 
 /// A name and its address, with `:` or, as docker takes it too, `=` between.

@@ -218,7 +218,9 @@ fn networks_hosts_limits_and_shared_memory_are_as_asked() {
             "--ulimit",
             "nofile=77:99",
             "--shm-size",
-            "3m"
+            "3m",
+            "--allow",
+            "network.host"
         ];
         context.build(more);
         let tree = tree_of(context.ply, "built:latest");
@@ -231,13 +233,37 @@ fn networks_hosts_limits_and_shared_memory_are_as_asked() {
         let local = "127.0.0.1\tlocalhost buildkitsandbox\n::1\tlocalhost ip6-localhost ip6-loopback\n";
         text(&tree, "hosts.seen", &format!("{local}10.1.2.3\tdb\n::2\tsix\n"));
         context.build(more).assert_all_cached();
-        let again = context.build(&more[..8]);
+        let again = context.build(&[&more[..8], &more[12..]].concat());
         assert!(again.instructions().iter().all(|(_, step)| *step == Step::Ran), "{}", again.ran);
     });
-    let Some(ply) = store().filter(busybox) else { return };
-    let context = Context::new(&ply, "FROM busybox\nRUN --security=insecure true\n");
-    let failed = context.build_fails(args![]);
-    assert!(failed.stderr.contains("--security=insecure") && failed.stderr.contains("Dockerfile:2"), "{failed}");
+}
+
+#[test]
+fn what_leaves_the_sandbox_is_allowed_by_whoever_builds() {
+    let dockerfile = "FROM busybox\n\
+        RUN --security=insecure mount -t tmpfs none /mnt 2>&1 && echo mounted > /done\n\
+        RUN --network=host true\n";
+    each(&dockerfile.replace("/mnt", "/tmp"), |context, executor| {
+        let before = files(&context.ply.root());
+        let executor = args!["--executor", executor];
+        let failed = context.build_fails(executor);
+        let told = "--security=insecure is not allowed: build with --allow security.insecure";
+        assert!(failed.stderr.contains(told) && failed.stderr.contains("Dockerfile:2"), "{failed}");
+        let failed = context.build_fails(&[executor, args!["--allow", "security.insecure"]].concat());
+        let told = "--network=host is not allowed: build with --allow network.host";
+        assert!(failed.stderr.contains(told) && failed.stderr.contains("Dockerfile:3"), "{failed}");
+        assert_eq!(files(&context.ply.root()), before);
+        let all = [executor, args!["--allow", "security.insecure,network.host"]].concat();
+        context.build(&all);
+        text(&tree_of(context.ply, "built:latest"), "done", "mounted\n");
+        context.build(&all).assert_all_cached();
+        // As buildx: the host's network for all is the host's network for one.
+        context.build(&[executor, args!["--allow", "security.insecure", "--network", "host"]].concat());
+        // In its sandbox it is another step.
+        context.file("Dockerfile", "FROM busybox\nRUN mount -t tmpfs none /tmp 2>&1 && echo mounted > /done\n");
+        context.build_fails(&all);
+        context.ply.fails(2, &context.args(args!["--allow", "everything"]));
+    });
 }
 
 #[test]

@@ -7,6 +7,7 @@
 use plies_image::history_cache::history_of;
 use plies_oci::{BlobDigest, DiffId, ImageConfig, Platform, Reference};
 
+use super::Entitlement;
 use super::cache_from::Told;
 use super::config::{Config, DEFAULT_PATH, HistoryEntry};
 use super::remote::{Download, GitSource, Remote};
@@ -41,6 +42,7 @@ pub(crate) struct RunOp {
     pub(crate) user: String,
     pub(crate) mounts: Vec<MountOp>,
     pub(crate) network: RunNetwork,
+    pub(crate) security: RunSecurity,
 }
 
 /// What a process sees beside its tree.
@@ -261,6 +263,8 @@ pub(crate) struct Lower<'a> {
     pub(crate) no_cache_stages: &'a [String],
     /// Also the stages that the target does not need: for a check.
     pub(crate) all_stages: bool,
+    /// What commands may ask for.
+    pub(crate) allow: &'a [Entitlement],
 }
 
 /// Lowers a Dockerfile up to a stage.
@@ -268,7 +272,7 @@ pub(crate) struct Lower<'a> {
 /// # Errors
 /// [`DockerfileError`] with the line whose expansion, stage or image is wrong.
 pub(crate) fn lower(what: &Lower<'_>, find_image: FindImage<'_>) -> Result<Plan, DockerfileError> {
-    let Lower { dockerfile, args, target, labels, platform, ignore, no_cache_stages, all_stages } = *what;
+    let Lower { dockerfile, args, target, labels, platform, ignore, no_cache_stages, all_stages, allow } = *what;
     let target_stage = dockerfile.target(target)?;
     let mut warnings = Vec::new();
     for stage in &dockerfile.stages {
@@ -299,6 +303,7 @@ pub(crate) fn lower(what: &Lower<'_>, find_image: FindImage<'_>) -> Result<Plan,
         platform,
         ignore,
         no_cache_stages,
+        allow,
         find_image,
         graph: Graph::default(),
         stages: vec![None; dockerfile.stages.len()],
@@ -446,6 +451,7 @@ struct Lowering<'a> {
     platform: &'a Platform,
     ignore: &'a Ignore,
     no_cache_stages: &'a [String],
+    allow: &'a [Entitlement],
     find_image: FindImage<'a>,
     graph: Graph,
     stages: Vec<Option<Lowered>>,
@@ -802,12 +808,15 @@ impl<'a> Lowering<'a> {
         instruction: &Instruction,
         run: &Run,
     ) -> Result<(String, Told), DockerfileError> {
-        let refuse = |focus: &str| {
-            let message = format!("RUN {focus} is not supported yet");
-            Err(self.dockerfile.error(instruction.location, focus, message))
-        };
-        if run.security == RunSecurity::Insecure {
-            return refuse("--security=insecure");
+        let needed = [
+            (run.security == RunSecurity::Insecure, "--security=insecure", Entitlement::SecurityInsecure),
+            (run.network == RunNetwork::Host, "--network=host", Entitlement::NetworkHost),
+        ];
+        for (is_asked_for, flag, needed) in needed {
+            if is_asked_for && !self.allow.contains(&needed) {
+                let message = format!("{flag} is not allowed: build with --allow {}", needed.name());
+                return Err(self.dockerfile.error(instruction.location, flag, message));
+            }
         }
         let mounts = self.mounts(current, instruction.location, run)?;
         let lowered = &mut current.lowered;
@@ -825,6 +834,7 @@ impl<'a> Lowering<'a> {
             user: lowered.config.user().to_owned(),
             mounts,
             network: run.network,
+            security: run.security,
         };
         let name = format!("{}{}", current.label, instruction.text);
         lowered.vertex = self.graph.add(Op::Run { base: lowered.vertex, run: op }, name, instruction.location);

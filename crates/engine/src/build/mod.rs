@@ -93,6 +93,30 @@ pub struct BuildRequest {
     pub secrets: Vec<Secret>,
     /// SSH agents that commands may ask for.
     pub ssh: Vec<SshAgent>,
+    /// What commands may ask for that takes them out of their sandbox.
+    pub allow: Vec<Entitlement>,
+}
+
+/// What a Dockerfile gets only if whoever builds it says so, by BuildKit's names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Entitlement {
+    /// `RUN --network=host`
+    NetworkHost,
+    /// `RUN --security=insecure`
+    SecurityInsecure,
+}
+
+impl Entitlement {
+    /// All there are.
+    pub const ALL: [Self; 2] = [Self::NetworkHost, Self::SecurityInsecure];
+
+    /// As `--allow` takes it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::NetworkHost => "network.host",
+            Self::SecurityInsecure => "security.insecure",
+        }
+    }
 }
 
 /// How a build's commands are run: part of their keys.
@@ -265,6 +289,7 @@ impl Engine {
                 ignore: &ignore,
                 no_cache_stages: &[],
                 all_stages: request.target.is_none(),
+                allow: &Entitlement::ALL,
             };
             graph::lower(&what, &mut find_image).map_err(BuildError::from)
         })?;
@@ -303,6 +328,7 @@ impl Engine {
                 ignore: &ignore,
                 no_cache_stages: &request.no_cache_stages,
                 all_stages: false,
+                allow: &request.allow,
             },
             &mut find_image,
         )?;

@@ -32,7 +32,7 @@ use super::remote::{DOWNLOAD_BYTES_MAX, Download, GitSource, RemoteError};
 use crate::context::{
     self, Chmod, ContentHash, CopyError, CopyOptions, Destination, HashError, Owner, SelectError, Selection, Tree,
 };
-use crate::dockerfile::{Ignore, IgnoreError, Location, RunNetwork, SCRIPT_DIR};
+use crate::dockerfile::{Ignore, IgnoreError, Location, RunNetwork, RunSecurity, SCRIPT_DIR};
 use crate::exec::{
     self, Access, Cancel, ExecError, Executor, MountSource, Network, Step, StepMount, Streams, User, UserError,
     resolve_user,
@@ -955,6 +955,8 @@ impl Solver<'_> {
         let limit = |of: Option<u64>| of.map_or("-1".to_owned(), |of| of.to_string());
         let limits = self.run_options.limits.iter();
         let limits = limits.flat_map(|of| [of.name().to_owned(), limit(of.soft), limit(of.hard)]);
+        let without_network = u64::from(self.network(run) == Network::None);
+        let insecure = u64::from(run.security == RunSecurity::Insecure);
         KeyBuilder::new("run", KEY_VERSION)
             .input(base)
             .list(run.invocation.argv.iter())
@@ -962,7 +964,7 @@ impl Solver<'_> {
             .list(run.env.iter().flat_map(|(name, value)| [name, value]).collect::<Vec<_>>())
             .bytes(run.working_dir.as_bytes())
             .bytes(run.user.as_bytes())
-            .number((self.network(run) == Network::None).into())
+            .number(without_network | insecure << 1)
             .list(self.run_options.add_hosts.iter().flat_map(|(name, address)| [name, address]).collect::<Vec<_>>())
             .list(limits.collect::<Vec<_>>())
             .number(self.run_options.shm_size_bytes.unwrap_or(0))
@@ -974,12 +976,12 @@ impl Solver<'_> {
     fn run_inputs(&self, run: &RunOp, mounts: &CacheKey, inputs: Inputs) -> Inputs {
         let script = run.invocation.script.iter().flat_map(|(name, text)| [name, text]);
         let command: Vec<&String> = run.invocation.argv.iter().chain(script).collect();
-        let options = format!("{:?} {:?}", self.network(run), self.run_options);
+        let options = format!("{:?} {:?} {:?}", self.network(run), run.security, self.run_options);
         let inputs = inputs
             .value("the command", format!("{command:?}"))
             .value("the working directory", &run.working_dir)
             .value("the user", &run.user)
-            .value("network, hosts and limits", options)
+            .value("network, security, hosts and limits", options)
             .digest("what is mounted", mounts);
         run.env.iter().fold(inputs, |inputs, (name, value)| inputs.value(format!("variable {name}"), value))
     }
@@ -1043,6 +1045,7 @@ impl Solver<'_> {
             hostname: "buildkitsandbox".into(),
             network: self.network(run),
             limits: self.run_options.limits.clone(),
+            insecure: run.security == RunSecurity::Insecure,
             secret: prepared.secret,
             streams: Streams::Captured,
         };
@@ -1127,7 +1130,8 @@ impl Op {
     pub(super) fn is_told_by_text(&self) -> bool {
         match self {
             Op::Run { run, .. } => {
-                run.invocation.script.is_none() && run.mounts.is_empty() && run.network == RunNetwork::Default
+                let is_plain = run.network == RunNetwork::Default && run.security == RunSecurity::Sandbox;
+                is_plain && run.invocation.script.is_none() && run.mounts.is_empty()
             }
             Op::Directory { user, .. } => ["", "root", "0"].contains(&user.as_str()),
             _ => false,

@@ -70,6 +70,10 @@ pub struct Step {
     pub network: Network,
     /// Limits that differ from this process's own.
     pub limits: Vec<ResourceLimit>,
+    /// Nothing is kept from it but what namespaces part: it has all capabilities and system calls that this process has,
+    /// nothing is masked, `/sys` can be written to, and devices are there that file systems are made with (BuildKit's
+    /// `--security=insecure`).
+    pub insecure: bool,
     /// A variable or an argument is secret: no disk may see them.
     pub secret: bool,
     /// What its standard streams are.
@@ -89,6 +93,7 @@ impl Step {
             hostname: "plies".to_owned(),
             network: Network::Host,
             limits: Vec::new(),
+            insecure: false,
             secret: false,
             streams: Streams::Captured,
         }

@@ -23,7 +23,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions};
 use serde_json::{Value, json};
 
 use super::builtin::{copy_streams, pid_of};
-use super::sandbox::{CAPABILITIES, DEV_SIZE, MASKED_PATHS, READONLY_PATHS, UMASK};
+use super::sandbox::{self, CAPABILITIES, DEV_SIZE, MASKED_PATHS, READONLY_PATHS, UMASK};
 use super::stubs::Stubs;
 use super::{
     Access, Cancel, ExecError, Executor, ExitStatus, MemoryDir, MountSource, Network, Step, Streams, memory, seccomp,
@@ -266,7 +266,12 @@ impl OciRuntime {
 
     /// The bundle's `config.json` (runtime-spec 1.0).
     fn config(&self, step: &Step, id: &str) -> Result<Value, ExecError> {
-        let capabilities: Vec<&str> = CAPABILITIES.iter().map(|(name, _)| *name).collect();
+        let capabilities: Vec<&str> = match step.insecure {
+            true => sandbox::own_capabilities(),
+            false => CAPABILITIES.iter().map(|(name, _)| *name).collect(),
+        };
+        // What a process starts with beyond root's: only what nobody restricts.
+        let beyond: &[&str] = if step.insecure { &capabilities } else { &[] };
         let args = step.args.iter().map(|arg| text(arg)).collect::<Result<Vec<_>, _>>()?;
         let env = step
             .environment()
@@ -285,7 +290,7 @@ impl OciRuntime {
             json!({ "destination": "/dev/mqueue", "type": "mqueue", "source": "mqueue",
                 "options": ["nosuid", "noexec", "nodev"] }),
             json!({ "destination": "/sys", "type": "sysfs", "source": "sysfs",
-                "options": ["nosuid", "noexec", "nodev", "ro"] }),
+                "options": ["nosuid", "noexec", "nodev", if step.insecure { "rw" } else { "ro" }] }),
         ];
         for mount in &step.mounts {
             let target = text(mount.target.as_os_str())?;
@@ -325,10 +330,18 @@ impl OciRuntime {
         });
         let mut linux = json!({
             "namespaces": namespaces,
-            "maskedPaths": MASKED_PATHS,
-            "readonlyPaths": READONLY_PATHS,
-            "seccomp": seccomp::oci_profile(),
         });
+        if step.insecure {
+            let devices = sandbox::insecure_devices().into_iter().map(|device| {
+                json!({ "path": format!("/dev/{}", device.name), "type": if device.is_block { "b" } else { "c" },
+                    "major": device.major, "minor": device.minor })
+            });
+            linux["devices"] = devices.collect();
+        } else {
+            linux["maskedPaths"] = json!(MASKED_PATHS);
+            linux["readonlyPaths"] = json!(READONLY_PATHS);
+            linux["seccomp"] = seccomp::oci_profile();
+        }
         if self.cgroups == Cgroups::Own {
             linux["cgroupsPath"] = json!(format!("/{id}"));
             linux["resources"] = json!({ "devices": [{ "allow": true, "access": "rwm" }] });
@@ -345,7 +358,7 @@ impl OciRuntime {
                 "cwd": text(step.cwd.as_os_str())?,
                 "capabilities": {
                     "bounding": capabilities, "effective": capabilities, "permitted": capabilities,
-                    "inheritable": [], "ambient": [],
+                    "inheritable": beyond, "ambient": beyond,
                 },
                 "noNewPrivileges": false,
                 "rlimits": limits.collect::<Vec<_>>(),
