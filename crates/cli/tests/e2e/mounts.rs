@@ -3,7 +3,7 @@
 use std::os::unix::net::UnixListener;
 use std::process::Command;
 
-use plies_testkit::{args, ply::Ply, scratch::mounts_below, tree::Tree};
+use plies_testkit::{args, ply::Ply, scratch::mounts_below, tools, tree::Tree};
 use serde_json::Value;
 
 use crate::build::executors;
@@ -173,7 +173,7 @@ fn a_required_secret_or_agent_that_is_missing_is_told_at_its_line() {
     }
     let context = Context::new(&ply, "FROM busybox\nRUN --mount=type=ssh test -z \"$SSH_AUTH_SOCK\"\n");
     context.build(args![]);
-    for bad in [["--secret", "src=x"], ["--secret", "id=x,src=/no/such"], ["--ssh", "default=/etc/passwd"]] {
+    for bad in [["--secret", "src=x"], ["--secret", "id=x,src=/no/such"], ["--ssh", "default=/dev/null"]] {
         ply.fails(2, &context.args(args![bad[0], bad[1]]));
     }
 }
@@ -195,6 +195,33 @@ fn the_socket_of_an_agent_is_there_for_whom_it_is() {
         text(&tree, "tmp/mode", "600 1234\n");
         assert!(tree.find("tmp/done").is_some());
         assert!(tree.find("run/buildkit").is_none() && tree.find("tmp/agent").is_none());
+    });
+}
+
+#[test]
+fn key_files_sign_for_a_step_and_are_kept_nowhere() {
+    if !tools::have(&["ssh-agent", "ssh-add", "ssh-keygen"]) {
+        return;
+    }
+    let dockerfile = "FROM busybox\nRUN --mount=type=ssh test -S \"$SSH_AUTH_SOCK\" && touch /done\n";
+    each(dockerfile, |context, executor| {
+        let dir = context.ply.scratch().dir("keys");
+        let keys = ["one", "other"].map(|name| dir.join(name));
+        for key in &keys {
+            tools::run(Command::new("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-f"]).arg(key));
+        }
+        let given = format!("default={},{}", keys[0].display(), keys[1].display());
+        context.build(args!["--executor", executor, "--ssh", given]);
+        assert!(tree_of(context.ply, "built:latest").find("done").is_some());
+        let text = std::fs::read_to_string(&keys[0]).unwrap();
+        let line = text.lines().nth(1).unwrap();
+        for name in files(&context.ply.root()).into_keys() {
+            let kept = std::fs::read(context.ply.root().join(&name)).unwrap_or_default();
+            assert!(!kept.windows(line.len()).any(|window| window == line.as_bytes()), "{}", name.display());
+        }
+        let no_key = format!("default={}", context.ply.scratch().file("text", "no key").display());
+        let failed = context.build_fails(args!["--no-cache", "--executor", executor, "--ssh", no_key]);
+        assert!(failed.stderr.contains("no SSH key") && failed.stderr.contains("Dockerfile:2"), "{failed}");
     });
 }
 

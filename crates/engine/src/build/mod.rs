@@ -7,6 +7,7 @@
 //! graph.rs   a Dockerfile becomes a graph of operations and a config
 //! solve.rs   operations become snapshots: from the cache, or by doing them
 //! mounts.rs  what RUN --mount shows
+//! keys.rs    agents for key files
 //! remote.rs  what ADD takes from elsewhere
 //! values.rs  what single values of instructions mean
 //! config.rs  the image config in the making
@@ -18,6 +19,7 @@ mod config;
 mod explain;
 mod export;
 mod graph;
+mod keys;
 mod mounts;
 mod remote;
 mod solve;
@@ -43,8 +45,9 @@ use crate::{Canceled, Engine};
 pub(crate) use config::{Config, DEFAULT_PATH};
 pub use export::{ExportError, TreeOutput};
 use graph::Lower;
+pub use keys::KeyError;
 pub(crate) use mounts::CacheMounts;
-pub use mounts::{MountError, SECRET_BYTES_MAX, Secret, SecretSource, SshAgent};
+pub use mounts::{MountError, SECRET_BYTES_MAX, Secret, SecretSource, SshAgent, SshSource};
 pub use remote::RemoteError;
 pub use solve::SolveError;
 pub(crate) use solve::{make_directory, user};

@@ -5,7 +5,7 @@
 //! cache   a mutable record of type exec.cachemount, found again by its id (and what it began with)
 //! tmpfs   the executor's
 //! secret  a file in a tmpfs of the step's own, or a variable
-//! ssh     a socket in that tmpfs, passed on to the agent that whoever builds names
+//! ssh     a socket in that tmpfs, passed on to the agent that whoever builds names, or to one with the keys they name
 //! ```
 //!
 //! A step's key takes in what a bind mount shows, by content; of the others it takes in how they are asked for.
@@ -32,6 +32,7 @@ use plies_oci::ErrorKind;
 use plies_store::{Attach, Mounted};
 
 use super::graph::{FilesFrom, MountOp, RunOp, escaped};
+use super::keys::{KeyAgent, KeyError};
 use super::solve::{Results, SolveError, Solver, short};
 use crate::Canceled;
 use crate::context::{self, CopyOptions, Destination, Selection};
@@ -99,8 +100,17 @@ impl Secret {
 pub struct SshAgent {
     /// What they ask for it by.
     pub id: String,
-    /// Its socket.
-    pub socket: PathBuf,
+    /// Who signs.
+    pub source: SshSource,
+}
+
+/// Who signs for steps.
+#[derive(Debug, Clone)]
+pub enum SshSource {
+    /// An agent that listens at this socket.
+    Socket(PathBuf),
+    /// An agent of each step's own, with the keys in these files. They are read when a step needs them, into memory only.
+    Keys(Vec<PathBuf>),
 }
 
 /// Why a step's mount can't be there.
@@ -137,11 +147,14 @@ pub enum MountError {
         id: String,
     },
     /// A required agent was not given.
-    #[error("no SSH agent {id:?} was given: add --ssh {id}, or --ssh {id}=SOCKET")]
+    #[error("no SSH agent {id:?} was given: add --ssh {id}, or --ssh {id}=SOCKET or {id}=KEYFILE")]
     NoAgent {
         /// Which.
         id: String,
     },
+    /// An agent of the step's own does not get its keys.
+    #[error(transparent)]
+    Keys(#[from] KeyError),
     /// A mount's source is not there.
     #[error("{path:?}, the source of the mount at {target}")]
     NoSource {
@@ -172,10 +185,13 @@ impl MountError {
         match self {
             Self::NoSecret { .. } | Self::NoAgent { .. } | Self::SecretNotText { .. } => ErrorKind::InvalidInput,
             Self::SecretTooLong { .. } => ErrorKind::Limit,
+            Self::Keys(KeyError::Refused { .. }) => ErrorKind::InvalidInput,
             Self::Secret { source, .. } | Self::NoSource { source, .. } if source.kind() == io::ErrorKind::NotFound => {
                 ErrorKind::NotFound
             }
-            Self::Secret { .. } | Self::NoSource { .. } | Self::Prepare { .. } => ErrorKind::Unavailable,
+            Self::Secret { .. } | Self::NoSource { .. } | Self::Prepare { .. } | Self::Keys(_) => {
+                ErrorKind::Unavailable
+            }
         }
     }
 }
@@ -239,6 +255,7 @@ pub(super) struct Prepared<'a> {
     /// Whether one of them is secret.
     pub(super) secret: bool,
     agents: Vec<Agent>,
+    key_agents: Vec<KeyAgent>,
     memory: Option<MemoryDir>,
     views: Vec<Mounted>,
     copies: Vec<(Mounted, MutableRef)>,
@@ -249,6 +266,7 @@ impl Prepared<'_> {
     /// Takes all of it away.
     pub(super) fn end(mut self) -> Result<(), SolveError> {
         drop(std::mem::take(&mut self.agents));
+        drop(std::mem::take(&mut self.key_agents));
         drop(self.memory.take());
         for view in self.views.drain(..) {
             view.unmount()?;
@@ -374,8 +392,16 @@ impl Solver<'_> {
                         continue;
                     };
                     let target = mount.target.as_deref().unwrap_or_default();
-                    let path = prepared.memory(self.engine.store().run_dir())?.join(format!("ssh-{index}"));
-                    let agent = Agent::listen(&path, &agent.socket, permissions);
+                    let memory = prepared.memory(self.engine.store().run_dir())?;
+                    let (path, own) = (memory.join(format!("ssh-{index}")), memory.join(format!("keys-{index}")));
+                    let socket = match &agent.source {
+                        SshSource::Socket(socket) => socket,
+                        SshSource::Keys(keys) => {
+                            prepared.key_agents.push(KeyAgent::start(&own, keys).map_err(MountError::from)?);
+                            &own
+                        }
+                    };
+                    let agent = Agent::listen(&path, socket, permissions);
                     prepared.agents.push(agent.map_err(|source| prepare("reach the SSH agent", target, source))?);
                     prepared.env.push(("SSH_AUTH_SOCK".to_owned(), target.to_owned()));
                     Some(MountSource::Bind { path, access: Access::ReadOnly })
