@@ -11,8 +11,8 @@
 //! A step's key takes in what a bind mount shows, by content; of the others it takes in how they are asked for.
 //!
 //! # Locks
-//! `CacheMounts::held`, under which records of caches are taken and given back: so two steps that want the same new cache
-//! at once get one. A step takes its caches in the order of their ids, so that no two wait for each other.
+//! `CacheMounts::held`, under which records of caches are taken: so two steps that want the same new cache at once get one.
+//! One that is given back is noted under it, and unmounted without it; who wants that one waits. A step takes its caches in the order of their ids, so that no two wait for each other.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -22,7 +22,7 @@ use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -199,10 +199,33 @@ impl MountError {
 /// The caches that steps of this process use now.
 #[derive(Debug, Default)]
 pub(crate) struct CacheMounts {
-    /// Shared ones, by what they are found by.
-    held: Mutex<HashMap<String, Weak<CacheDir>>>,
+    held: Mutex<HeldCaches>,
     /// One was given back.
     freed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct HeldCaches {
+    /// Shared ones, by what they are found by.
+    shared: HashMap<String, Weak<CacheDir>>,
+    /// By the same, those that are being given back: taken still, and free in a moment.
+    ending: Vec<String>,
+}
+
+impl CacheMounts {
+    /// Gives back a cache that nobody uses any more. An unmount may have to wait, and others want other caches meanwhile.
+    fn give_back<T>(&self, mut held: MutexGuard<'_, HeldCaches>, index: &str, work: impl FnOnce() -> T) -> T {
+        held.ending.push(index.to_owned());
+        drop(held);
+        let done = work();
+        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(at) = held.ending.iter().position(|ending| ending == index) {
+            held.ending.swap_remove(at);
+        }
+        drop(held);
+        self.freed.notify_all();
+        done
+    }
 }
 
 /// A cache, mounted.
@@ -211,6 +234,8 @@ struct CacheDir {
     // The mount goes before what it shows.
     mounted: Mounted,
     record: MutableRef,
+    /// What it is found by.
+    index: String,
 }
 
 /// A step's use of a cache.
@@ -227,15 +252,14 @@ impl CacheUse<'_> {
 
     fn end(&mut self) -> Result<(), SolveError> {
         let held = self.mounts.held.lock().unwrap_or_else(PoisonError::into_inner);
-        let last = self.dir.take().and_then(Arc::into_inner);
-        let ended = last.map_or(Ok(()), |CacheDir { mounted, record }| {
+        let Some(CacheDir { mounted, record, index }) = self.dir.take().and_then(Arc::into_inner) else {
+            return Ok(());
+        };
+        self.mounts.give_back(held, &index, || {
             let unmounted = mounted.unmount();
             record.release()?;
             Ok(unmounted?)
-        });
-        drop(held);
-        self.mounts.freed.notify_all();
-        ended
+        })
     }
 }
 
@@ -486,13 +510,13 @@ impl Solver<'_> {
         let mut held = mounts.held.lock().unwrap_or_else(PoisonError::into_inner);
         let dir = loop {
             if *sharing == Sharing::Shared
-                && let Some(dir) = held.get(&index).and_then(Weak::upgrade)
+                && let Some(dir) = held.shared.get(&index).and_then(Weak::upgrade)
             {
                 break dir;
             }
             match self.free_cache(&index)? {
-                Free::Found(record) => break self.mount_cache(record)?,
-                Free::Taken if *sharing == Sharing::Locked => {
+                Free::Found(record) => break self.mount_cache(record, &index)?,
+                Free::Taken if *sharing == Sharing::Locked || held.ending.contains(&index) => {
                     if self.cancel.is_canceled() {
                         return Err(Canceled.into());
                     }
@@ -503,8 +527,8 @@ impl Solver<'_> {
             }
         };
         if *sharing == Sharing::Shared {
-            held.retain(|_, dir| dir.strong_count() > 0);
-            held.insert(index, Arc::downgrade(&dir));
+            held.shared.retain(|_, dir| dir.strong_count() > 0);
+            held.shared.insert(index, Arc::downgrade(&dir));
         }
         drop(held);
         let used = CacheUse { mounts, dir: Some(dir) };
@@ -531,9 +555,9 @@ impl Solver<'_> {
         Ok(if taken { Free::Taken } else { Free::Nothing })
     }
 
-    fn mount_cache(&self, record: MutableRef) -> Result<Arc<CacheDir>, SolveError> {
+    fn mount_cache(&self, record: MutableRef, index: &str) -> Result<Arc<CacheDir>, SolveError> {
         let mounted = record.mount(Attach::InStore)?;
-        Ok(Arc::new(CacheDir { mounted, record }))
+        Ok(Arc::new(CacheDir { mounted, record, index: index.to_owned() }))
     }
 
     fn new_cache(
@@ -550,7 +574,7 @@ impl Solver<'_> {
             retain: Some(true),
             ..RecordOptions::by("build")
         };
-        let dir = self.mount_cache(self.cache.create(seed, &options)?)?;
+        let dir = self.mount_cache(self.cache.create(seed, &options)?, index)?;
         permit(dir.mounted.root(), permissions)
             .map_err(|source| prepare("set mode and owner of a new cache", target, source))?;
         self.cache.set_value(dir.record.id(), CACHE_ID, id, Some(index))?;
@@ -693,6 +717,18 @@ mod tests {
         io::Read::read_to_string(&mut step, &mut answer).unwrap();
         assert_eq!((answer.as_str(), real.join().unwrap().as_str()), ("signed", "sign this"));
         drop(agent);
+    }
+
+    #[test]
+    fn while_a_cache_is_unmounted_others_can_be_taken() {
+        let mounts = CacheMounts::default();
+        let now = || mounts.held.try_lock().expect("because nobody holds it").ending.clone();
+        mounts.give_back(mounts.held.lock().unwrap(), "one", || {
+            assert_eq!(now(), ["one"]);
+            mounts.give_back(mounts.held.lock().unwrap(), "one", || assert_eq!(now(), ["one", "one"]));
+            assert_eq!(now(), ["one"]);
+        });
+        assert!(now().is_empty());
     }
 
     #[test]
