@@ -254,6 +254,8 @@ pub(crate) struct Solved {
     pub(crate) layers: Vec<LayerId>,
     /// When this vertex made its layer; `None` if it made none.
     pub(crate) made: Option<Stamp>,
+    /// The image of [`CacheFrom`] that it, or the last below it that was found in one, came from.
+    pub(crate) source: Option<usize>,
 }
 
 /// The results of a graph.
@@ -528,7 +530,8 @@ impl Solver<'_> {
         match &vertex.op {
             Op::Scratch => {
                 let key = KeyBuilder::new("scratch", KEY_VERSION).finish();
-                let solved = Solved { key, tree: None, base_diff_ids: vec![], layers: vec![], made: None };
+                let solved =
+                    Solved { key, tree: None, base_diff_ids: vec![], layers: vec![], made: None, source: None };
                 Ok((solved, Outcome::Done))
             }
             Op::Image { diff_ids, name } => {
@@ -537,7 +540,7 @@ impl Solver<'_> {
                 // Two records of one image would be two bases, on which nothing is shared.
                 let _turn = self.engine.steps().take([key], self.cancel)?;
                 let tree = self.engine.image_record(diff_ids, name, self.cancel).map_err(Box::new)?;
-                let solved = Solved { key, tree, base_diff_ids, layers: vec![], made: None };
+                let solved = Solved { key, tree, base_diff_ids, layers: vec![], made: None, source: None };
                 Ok((solved, Outcome::Cached))
             }
             Op::Merge { base, over } => {
@@ -558,6 +561,7 @@ impl Solver<'_> {
                     base_diff_ids: base.base_diff_ids.clone(),
                     layers: base.layers.iter().chain(&over.layers).copied().collect(),
                     made: over.made,
+                    source: base.source,
                 };
                 Ok((solved, Outcome::Done))
             }
@@ -779,7 +783,7 @@ impl Solver<'_> {
 
     /// The record of a source that stands on nothing, if it is here.
     fn known_alone(&self, key: &CacheKey) -> Result<Option<ImmutableRef>, SolveError> {
-        let nothing = Solved { key: *key, tree: None, base_diff_ids: vec![], layers: vec![], made: None };
+        let nothing = Solved { key: *key, tree: None, base_diff_ids: vec![], layers: vec![], made: None, source: None };
         self.lookup(&nothing, key)
     }
 
@@ -788,7 +792,7 @@ impl Solver<'_> {
     fn alone(&self, tree: ImmutableRef, named: &str) -> Result<Solved, SolveError> {
         let id = tree.id().to_string();
         let key = KeyBuilder::new("source", KEY_VERSION).bytes(id.as_bytes()).bytes(named.as_bytes()).finish();
-        let nothing = Solved { key, tree: None, base_diff_ids: vec![], layers: vec![], made: None };
+        let nothing = Solved { key, tree: None, base_diff_ids: vec![], layers: vec![], made: None, source: None };
         self.solved(&nothing, key, tree)
     }
 
@@ -868,6 +872,7 @@ impl Solver<'_> {
             base_diff_ids: base.base_diff_ids.clone(),
             layers: base.layers.iter().copied().chain(layer).collect(),
             made: layer.map(|_| row.created_at),
+            source: base.source,
         })
     }
 
@@ -890,9 +895,9 @@ impl Solver<'_> {
         // No text tells of what all commands of a build are given.
         let is_told = *self.run_options == RunOptions::default();
         let story = if is_told { self.graph.story(vertex) } else { Vec::new() };
-        let Some(found) = self.cache_from.find(below, key, &story) else { return Ok(None) };
+        let Some(found) = self.cache_from.find(below, base.source, key, &story) else { return Ok(None) };
         let Some(diff_id) = found.diff_id else {
-            return Ok(Some((Solved { key: *key, made: None, ..base.clone() }, found.says)));
+            return Ok(Some((Solved { key: *key, made: None, source: found.source, ..base.clone() }, found.says)));
         };
         let description = Some(short(&vertex.name));
         let options = RecordOptions { description, created_at: found.created, ..RecordOptions::by("build") };
@@ -917,6 +922,7 @@ impl Solver<'_> {
             base_diff_ids: base.base_diff_ids.clone(),
             layers: base.layers.iter().copied().chain([layer]).collect(),
             made: Some(found.created.unwrap_or(row.created_at)),
+            source: found.source,
         };
         Ok(Some((solved, found.says)))
     }
