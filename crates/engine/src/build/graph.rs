@@ -4,8 +4,10 @@
 //! each standing on earlier ones; instructions that only change the config change the config. What comes out no longer
 //! knows about Dockerfiles: the solver sees operations and inputs, nothing else.
 
+use std::fmt;
+
 use plies_image::history_cache::history_of;
-use plies_oci::{BlobDigest, DiffId, ImageConfig, Platform, Reference};
+use plies_oci::{BlobDigest, DiffId, ImageConfig, Platform, Reference, Sha256Hasher};
 
 use super::Entitlement;
 use super::cache_from::Told;
@@ -19,8 +21,15 @@ use crate::dockerfile::{
 };
 
 /// A vertex of a [`Graph`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) struct VertexId(pub(super) usize);
+
+impl fmt::Debug for VertexId {
+    /// Without its number, which means nothing outside of its graph: what it stands for has a digest.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("VertexId")
+    }
+}
 
 /// Where an operation takes files from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -140,6 +149,8 @@ pub(crate) struct Vertex {
     pub(crate) location: Location,
     /// It is done, whatever is cached.
     pub(crate) no_cache: bool,
+    /// Digest of the operation and of all that it stands on, before any file is looked at.
+    pub(crate) digest: BlobDigest,
     /// The instruction that it stands for, if the text of a history tells all of what it takes in.
     line: Option<LineId>,
 }
@@ -167,8 +178,17 @@ pub(crate) struct Graph {
 
 impl Graph {
     fn add(&mut self, op: Op, name: String, location: Location) -> VertexId {
-        self.vertices.push(Vertex { op, name, location, no_cache: self.no_cache, line: None });
+        let mut sum = Sha256Hasher::default();
+        sum.update(format!("{op:?}").as_bytes());
+        self.digests_of_inputs(&op).iter().for_each(|input| sum.update(input.as_bytes()));
+        let digest = BlobDigest::from_bytes(sum.finish());
+        self.vertices.push(Vertex { op, name, location, no_cache: self.no_cache, digest, line: None });
         VertexId(self.vertices.len() - 1)
+    }
+
+    /// The digests of the vertices that an operation needs, in the order of [`Op::inputs`].
+    pub(crate) fn digests_of_inputs(&self, op: &Op) -> Vec<BlobDigest> {
+        op.inputs().into_iter().map(|input| self.vertex(input).digest).collect()
     }
 
     fn tell(&mut self, before: Option<LineId>, told: Told) -> LineId {

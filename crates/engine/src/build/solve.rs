@@ -22,13 +22,13 @@ use plies_oci::{BlobDigest, Compression, DiffId, ErrorKind, limits};
 use plies_registry::{self as registry, Client};
 use plies_store::{Attach, CatalogueError, LayerError, LayerId, Mounted, SnapshotError, Stamp, canceled_inside};
 
-use super::RunOptions;
 use super::cache_from::CacheFrom;
 use super::config::DEFAULT_PATH;
 use super::explain::Inputs;
 use super::graph::{CopyOp, FilesFrom, Graph, Op, RunOp, Vertex, VertexId};
 use super::mounts::{MountError, Prepared, Secret, SshAgent};
 use super::remote::{DOWNLOAD_BYTES_MAX, Download, GitSource, RemoteError};
+use super::{RunOptions, with_causes};
 use crate::context::{
     self, Chmod, ContentHash, CopyError, CopyOptions, Destination, HashError, Owner, SelectError, Selection, Tree,
 };
@@ -37,7 +37,7 @@ use crate::exec::{
     self, Access, Cancel, ExecError, Executor, MountSource, Network, Step, StepMount, Streams, User, UserError,
     resolve_user,
 };
-use crate::progress::{Outcome, Progress, Task, Watched};
+use crate::progress::{self, Outcome, Progress, Stream, Task, Watched};
 use crate::records::RecordsError;
 use crate::run::RunError;
 use crate::{Canceled, Engine};
@@ -501,12 +501,18 @@ impl Solver<'_> {
         if self.cancel.is_canceled() {
             return Err(failed(Canceled.into()));
         }
-        let task = (!vertex.name.is_empty()).then(|| Task::start(self.progress, &vertex.name, None));
+        let task = (!vertex.name.is_empty()).then(|| {
+            let inputs = self.graph.digests_of_inputs(&vertex.op);
+            let told = progress::Vertex { digest: vertex.digest, inputs: &inputs };
+            Task::start_vertex(self.progress, &vertex.name, told)
+        });
         let (solved, outcome) = match self.vertex(vertex, results, task.as_ref()).map_err(failed) {
             Ok(solved) => solved,
             Err(failed) => {
-                if let (Some(task), SolveError::Canceled(_)) = (task, &failed.error) {
-                    task.end(Outcome::Canceled);
+                match (task, &failed.error) {
+                    (Some(task), SolveError::Canceled(_)) => task.end(Outcome::Canceled),
+                    (Some(task), error) => task.fail(&format!("{}: {}", error.headline(), with_causes(error))),
+                    (None, _) => {}
                 }
                 return Err(failed);
             }
@@ -808,7 +814,7 @@ impl Solver<'_> {
     ) -> Result<(Solved, Outcome), SolveError> {
         let explain = |says: &str| {
             if let Some(task) = task.filter(|_| self.explain) {
-                task.output(format!("{says}\n").as_bytes());
+                task.output(Stream::Stderr, format!("{says}\n").as_bytes());
             }
         };
         let _turn = self.engine.steps().take([key], self.cancel)?;
@@ -1057,8 +1063,8 @@ impl Solver<'_> {
         };
         let left_bytes = AtomicUsize::new(OUTPUT_BYTES_MAX);
         let last = Mutex::new(VecDeque::new());
-        let output = || TaskOutput { task, left_bytes: &left_bytes, last: &last };
-        let (mut stdout, mut stderr) = (output(), output());
+        let output = |stream| TaskOutput { task, stream, left_bytes: &left_bytes, last: &last };
+        let (mut stdout, mut stderr) = (output(Stream::Stdout), output(Stream::Stderr));
         let status = match self.executor.run(&step, &mut stdout, &mut stderr, self.cancel) {
             Err(ExecError::Canceled) => return Err(Canceled.into()),
             other => other?,
@@ -1206,6 +1212,7 @@ fn owner(root: BorrowedFd<'_>, text: &str) -> Result<Owner, UserError> {
 /// disk, and still runs to its end.
 struct TaskOutput<'a> {
     task: Option<&'a Task<'a>>,
+    stream: Stream,
     /// What both streams of the step may still say.
     left_bytes: &'a AtomicUsize,
     /// The last bytes that they said, for the error.
@@ -1222,9 +1229,9 @@ impl Write for TaskOutput<'_> {
         let take = |left: usize| Some(left.saturating_sub(bytes.len()));
         let left = self.left_bytes.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).unwrap_or(0);
         if let Some(task) = self.task.filter(|_| left > 0) {
-            task.output(&bytes[..bytes.len().min(left)]);
+            task.output(self.stream, &bytes[..bytes.len().min(left)]);
             if bytes.len() >= left {
-                task.output(b"\n[output clipped here, OUTPUT_BYTES_MAX = 2 MiB]\n");
+                task.output(Stream::Stderr, b"\n[output clipped here, OUTPUT_BYTES_MAX = 2 MiB]\n");
             }
         }
         Ok(bytes.len())
