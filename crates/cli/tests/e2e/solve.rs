@@ -243,6 +243,17 @@ fn a_step_that_is_not_cached_says_what_changed() {
     assert_eq!(explained(args![]), ["what is mounted", "the tree that it stands on"]);
     context.file("a", "changed");
     let changed = explained(args![]);
-    assert_eq!(changed[0], "a b of the context");
+    assert_eq!(changed[0], "a of the context");
     assert_eq!(changed[1..], ["the tree that it stands on", "the tree that it stands on"]);
+
+    context.file("Dockerfile", "FROM busybox\nCOPY dir /d/\n");
+    ["dir/one", "dir/sub/two", "dir/sub/three"].iter().for_each(|name| drop(context.file(name, name)));
+    context.build(args![]);
+    context.file("dir/sub/two", "changed");
+    context.file("dir/sub/four", "new");
+    std::fs::remove_file(context.dir.join("dir/one")).unwrap();
+    assert_eq!(
+        explained(args![]),
+        ["dir/one of the context (gone), dir/sub/four of the context (new), dir/sub/two of the context"]
+    );
 }

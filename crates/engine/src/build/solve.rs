@@ -30,7 +30,8 @@ use super::mounts::{MountError, Prepared, Secret, SshAgent};
 use super::remote::{DOWNLOAD_BYTES_MAX, Download, GitSource, RemoteError};
 use super::{RunOptions, with_causes};
 use crate::context::{
-    self, Chmod, ContentHash, CopyError, CopyOptions, Destination, HashError, Owner, SelectError, Selection, Tree,
+    self, Chmod, ContentHash, CopyError, CopyOptions, Destination, HashError, ListedFile, Owner, SelectError,
+    Selection, Tree,
 };
 use crate::dockerfile::{Ignore, IgnoreError, Location, RunNetwork, RunSecurity, SCRIPT_DIR};
 use crate::exec::{
@@ -411,6 +412,8 @@ struct Part<'a> {
     source: Source<'a>,
     selection: Selection,
     content: ContentHash,
+    /// What is in it, by path, with digests.
+    files: Vec<ListedFile>,
     unpack: bool,
 }
 
@@ -610,8 +613,8 @@ impl Solver<'_> {
                     for (name, bytes) in &part.inline {
                         selection.add_inline(name.as_bytes(), bytes.clone());
                     }
-                    let content = source.tree().hash(&selection)?;
-                    Ok(Part { source, selection, content, unpack: part.unpack })
+                    let (content, files) = source.tree().hash_listed(&selection)?;
+                    Ok(Part { source, selection, content, files, unpack: part.unpack })
                 });
                 let parts = parts.collect::<Result<Vec<_>, SolveError>>()?;
                 let mut key = KeyBuilder::new("copy", KEY_VERSION).input(&base.key).number(parts.len() as u64);
@@ -632,7 +635,7 @@ impl Solver<'_> {
                     let from = if planned.from == FilesFrom::Context { "the context" } else { "another tree" };
                     let inline = planned.inline.iter().map(|(name, _)| name.as_str());
                     let names: Vec<&str> = planned.paths.iter().map(String::as_str).chain(inline).collect();
-                    inputs = inputs.value(format!("{} of {from}", names.join(" ")), part.content.as_bytes());
+                    inputs = inputs.files(from, &names.join(" "), part.content.as_bytes(), &part.files);
                 }
                 self.step(vertex, base, key, task, inputs, |root, _| {
                     let made = self.copy(copy, &parts, root)?;
