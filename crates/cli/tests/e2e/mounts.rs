@@ -228,7 +228,7 @@ fn key_files_sign_for_a_step_and_are_kept_nowhere() {
 #[test]
 fn networks_hosts_limits_and_shared_memory_are_as_asked() {
     let dockerfile = "FROM busybox\n\
-        RUN wc -l < /proc/net/dev > /default; cat /etc/hosts > /hosts.seen; hostname > /name; ulimit -n > /files\n\
+        RUN wc -l < /proc/net/dev > /default; cat /etc/hosts > /hosts.seen; cat /etc/resolv.conf > /resolv.seen; hostname > /name; ulimit -n > /files\n\
         RUN --network=none wc -l < /proc/net/dev > /none\n\
         RUN --network=host true\n\
         RUN df -k /dev/shm | tail -1 | tr -s ' ' | cut -d' ' -f2 > /shm\n";
@@ -259,6 +259,10 @@ fn networks_hosts_limits_and_shared_memory_are_as_asked() {
         text(&tree, "name", "buildkitsandbox\n");
         let local = "127.0.0.1\tlocalhost buildkitsandbox\n::1\tlocalhost ip6-localhost ip6-loopback\n";
         text(&tree, "hosts.seen", &format!("{local}10.1.2.3\tdb\n::2\tsix\n"));
+        // The host's names are the step's.
+        if let Ok(resolv) = std::fs::read_to_string("/etc/resolv.conf") {
+            text(&tree, "resolv.seen", &resolv);
+        }
         context.build(more).assert_all_cached();
         let again = context.build(&[&more[..8], &more[12..]].concat());
         assert!(again.instructions().iter().all(|(_, step)| *step == Step::Ran), "{}", again.ran);
