@@ -7,7 +7,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use plies_engine::IdRange;
-use plies_engine::build::{Secret, SecretSource, SshAgent};
+use plies_engine::build::{Entitlement, Secret, SecretSource, SshAgent, SshSource};
 use plies_engine::exec::{ExecutorChoice, ResourceLimit};
 use plies_oci::{Platform, Reference};
 
@@ -263,9 +263,12 @@ pub(crate) struct Build {
     /// Secret that RUN --mount=type=secret may ask for: `id=ID,src=FILE`, or `id=ID,env=NAME` for a variable's value
     #[arg(long, value_name = "id=ID[,src=FILE|,env=NAME]", value_parser = secret)]
     pub(crate) secret: Vec<Secret>,
-    /// SSH agent that RUN --mount=type=ssh may ask for [socket: $SSH_AUTH_SOCK]
-    #[arg(long, value_name = "default|ID[=SOCKET]", value_parser = ssh_agent)]
+    /// SSH agent that RUN --mount=type=ssh may ask for, or keys for one [default: the agent at $SSH_AUTH_SOCK]
+    #[arg(long, value_name = "default|ID[=SOCKET|KEYFILE,…]", value_parser = ssh_agent)]
     pub(crate) ssh: Vec<SshAgent>,
+    /// What the Dockerfile may ask for: `network.host`, `security.insecure`
+    #[arg(long, value_name = "ENTITLEMENT", value_delimiter = ',', value_parser = entitlement)]
+    pub(crate) allow: Vec<Entitlement>,
     /// Network of commands that do not say otherwise
     #[arg(long, value_enum, default_value_t, value_name = "NETWORK")]
     pub(crate) network: RunNetwork,
@@ -445,17 +448,34 @@ fn output(text: &str) -> Result<BuildOutput, String> {
 
 fn ssh_agent(text: &str) -> Result<SshAgent, String> {
     use std::os::unix::fs::FileTypeExt as _;
-    let (id, socket) = text.split_once('=').map_or((text, None), |(id, socket)| (id, Some(PathBuf::from(socket))));
+    let (id, paths) = text.split_once('=').map_or((text, ""), |(id, paths)| (id, paths));
     if id.is_empty() {
-        return Err("the id is missing: default, or ID=SOCKET".into());
+        return Err("the id is missing: default, ID=SOCKET or ID=KEYFILE[,KEYFILE]".into());
     }
-    let agent = || std::env::var_os("SSH_AUTH_SOCK").filter(|path| !path.is_empty()).map(PathBuf::from);
-    let socket = socket.or_else(agent).ok_or("no agent: SSH_AUTH_SOCK is not set; give ID=SOCKET")?;
-    match std::fs::metadata(&socket) {
-        Ok(found) if found.file_type().is_socket() => Ok(SshAgent { id: id.to_owned(), socket }),
-        Ok(_) => Err(format!("{} is no socket: add keys to an agent with ssh-add and give that", socket.display())),
-        Err(error) => Err(format!("{}: {error}", socket.display())),
+    let mut paths: Vec<PathBuf> = paths.split(',').filter(|path| !path.is_empty()).map(PathBuf::from).collect();
+    if paths.is_empty() {
+        let agent = std::env::var_os("SSH_AUTH_SOCK").filter(|path| !path.is_empty());
+        let agent = agent.ok_or("no agent: SSH_AUTH_SOCK is not set; give ID=SOCKET or ID=KEYFILE")?;
+        paths.push(agent.into());
     }
+    let kind = |path: &PathBuf| match std::fs::metadata(path) {
+        Ok(found) if found.file_type().is_socket() => Ok(true),
+        Ok(found) if found.is_file() => Ok(false),
+        Ok(_) => Err(format!("{} is neither a socket nor a key file", path.display())),
+        Err(error) => Err(format!("{}: {error}", path.display())),
+    };
+    let are_sockets = paths.iter().map(kind).collect::<Result<Vec<bool>, _>>()?;
+    let source = match (are_sockets.as_slice(), paths.pop()) {
+        ([true], Some(socket)) => SshSource::Socket(socket),
+        (all, last) if !all.contains(&true) => SshSource::Keys(paths.into_iter().chain(last).collect()),
+        _ => return Err("give one socket, or key files".into()),
+    };
+    Ok(SshAgent { id: id.to_owned(), source })
+}
+
+fn entitlement(text: &str) -> Result<Entitlement, String> {
+    let found = Entitlement::ALL.into_iter().find(|known| known.name() == text);
+    found.ok_or_else(|| format!("there are {}", Entitlement::ALL.map(Entitlement::name).join(" and ")))
 }
 
 /// A name and its address, with `:` or, as docker takes it too, `=` between.

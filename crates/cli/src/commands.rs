@@ -10,7 +10,7 @@ use anyhow::Context as _;
 use clap::CommandFactory as _;
 use clap::error::ErrorKind;
 use jiff::Timestamp;
-use plies_engine::build::{BuildRequest, RunOptions, TreeOutput};
+use plies_engine::build::{BuildRequest, Entitlement, RunOptions, TreeOutput};
 use plies_engine::dockerfile::Warning;
 use plies_engine::exec::Cancel;
 use plies_engine::{
@@ -355,6 +355,11 @@ fn run_build(engine: &Engine, global: &Global, build: args::Build, cancel: &Canc
     if !build_args.iter().any(|(key, _)| key == EPOCH) {
         build_args.extend(std::env::var(EPOCH).ok().map(|value| (EPOCH.to_owned(), value)));
     }
+    let mut allow = build.allow;
+    // As buildx: who gives all commands the host's network does not mind those that ask for it.
+    if build.network == args::RunNetwork::Host {
+        allow.push(Entitlement::NetworkHost);
+    }
     let request = BuildRequest {
         context: build.context,
         dockerfile: build.file,
@@ -377,6 +382,7 @@ fn run_build(engine: &Engine, global: &Global, build: args::Build, cancel: &Canc
         },
         secrets: build.secret,
         ssh: build.ssh,
+        allow,
     };
     if build.check {
         return show_warnings(&engine.check(&request)?, global);

@@ -8,8 +8,12 @@
 //! http = true                        # plain HTTP
 //! insecure = false                   # take any certificate
 //! ca = ["/etc/ssl/example.pem"]      # trust these as well
+//! keypair = { cert = "me.pem", key = "me.key" }   # who we are
 //! token-hosts = ["sso.example.org"]  # may get its credentials
 //! ```
+//!
+//! Certificates are also looked for where docker looks: in `/etc/docker/certs.d/HOST`, for other users than root in
+//! `docker/certs.d/HOST` of the XDG config directory.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -22,6 +26,9 @@ use crate::commands::search_path;
 
 /// The config file of root.
 const SYSTEM_CONFIG: &str = "/etc/plies/config.toml";
+
+/// Docker's certificates of root.
+const SYSTEM_CERTIFICATES: &str = "/etc/docker/certs.d";
 
 /// Bytes of a config file.
 const CONFIG_BYTES_MAX: u64 = 1 << 20;
@@ -38,6 +45,7 @@ pub(crate) fn registries(file: Option<&Path>) -> anyhow::Result<ClientOptions> {
     let var = |names: [&str; 2]| names.iter().find_map(|name| std::env::var(name).ok()).filter(|text| !text.is_empty());
     Ok(ClientOptions {
         hosts: read(file)?.registry,
+        certificate_dirs: certificate_dir().into_iter().collect(),
         credentials: Credentials { file: credentials(), search_path: search_path() },
         // As curl: HTTP_PROXY in capitals could come from a request's header, where ply runs as a CGI program.
         proxies: Proxies {
@@ -72,9 +80,21 @@ fn usual_file() -> Option<PathBuf> {
     if rustix::process::geteuid().is_root() {
         return Some(SYSTEM_CONFIG.into());
     }
+    user_config().map(|dir| dir.join("plies/config.toml"))
+}
+
+/// Docker's directory of certificates (`registry.CertsDir`).
+fn certificate_dir() -> Option<PathBuf> {
+    match rustix::process::geteuid().is_root() {
+        true => Some(SYSTEM_CERTIFICATES.into()),
+        false => user_config().map(|dir| dir.join("docker/certs.d")),
+    }
+}
+
+fn user_config() -> Option<PathBuf> {
     let config = std::env::var_os("XDG_CONFIG_HOME").map(PathBuf::from).filter(|path| path.is_absolute());
     let home = || std::env::var_os("HOME").map(|home| Path::new(&home).join(".config"));
-    config.or_else(home).map(|dir| dir.join("plies/config.toml"))
+    config.or_else(home)
 }
 
 /// Where docker and podman keep credentials: REGISTRY_AUTH_FILE is podman's word for it, DOCKER_CONFIG docker's.

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use base64::Engine as _;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use jiff::Timestamp;
-use plies_engine::progress::{Event, Outcome, Progress, TaskId};
+use plies_engine::progress::{Event, Outcome, Progress, Stream, TaskId};
 use serde_json::json;
 
 use crate::format;
@@ -91,7 +91,7 @@ impl Progress for Plain {
                     task.bytes += bytes;
                 }
             }
-            Event::Output { bytes } => {
+            Event::Output { bytes, .. } => {
                 if let Some(task) = tasks.get_mut(&id) {
                     let seconds = task.started.elapsed().as_secs_f32();
                     let mut rest = bytes;
@@ -104,7 +104,7 @@ impl Progress for Plain {
                     task.partial.extend_from_slice(rest);
                 }
             }
-            Event::Ended { outcome } => {
+            Event::Ended { outcome, .. } => {
                 let Some(task) = tasks.remove(&id) else { return };
                 if !task.partial.is_empty() {
                     say(task.number, &line_text(&task.partial));
@@ -143,8 +143,10 @@ struct RawJson {
 }
 
 struct RawTask {
-    /// What tells the vertex from others: BuildKit's is a digest of its definition.
+    /// What tells the vertex from others: of a build's step the digest of its definition, as in BuildKit.
     digest: String,
+    /// The vertices that it stands on.
+    inputs: Vec<String>,
     name: String,
     started: String,
     total_bytes: Option<u64>,
@@ -152,15 +154,20 @@ struct RawTask {
 }
 
 impl RawTask {
-    fn vertex(&self, completed: Option<&str>, outcome: Option<Outcome>) -> serde_json::Value {
+    fn vertex(&self, completed: Option<&str>, outcome: Option<Outcome>, error: Option<&str>) -> serde_json::Value {
         let mut vertex = json!({ "digest": self.digest, "name": self.name, "started": self.started });
+        // As BuildKit, without what is empty.
+        if !self.inputs.is_empty() {
+            vertex["inputs"] = json!(self.inputs);
+        }
         if let Some(completed) = completed {
             vertex["completed"] = json!(completed);
         }
         match outcome {
             Some(Outcome::Cached) => vertex["cached"] = json!(true),
-            Some(Outcome::Failed) => vertex["error"] = json!("failed"),
-            Some(Outcome::Canceled) => vertex["error"] = json!("canceled"),
+            Some(Outcome::Failed) => vertex["error"] = json!(error.unwrap_or("failed")),
+            // The text that clients of BuildKit know a cancel by.
+            Some(Outcome::Canceled) => vertex["error"] = json!("context canceled"),
             Some(Outcome::Done) | None => {}
         }
         json!({ "vertexes": [vertex] })
@@ -193,11 +200,14 @@ impl Progress for RawJson {
         let now = Timestamp::now().to_string();
         let mut lines = Vec::new();
         match event {
-            Event::Started { name, total_bytes } => {
+            Event::Started { name, total_bytes, vertex } => {
                 *count += 1;
-                let digest = digest_of(&format!("{count} {name}")).to_string();
-                let task = RawTask { digest, name: name.to_owned(), started: now, total_bytes, bytes: 0 };
-                lines.push(task.vertex(None, None));
+                // What is no part of a graph is told apart by its number.
+                let digest = vertex.map_or_else(|| digest_of(&format!("{count} {name}")), |vertex| vertex.digest);
+                let inputs = vertex.map_or(&[][..], |vertex| vertex.inputs);
+                let (digest, inputs) = (digest.to_string(), inputs.iter().map(ToString::to_string).collect());
+                let task = RawTask { digest, inputs, name: name.to_owned(), started: now, total_bytes, bytes: 0 };
+                lines.push(task.vertex(None, None, None));
                 tasks.insert(id, task);
             }
             Event::Advanced { bytes } => {
@@ -206,20 +216,24 @@ impl Progress for RawJson {
                     lines.push(task.status(&now, false));
                 }
             }
-            Event::Output { bytes } => {
+            Event::Output { stream, bytes } => {
                 if let Some(task) = tasks.get(&id) {
+                    let stream = match stream {
+                        Stream::Stdout => 1,
+                        Stream::Stderr => 2,
+                    };
                     let data = base64::engine::general_purpose::STANDARD.encode(bytes);
                     lines.push(json!({
-                        "logs": [{ "vertex": task.digest, "stream": 1, "data": data, "timestamp": now }],
+                        "logs": [{ "vertex": task.digest, "stream": stream, "data": data, "timestamp": now }],
                     }));
                 }
             }
-            Event::Ended { outcome } => {
+            Event::Ended { outcome, error } => {
                 let Some(task) = tasks.remove(&id) else { return };
                 if task.bytes > 0 {
                     lines.push(task.status(&now, true));
                 }
-                lines.push(task.vertex(Some(&now), Some(outcome)));
+                lines.push(task.vertex(Some(&now), Some(outcome), error));
             }
         }
         let mut out = std::io::stderr().lock();
@@ -277,7 +291,7 @@ impl Progress for Live {
     fn report(&self, id: TaskId, event: Event<'_>) {
         let mut bars = self.bars.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         match event {
-            Event::Started { name, total_bytes } => {
+            Event::Started { name, total_bytes, .. } => {
                 let bar = match total_bytes {
                     Some(total) => ProgressBar::new(total).with_style(style(
                         "{spinner} {msg:45!} [{bar:24}] {decimal_bytes:>9}/{decimal_total_bytes:9} {decimal_bytes_per_sec}",
@@ -296,7 +310,7 @@ impl Progress for Live {
                     task.bar.inc(bytes);
                 }
             }
-            Event::Output { bytes } => {
+            Event::Output { bytes, .. } => {
                 if let Some(task) = bars.get_mut(&id) {
                     task.take(bytes);
                     let shown = task.lines(TAIL_SHOWN_LINES);
@@ -306,7 +320,7 @@ impl Progress for Live {
                     }
                 }
             }
-            Event::Ended { outcome } => {
+            Event::Ended { outcome, .. } => {
                 let Some(task) = bars.remove(&id) else { return };
                 let (name, took) = (format::safe(&task.name), task.started.elapsed());
                 let seconds = took.as_secs_f32();

@@ -10,14 +10,16 @@
 //! build/        Dockerfile -> graph -> solve -> image
 //! run.rs        run, mount, umount         records.rs  `ply ref`
 //! space.rs      du, tree, gc, info       why.rs      what keeps something
+//! turns.rs      what several requests want at once is done by one
 //! prune.rs      what goes from the build cache
 //! dockerfile/ context/ exec/   the parts of a build that need no store
 //! ```
 //!
 //! # Locks
-//! Of a build's own: the queue of what is to be solved; a step's turn (`build::Steps`), held while the step is done;
+//! Of a build's own: the queue of what is to be solved; a step's turn (`turns.rs`), held while the step is done;
 //! then the caches in use (`build::CacheMounts`), held while one is taken. Whoever waits for a turn holds nothing, and
-//! whoever waits for a cache holds one turn and caches whose ids are lower. The store's own locks come after these.
+//! whoever waits for a cache holds one turn and caches whose ids are lower. Fetching an image takes the turns of all its
+//! blobs at once, and waits for nothing else then. The store's own locks come after these.
 
 mod archive;
 pub mod build;
@@ -34,6 +36,7 @@ mod records;
 mod run;
 mod save;
 mod space;
+mod turns;
 mod why;
 
 use std::path::Path;
@@ -41,9 +44,9 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use plies_archive::Limits;
-use plies_cache::{CacheError, Manager, ManagerOptions, SharedChecker};
+use plies_cache::{CacheError, CacheKey, Manager, ManagerOptions, SharedChecker};
 pub use plies_cache::{PruneOptions, parse_bytes, parse_duration};
-use plies_oci::ErrorKind;
+use plies_oci::{BlobDigest, ErrorKind};
 use plies_registry::ClientOptions;
 use plies_store::{
     Cancel, CatalogueError, GcMode, Holder, Lease, LeaseOptions, OpenError, OpenOptions, Stamp, Store, Transfer,
@@ -66,6 +69,7 @@ pub use records::{RecordSummary, RecordsError};
 pub use run::{RunError, RunRequest};
 pub use save::{Output, SaveError, SaveFormat};
 pub use space::{GcSummary, Info, RecordSpace, RecordTotals, SpaceError, SpaceReport, SpaceRow, SpaceTotals, TreeNode};
+use turns::Turns;
 pub use why::WhyNode;
 
 /// How to open an engine.
@@ -132,7 +136,9 @@ pub struct Engine {
     /// Caches that steps use, of all builds that run in this process.
     cache_mounts: build::CacheMounts,
     /// Steps that are worked on, of all builds that run in this process.
-    steps: build::Steps,
+    steps: Turns<CacheKey>,
+    /// Blobs that are fetched for images, by all requests of this process.
+    fetches: Turns<BlobDigest>,
 }
 
 impl Engine {
@@ -158,8 +164,8 @@ impl Engine {
         let checker: Option<Arc<dyn SharedChecker>> = Some(Arc::new(prune::ImageChecker::new(store.clone())));
         let cache_options = ManagerOptions { limits: limits.clone(), checker, warn: options.warn };
         let cache = Manager::open(store.clone(), cache_options)?;
-        let (cache_mounts, steps) = Default::default();
-        Ok(Self { store, cache, limits, registry: options.registry, cache_mounts, steps })
+        let (cache_mounts, steps, fetches) = Default::default();
+        Ok(Self { store, cache, limits, registry: options.registry, cache_mounts, steps, fetches })
     }
 
     /// What opening the store at `root` would migrate; changes nothing.
@@ -191,8 +197,12 @@ impl Engine {
         &self.store
     }
 
-    pub(crate) fn steps(&self) -> &build::Steps {
+    pub(crate) fn steps(&self) -> &Turns<CacheKey> {
         &self.steps
+    }
+
+    pub(crate) fn fetches(&self) -> &Turns<BlobDigest> {
+        &self.fetches
     }
 
     pub(crate) fn cache_mounts(&self) -> &build::CacheMounts {

@@ -301,6 +301,8 @@ impl Engine {
         progress: &dyn Progress,
         cancel: &Cancel,
     ) -> Result<ReadyImage, LoadError> {
+        // What another request fetches right now is here when it is done.
+        let _turn = self.fetches().take(offered.layers.iter().filter_map(|layer| layer.digest), cancel)?;
         self.take_image(offered, path, lease, progress, cancel).inspect_err(|error| {
             let kind = kind_at_registry(error).unwrap_or_else(|| error.kind());
             if !matches!(kind, ErrorKind::DataLoss | ErrorKind::InvalidInput | ErrorKind::Limit) {
@@ -431,6 +433,7 @@ impl Engine {
             return Err(TransferError::Gone { diff_id });
         };
         let session = self.registries(cancel);
+        let _turn = self.fetches().take([descriptor.digest], cancel)?;
         let mut failure = TransferError::Gone { diff_id };
         for repository in self.store().read(|rows| sources_of(rows, descriptor.digest))? {
             let open = |offset| {

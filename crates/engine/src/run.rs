@@ -285,6 +285,7 @@ impl Engine {
             hostname: found.id.hex()[..12].to_owned(),
             network: Network::Host,
             limits: Vec::new(),
+            insecure: false,
             secret: false,
             streams: Streams::Inherited { terminal: request.terminal },
         };

@@ -25,8 +25,20 @@ pub struct HostConfig {
     pub insecure: bool,
     /// PEM files of certificates to trust besides the system's.
     pub ca: Vec<PathBuf>,
+    /// What we show to a host that wants to know who we are.
+    pub keypair: Option<KeyPair>,
     /// Hosts of token services that may have the credentials of this host, besides its neighbours.
     pub token_hosts: Vec<String>,
+}
+
+/// A client's certificate (BuildKit's word, of which it has a list).
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct KeyPair {
+    /// PEM file of its key.
+    pub key: PathBuf,
+    /// PEM file of the certificate, and of those between it and the host's own CA.
+    pub cert: PathBuf,
 }
 
 /// A repository on a host.

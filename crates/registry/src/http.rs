@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::hash::{BuildHasher as _, RandomState};
 use std::io::{self, Read};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -12,11 +12,11 @@ use plies_oci::BlobDigest;
 use serde::Deserialize;
 use ureq::http::header::{self, HeaderName, HeaderValue};
 use ureq::http::{Method, Request, Response, StatusCode, Uri};
-use ureq::tls::{Certificate, PemItem, RootCerts, TlsConfig};
+use ureq::tls::{Certificate, ClientCert, PemItem, PrivateKey, RootCerts, TlsConfig};
 use ureq::{Agent, Body, SendBody};
 
 use crate::auth::{Auth, Scope};
-use crate::host::{Endpoint, HostConfig, is_inward, without_port};
+use crate::host::{Endpoint, HostConfig, KeyPair, is_inward, without_port};
 use crate::{Credentials, RegistryError, Repository};
 
 /// What this client calls itself.
@@ -104,6 +104,9 @@ impl RetryPolicy {
 pub struct ClientOptions {
     /// By host with port, as references name it.
     pub hosts: BTreeMap<String, HostConfig>,
+    /// Directories with one for each host, as docker has them in `/etc/docker/certs.d`: `HOST/*.crt` are certificates to
+    /// trust, `HOST/*.cert` with `HOST/*.key` say who we are. Of several of those the first by name counts.
+    pub certificate_dirs: Vec<PathBuf>,
     /// Where credentials are looked for.
     pub credentials: Credentials,
     /// Proxies.
@@ -427,16 +430,88 @@ impl Client {
             found.iter().map(|one| Certificate::from_der(one).to_owned()).collect()
         });
         let mut roots = system.clone();
-        for path in said.iter().flat_map(|said| &said.ca) {
+        let mut keypair = said.and_then(|said| said.keypair.clone());
+        let mut trusted = said.map_or_else(Vec::new, |said| said.ca.clone());
+        for dir in &self.options.certificate_dirs {
+            let found = HostCertificates::in_dir(dir, authority)?;
+            trusted.extend(found.trusted);
+            keypair = keypair.or(found.keypair);
+        }
+        for path in &trusted {
             roots.extend(certificates(path)?);
         }
+        let client_certificate = keypair.as_ref().map(client_certificate).transpose()?;
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         Ok(TlsConfig::builder()
             .root_certs(RootCerts::Specific(Arc::new(roots)))
+            .client_cert(client_certificate)
             .disable_verification(said.is_some_and(|said| said.insecure))
             .unversioned_rustls_crypto_provider(provider)
             .build())
     }
+}
+
+/// What a directory of certificates has for a host.
+#[derive(Debug, Default)]
+struct HostCertificates {
+    trusted: Vec<PathBuf>,
+    keypair: Option<KeyPair>,
+}
+
+impl HostCertificates {
+    /// Looks for those of `authority` in `dir`, where there may be none.
+    fn in_dir(dir: &Path, authority: &str) -> Result<Self, RegistryError> {
+        let mut this = Self::default();
+        // A host that somebody sends us to is no way to other directories.
+        if authority.starts_with('.') {
+            return Ok(this);
+        }
+        let dir = dir.join(authority);
+        let failed = |source| RegistryError::Certificates { path: dir.clone(), source };
+        let names = match std::fs::read_dir(&dir) {
+            // As docker: what only others may read is for others.
+            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied) => {
+                return Ok(this);
+            }
+            entries => {
+                entries.and_then(|entries| entries.map(|entry| Ok(entry?.path())).collect::<io::Result<Vec<_>>>())
+            }
+        };
+        let mut names = names.map_err(failed)?;
+        names.sort();
+        for path in &names {
+            match path.extension().and_then(|end| end.to_str()) {
+                Some("crt") => this.trusted.push(path.clone()),
+                Some("cert") if this.keypair.is_none() => {
+                    let key = path.with_extension("key");
+                    if !names.contains(&key) {
+                        let why = format!("its key {} is missing; a CA's certificate ends in .crt", key.display());
+                        let source = io::Error::new(io::ErrorKind::NotFound, why);
+                        return Err(RegistryError::Certificates { path: path.clone(), source });
+                    }
+                    this.keypair = Some(KeyPair { key, cert: path.clone() });
+                }
+                _ => {}
+            }
+        }
+        Ok(this)
+    }
+}
+
+fn client_certificate(pair: &KeyPair) -> Result<ClientCert, RegistryError> {
+    use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _};
+    let failed = |source| RegistryError::Certificates { path: pair.key.clone(), source };
+    let invalid = |why: String| failed(io::Error::new(io::ErrorKind::InvalidData, why));
+    let text = std::fs::read(&pair.key).map_err(failed)?;
+    let key = PrivateKeyDer::from_pem_slice(&text).map_err(|error| invalid(error.to_string()))?;
+    let chain = certificates(&pair.cert)?;
+    // Looked at here: the client takes it for granted that one is the other's, and panics.
+    let ders = chain.iter().map(|one| CertificateDer::from(one.der().to_vec())).collect();
+    let provider = rustls::crypto::ring::default_provider();
+    let matched = rustls::sign::CertifiedKey::from_der(ders, key, &provider);
+    matched.map_err(|error| invalid(format!("it is not the key of {}: {error}", pair.cert.display())))?;
+    let key = PrivateKey::from_pem(&text).map_err(|error| invalid(error.to_string()))?;
+    Ok(ClientCert::new_with_certs(&chain, key))
 }
 
 fn certificates(path: &PathBuf) -> Result<Vec<Certificate<'static>>, RegistryError> {

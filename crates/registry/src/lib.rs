@@ -31,7 +31,7 @@ mod push;
 pub use credentials::{CredentialError, Credentials};
 pub use download::Download;
 pub use error::RegistryError;
-pub use host::{HostConfig, Repository};
+pub use host::{HostConfig, KeyPair, Repository};
 pub use http::{Client, ClientOptions, Open, Proxies, RetryPolicy};
 pub use pull::{BlobReader, Fetched};
 pub use push::{PushedBlob, Upload};

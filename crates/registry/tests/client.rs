@@ -9,12 +9,13 @@ use std::time::Duration;
 
 use plies_oci::{BlobDigest, Descriptor, ErrorKind, MediaType, Reference};
 use plies_registry::{
-    Client, ClientOptions, Credentials, HostConfig, PushedBlob, RegistryError, Repository, RetryPolicy, Upload,
+    Client, ClientOptions, Credentials, HostConfig, KeyPair, PushedBlob, RegistryError, Repository, RetryPolicy, Upload,
 };
 use plies_testkit::image::{Image, Packing};
-use plies_testkit::registry::{Fault, FaultyRegistry, TokenAuth};
+use plies_testkit::registry::{DockerRegistry, Fault, FaultyRegistry, TokenAuth};
 use plies_testkit::scratch::Scratch;
 use plies_testkit::tar::Member;
+use plies_testkit::tools;
 
 /// Base64 of `me:canary-password`.
 const BASIC: &str = "Basic bWU6Y2FuYXJ5LXBhc3N3b3Jk";
@@ -488,4 +489,51 @@ fn stopping_ends_waits_and_reads() {
         });
         assert!(matches!(client.resolve(&name), Err(RegistryError::Stopped)));
     }
+}
+
+#[test]
+fn a_registry_that_asks_who_we_are_is_told_as_docker_tells_it() {
+    if !tools::have(&["docker-registry", "openssl"]) {
+        return;
+    }
+    let scratch = Scratch::new();
+    let registry = DockerRegistry::start_mutual_tls(&scratch.join("registry"));
+    let reference: Reference = format!("{}/team/app:1", registry.host()).parse().unwrap();
+    // Loopback is plain HTTP unless somebody says otherwise.
+    let tls = HostConfig { http: Some(false), ..HostConfig::default() };
+    let ask = |options: ClientOptions| client(options).resolve(&reference).map(drop).unwrap_err();
+    let in_config = |config: HostConfig| ask(with_host(options(), &registry.host(), config));
+    let certificates = scratch.dir("certs.d");
+    let in_dir = || {
+        let certificate_dirs = vec![certificates.clone()];
+        ask(ClientOptions { certificate_dirs, ..with_host(options(), &registry.host(), tls.clone()) })
+    };
+    let of_registry = |name: &str| scratch.join("registry").join(name);
+    let put = |from: &str, name: &str| {
+        let dir = scratch.dir(std::path::Path::new("certs.d").join(registry.host()));
+        std::fs::copy(of_registry(from), dir.join(name)).unwrap();
+    };
+    let is_in = |error: &RegistryError| matches!(error, RegistryError::NotFound { .. });
+
+    // Neither knows the other, then we know it, then it knows us: it has no such image.
+    assert!(!is_in(&in_dir()));
+    put("certificate.pem", "ca.crt");
+    assert!(!is_in(&in_dir()));
+    put("client.cert", "client.cert");
+    let no_key = in_dir();
+    assert!(format!("{:?}", no_key).contains("client.key") && no_key.kind() == ErrorKind::InvalidInput, "{no_key:?}");
+    put("client.key", "client.key");
+    let inside = in_dir();
+    assert!(is_in(&inside), "{inside:?}");
+    // A key that is not the certificate's.
+    put("key.pem", "client.key");
+    let other = in_dir();
+    assert!(format!("{other:?}").contains("not the key of") && other.kind() == ErrorKind::InvalidInput, "{other:?}");
+
+    let ca = vec![of_registry("certificate.pem")];
+    let known = HostConfig { ca, ..tls.clone() };
+    assert!(!is_in(&in_config(known.clone())));
+    let keypair = Some(KeyPair { key: of_registry("client.key"), cert: of_registry("client.cert") });
+    let inside = in_config(HostConfig { keypair, ..known });
+    assert!(is_in(&inside), "{inside:?}");
 }

@@ -6,6 +6,8 @@
 use std::io::{self, Read, Write};
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use plies_oci::BlobDigest;
+
 use crate::Cancel;
 
 /// Names a task within one request.
@@ -34,6 +36,8 @@ pub enum Event<'a> {
         name: &'a str,
         /// How many bytes it will take in, if known.
         total_bytes: Option<u64>,
+        /// What it is, for programs, if it is a part of a graph.
+        vertex: Option<Vertex<'a>>,
     },
     /// It took in this many more bytes.
     Advanced {
@@ -42,6 +46,8 @@ pub enum Event<'a> {
     },
     /// The command it runs wrote this.
     Output {
+        /// Where to.
+        stream: Stream,
         /// As written, any encoding, not necessarily whole lines.
         bytes: &'a [u8],
     },
@@ -49,7 +55,27 @@ pub enum Event<'a> {
     Ended {
         /// How.
         outcome: Outcome,
+        /// Of one that failed: why, if more is known than that.
+        error: Option<&'a str>,
     },
+}
+
+/// A part of a graph of work.
+#[derive(Debug, Clone, Copy)]
+pub struct Vertex<'a> {
+    /// Digest of what is to be done, with all below it: the same whenever that is asked for.
+    pub digest: BlobDigest,
+    /// The digests of what it stands on.
+    pub inputs: &'a [BlobDigest],
+}
+
+/// A stream that a command writes to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stream {
+    /// Standard output.
+    Stdout,
+    /// Standard error; also what we say ourselves.
+    Stderr,
 }
 
 /// Takes reports, from several threads at once.
@@ -85,8 +111,17 @@ static NEXT_TASK: AtomicU64 = AtomicU64::new(1);
 impl<'p> Task<'p> {
     /// Reports that it begins.
     pub fn start(progress: &'p dyn Progress, name: &str, total_bytes: Option<u64>) -> Self {
+        Self::begin(progress, Event::Started { name, total_bytes, vertex: None })
+    }
+
+    /// Reports that a part of a graph begins.
+    pub fn start_vertex(progress: &'p dyn Progress, name: &str, vertex: Vertex<'_>) -> Self {
+        Self::begin(progress, Event::Started { name, total_bytes: None, vertex: Some(vertex) })
+    }
+
+    fn begin(progress: &'p dyn Progress, started: Event<'_>) -> Self {
         let id = TaskId(NEXT_TASK.fetch_add(1, Ordering::Relaxed));
-        progress.report(id, Event::Started { name, total_bytes });
+        progress.report(id, started);
         Self { id, progress, ended: false }
     }
 
@@ -96,14 +131,20 @@ impl<'p> Task<'p> {
     }
 
     /// Reports what its command wrote.
-    pub fn output(&self, bytes: &[u8]) {
-        self.progress.report(self.id, Event::Output { bytes });
+    pub fn output(&self, stream: Stream, bytes: &[u8]) {
+        self.progress.report(self.id, Event::Output { stream, bytes });
     }
 
     /// Reports that it ended, and how.
     pub fn end(mut self, outcome: Outcome) {
         self.ended = true;
-        self.progress.report(self.id, Event::Ended { outcome });
+        self.progress.report(self.id, Event::Ended { outcome, error: None });
+    }
+
+    /// Reports that it failed, and why.
+    pub fn fail(mut self, error: &str) {
+        self.ended = true;
+        self.progress.report(self.id, Event::Ended { outcome: Outcome::Failed, error: Some(error) });
     }
 }
 
@@ -151,7 +192,7 @@ impl<T: Write> Write for Watched<'_, T> {
 impl Drop for Task<'_> {
     fn drop(&mut self) {
         if !self.ended {
-            self.progress.report(self.id, Event::Ended { outcome: Outcome::Failed });
+            self.progress.report(self.id, Event::Ended { outcome: Outcome::Failed, error: None });
         }
     }
 }

@@ -36,15 +36,16 @@ impl DockerRegistry {
 
     /// Starts one that speaks TLS, with a certificate of its own making: `certificate.pem` in `dir`.
     pub fn start_tls(dir: &Path) -> Self {
-        fs::create_dir_all(dir).unwrap_or_else(|error| panic!("make {}: {error}", dir.display()));
-        let (certificate, key) = (dir.join("certificate.pem"), dir.join("key.pem"));
-        let mut openssl = Command::new("openssl");
-        openssl.args(["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"]);
-        openssl.args(["-subj", "/CN=test", "-addext", "subjectAltName=IP:127.0.0.1"]);
-        openssl.args(["-addext", "basicConstraints=critical,CA:FALSE"]);
-        tools::run(openssl.arg("-keyout").arg(&key).arg("-out").arg(&certificate));
-        let tls = format!("  tls:\n    certificate: {}\n    key: {}\n", certificate.display(), key.display());
-        Self::start_with(dir, None, &tls)
+        Self::start_with(dir, None, &server_tls(dir))
+    }
+
+    /// The same, and it speaks only with who has the key to a certificate that it knows: `client.cert` and `client.key`
+    /// in `dir`.
+    pub fn start_mutual_tls(dir: &Path) -> Self {
+        let tls = server_tls(dir);
+        let client = dir.join("client.cert");
+        make_certificate(&client, &dir.join("client.key"));
+        Self::start_with(dir, None, &format!("{tls}    clientcas:\n      - {}\n", client.display()))
     }
 
     fn start_with(dir: &Path, user: Option<(&str, &str)>, tls: &str) -> Self {
@@ -98,6 +99,23 @@ impl Drop for DockerRegistry {
     }
 }
 
+/// Makes a certificate of a registry, and the part of its configuration that names it.
+fn server_tls(dir: &Path) -> String {
+    fs::create_dir_all(dir).unwrap_or_else(|error| panic!("make {}: {error}", dir.display()));
+    let (certificate, key) = (dir.join("certificate.pem"), dir.join("key.pem"));
+    make_certificate(&certificate, &key);
+    format!("  tls:\n    certificate: {}\n    key: {}\n", certificate.display(), key.display())
+}
+
+/// A certificate that says so itself, for this machine.
+fn make_certificate(certificate: &Path, key: &Path) {
+    let mut openssl = Command::new("openssl");
+    openssl.args(["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"]);
+    openssl.args(["-subj", "/CN=test", "-addext", "subjectAltName=IP:127.0.0.1"]);
+    openssl.args(["-addext", "basicConstraints=critical,CA:FALSE"]);
+    tools::run(openssl.arg("-keyout").arg(key).arg("-out").arg(certificate));
+}
+
 fn free_address() -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").expect("because loopback has free ports");
     listener.local_addr().expect("because it is bound")
@@ -129,6 +147,8 @@ pub enum Fault {
     },
     /// Somewhere else.
     Redirect(String),
+    /// The answer comes once everything is healed.
+    Held,
 }
 
 /// A request that came.
@@ -344,6 +364,9 @@ fn serve(stream: &TcpStream, address: SocketAddr, state: &Mutex<State>) -> std::
             // What came of an upload stays, as real ones keep it.
             keep_part(state, &seen);
             return stream.shutdown(std::net::Shutdown::Both);
+        }
+        while matches!(fault, Some(Fault::Held)) && !lock(state).faults.is_empty() {
+            std::thread::sleep(Duration::from_millis(5));
         }
         let answer = match &fault {
             Some(Fault::Status(status, headers)) => {

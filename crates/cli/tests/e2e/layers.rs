@@ -441,6 +441,33 @@ fn an_image_built_elsewhere_answers_for_steps_and_is_named() {
 }
 
 #[test]
+fn steps_side_by_side_are_found_in_different_images() {
+    let (Some(here), Some(there)) = (store(), store()) else { return };
+    let base = Image::new("localhost/base:1").layer(&[Member::dir("etc")], Packing::Gzip);
+    load(&here, &base);
+    load(&there, &base);
+    let sources = ["one", "two"].map(|name| {
+        let context = Context::new(&here, &format!("FROM localhost/base:1\nCOPY {name} /{name}\n"));
+        context.file(name, name.repeat(1000));
+        context.build(&[]);
+        let archive = here.scratch().join("built.tar");
+        here.ok(args!["save", "-o", archive, "built:latest"]);
+        there.ok(args!["load", "-i", archive]);
+        there.ok(args!["tag", "built:latest", format!("localhost/{name}:1")]);
+        ["--cache-from".to_owned(), format!("localhost/{name}:1")]
+    });
+    let context = Context::new(
+        &there,
+        "FROM localhost/base:1 AS one\nCOPY one /one\nFROM localhost/base:1 AS two\nCOPY two /two\n\
+         FROM localhost/base:1\nCOPY --from=one /one /\nCOPY --from=two /two /\n",
+    );
+    context.file("one", "one".repeat(1000));
+    context.file("two", "two".repeat(1000));
+    let ran = context.build(&sources.concat().into_iter().map(Into::into).collect::<Vec<_>>());
+    assert_eq!((ran.step("COPY one"), ran.step("COPY two")), (Step::Cached, Step::Cached), "{}", ran.ran);
+}
+
+#[test]
 fn c01_an_image_whose_history_only_looks_the_same_answers_for_nothing() {
     let Some(ply) = store() else { return };
     let base = Image::new("localhost/base:1").layer(&[Member::dir("etc")], Packing::Gzip);

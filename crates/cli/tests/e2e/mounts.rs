@@ -3,7 +3,7 @@
 use std::os::unix::net::UnixListener;
 use std::process::Command;
 
-use plies_testkit::{args, ply::Ply, scratch::mounts_below, tree::Tree};
+use plies_testkit::{args, ply::Ply, scratch::mounts_below, tools, tree::Tree};
 use serde_json::Value;
 
 use crate::build::executors;
@@ -173,7 +173,7 @@ fn a_required_secret_or_agent_that_is_missing_is_told_at_its_line() {
     }
     let context = Context::new(&ply, "FROM busybox\nRUN --mount=type=ssh test -z \"$SSH_AUTH_SOCK\"\n");
     context.build(args![]);
-    for bad in [["--secret", "src=x"], ["--secret", "id=x,src=/no/such"], ["--ssh", "default=/etc/passwd"]] {
+    for bad in [["--secret", "src=x"], ["--secret", "id=x,src=/no/such"], ["--ssh", "default=/dev/null"]] {
         ply.fails(2, &context.args(args![bad[0], bad[1]]));
     }
 }
@@ -199,9 +199,36 @@ fn the_socket_of_an_agent_is_there_for_whom_it_is() {
 }
 
 #[test]
+fn key_files_sign_for_a_step_and_are_kept_nowhere() {
+    if !tools::have(&["ssh-agent", "ssh-add", "ssh-keygen"]) {
+        return;
+    }
+    let dockerfile = "FROM busybox\nRUN --mount=type=ssh test -S \"$SSH_AUTH_SOCK\" && touch /done\n";
+    each(dockerfile, |context, executor| {
+        let dir = context.ply.scratch().dir("keys");
+        let keys = ["one", "other"].map(|name| dir.join(name));
+        for key in &keys {
+            tools::run(Command::new("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-f"]).arg(key));
+        }
+        let given = format!("default={},{}", keys[0].display(), keys[1].display());
+        context.build(args!["--executor", executor, "--ssh", given]);
+        assert!(tree_of(context.ply, "built:latest").find("done").is_some());
+        let text = std::fs::read_to_string(&keys[0]).unwrap();
+        let line = text.lines().nth(1).unwrap();
+        for name in files(&context.ply.root()).into_keys() {
+            let kept = std::fs::read(context.ply.root().join(&name)).unwrap_or_default();
+            assert!(!kept.windows(line.len()).any(|window| window == line.as_bytes()), "{}", name.display());
+        }
+        let no_key = format!("default={}", context.ply.scratch().file("text", "no key").display());
+        let failed = context.build_fails(args!["--no-cache", "--executor", executor, "--ssh", no_key]);
+        assert!(failed.stderr.contains("no SSH key") && failed.stderr.contains("Dockerfile:2"), "{failed}");
+    });
+}
+
+#[test]
 fn networks_hosts_limits_and_shared_memory_are_as_asked() {
     let dockerfile = "FROM busybox\n\
-        RUN wc -l < /proc/net/dev > /default; cat /etc/hosts > /hosts.seen; hostname > /name; ulimit -n > /files\n\
+        RUN wc -l < /proc/net/dev > /default; cat /etc/hosts > /hosts.seen; cat /etc/resolv.conf > /resolv.seen; hostname > /name; ulimit -n > /files\n\
         RUN --network=none wc -l < /proc/net/dev > /none\n\
         RUN --network=host true\n\
         RUN df -k /dev/shm | tail -1 | tr -s ' ' | cut -d' ' -f2 > /shm\n";
@@ -218,7 +245,9 @@ fn networks_hosts_limits_and_shared_memory_are_as_asked() {
             "--ulimit",
             "nofile=77:99",
             "--shm-size",
-            "3m"
+            "3m",
+            "--allow",
+            "network.host"
         ];
         context.build(more);
         let tree = tree_of(context.ply, "built:latest");
@@ -230,14 +259,42 @@ fn networks_hosts_limits_and_shared_memory_are_as_asked() {
         text(&tree, "name", "buildkitsandbox\n");
         let local = "127.0.0.1\tlocalhost buildkitsandbox\n::1\tlocalhost ip6-localhost ip6-loopback\n";
         text(&tree, "hosts.seen", &format!("{local}10.1.2.3\tdb\n::2\tsix\n"));
+        // The host's names are the step's.
+        if let Ok(resolv) = std::fs::read_to_string("/etc/resolv.conf") {
+            text(&tree, "resolv.seen", &resolv);
+        }
         context.build(more).assert_all_cached();
-        let again = context.build(&more[..8]);
+        let again = context.build(&[&more[..8], &more[12..]].concat());
         assert!(again.instructions().iter().all(|(_, step)| *step == Step::Ran), "{}", again.ran);
     });
-    let Some(ply) = store().filter(busybox) else { return };
-    let context = Context::new(&ply, "FROM busybox\nRUN --security=insecure true\n");
-    let failed = context.build_fails(args![]);
-    assert!(failed.stderr.contains("--security=insecure") && failed.stderr.contains("Dockerfile:2"), "{failed}");
+}
+
+#[test]
+fn what_leaves_the_sandbox_is_allowed_by_whoever_builds() {
+    let dockerfile = "FROM busybox\n\
+        RUN --security=insecure mount -t tmpfs none /mnt 2>&1 && echo mounted > /done\n\
+        RUN --network=host true\n";
+    each(&dockerfile.replace("/mnt", "/tmp"), |context, executor| {
+        let before = files(&context.ply.root());
+        let executor = args!["--executor", executor];
+        let failed = context.build_fails(executor);
+        let told = "--security=insecure is not allowed: build with --allow security.insecure";
+        assert!(failed.stderr.contains(told) && failed.stderr.contains("Dockerfile:2"), "{failed}");
+        let failed = context.build_fails(&[executor, args!["--allow", "security.insecure"]].concat());
+        let told = "--network=host is not allowed: build with --allow network.host";
+        assert!(failed.stderr.contains(told) && failed.stderr.contains("Dockerfile:3"), "{failed}");
+        assert_eq!(files(&context.ply.root()), before);
+        let all = [executor, args!["--allow", "security.insecure,network.host"]].concat();
+        context.build(&all);
+        text(&tree_of(context.ply, "built:latest"), "done", "mounted\n");
+        context.build(&all).assert_all_cached();
+        // As buildx: the host's network for all is the host's network for one.
+        context.build(&[executor, args!["--allow", "security.insecure", "--network", "host"]].concat());
+        // In its sandbox it is another step.
+        context.file("Dockerfile", "FROM busybox\nRUN mount -t tmpfs none /tmp 2>&1 && echo mounted > /done\n");
+        context.build_fails(&all);
+        context.ply.fails(2, &context.args(args!["--allow", "everything"]));
+    });
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use std::fs;
 
 use plies_testkit::{args, ply::Ply, tree::Tree};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::common::{Context, Step, busybox, interrupted, store, tree_of};
 
@@ -169,7 +169,27 @@ fn progress_as_json_has_buildkits_names() {
     assert!(step(true).get("cached").is_none());
     let log = lines.iter().find_map(|line| line["logs"].get(0)).unwrap();
     assert_eq!((log["vertex"].clone(), log["data"].as_str()), (step(true)["digest"].clone(), Some("b3V0Cg==")));
+    assert_eq!(log["stream"], 1);
     let again = read(&ply.ok(&args).stderr);
+    let digest_in = |lines: &[Value], end: &str| {
+        let vertexes = lines.iter().filter_map(|line| line["vertexes"].get(0));
+        let found = vertexes.filter(|vertex| vertex["name"].as_str().unwrap().ends_with(end)).next_back().unwrap();
+        (found["digest"].as_str().unwrap().to_owned(), found["inputs"].clone(), found["error"].clone())
+    };
+    // The same file is the same graph, and of another only what stands on the change is.
+    let (digest, inputs, error) = digest_in(&again, "RUN echo out");
+    let (base, none, _) = digest_in(&again, "FROM busybox");
+    assert_eq!((digest.as_str(), &inputs), (step(true)["digest"].as_str().unwrap(), &json!([base])));
+    assert!(none.is_null() && error.is_null());
+    context.file("Dockerfile", "FROM busybox\nRUN echo out\nRUN echo err >&2; exit 3\n");
+    let failed =
+        read(&ply.fails(1, &args).stderr.lines().filter(|line| line.starts_with('{')).collect::<Vec<_>>().join("\n"));
+    assert_eq!(digest_in(&failed, "RUN echo out").0, digest);
+    let (other, inputs, error) = digest_in(&failed, "exit 3");
+    assert_eq!((other != digest, inputs), (true, json!([digest])));
+    assert!(error.as_str().unwrap().contains("exit code 3"), "{error}");
+    let log = failed.iter().filter_map(|line| line["logs"].get(0)).find(|log| log["vertex"] == other).unwrap();
+    assert_eq!((log["stream"].clone(), log["data"].as_str()), (json!(2), Some("ZXJyCg==")));
     assert!(again.iter().any(|line| line["vertexes"][0]["cached"] == true), "{again:?}");
 }
 
@@ -223,6 +243,17 @@ fn a_step_that_is_not_cached_says_what_changed() {
     assert_eq!(explained(args![]), ["what is mounted", "the tree that it stands on"]);
     context.file("a", "changed");
     let changed = explained(args![]);
-    assert_eq!(changed[0], "a b of the context");
+    assert_eq!(changed[0], "a of the context");
     assert_eq!(changed[1..], ["the tree that it stands on", "the tree that it stands on"]);
+
+    context.file("Dockerfile", "FROM busybox\nCOPY dir /d/\n");
+    ["dir/one", "dir/sub/two", "dir/sub/three"].iter().for_each(|name| drop(context.file(name, name)));
+    context.build(args![]);
+    context.file("dir/sub/two", "changed");
+    context.file("dir/sub/four", "new");
+    std::fs::remove_file(context.dir.join("dir/one")).unwrap();
+    assert_eq!(
+        explained(args![]),
+        ["dir/one of the context (gone), dir/sub/four of the context (new), dir/sub/two of the context"]
+    );
 }

@@ -11,8 +11,6 @@
 //! and buildah's forms, and count only where they can be read in one way. A result that was found by text is not
 //! remembered by the step's key: it holds for builds that name the image.
 
-use std::sync::{Mutex, PoisonError};
-
 use plies_cache::CacheKey;
 use plies_image::history_cache::{
     history_of, instruction_of, is_run_of, is_valid_parent, key_of_entry, layer_of_entry,
@@ -56,8 +54,6 @@ struct Source {
 /// The sources of one build.
 pub(crate) struct CacheFrom {
     sources: Vec<Source>,
-    /// The source that answered, from then on the only one: two may agree so far and differ in what they stand on.
-    chosen: Mutex<Option<usize>>,
     /// A source was named that carries no keys.
     without_keys: bool,
 }
@@ -70,6 +66,8 @@ pub(crate) struct FromImage {
     pub(crate) created: Option<Stamp>,
     /// Found by the step's key, not by what a history says of it.
     pub(crate) by_key: bool,
+    /// By its number, the image that steps on top of this one are looked for in; `None` for a step that stands on nothing.
+    pub(crate) source: Option<usize>,
     /// Which image, and which entry of its history.
     pub(crate) says: String,
 }
@@ -94,12 +92,20 @@ impl CacheFrom {
         }
         let without_keys =
             sources.iter().any(|source| source.history.iter().all(|entry| key_of_entry(entry).is_none()));
-        Self { sources, chosen: Mutex::new(None), without_keys }
+        Self { sources, without_keys }
     }
 
     /// Finds the result of the step with this key on the layers `below`; on any, if that is `None`. `story` is what a
-    /// history says that tells of it, or nothing if no text could.
-    pub(crate) fn find(&self, below: Option<&[DiffId]>, key: &CacheKey, story: &[&Told]) -> Option<FromImage> {
+    /// history says that tells of it, or nothing if no text could. `chosen` is the source that answered for a step below,
+    /// from there on the only one: two may agree so far and differ in what they stand on. Steps side by side choose
+    /// for themselves, so it does not matter which comes first.
+    pub(crate) fn find(
+        &self,
+        below: Option<&[DiffId]>,
+        chosen: Option<usize>,
+        key: &CacheKey,
+        story: &[&Told],
+    ) -> Option<FromImage> {
         let key = key.to_string();
         let answers = |source: &Source| {
             let stands = |index: &usize| below.is_none_or(|below| source.stands_on(*index, below));
@@ -111,20 +117,15 @@ impl CacheFrom {
             (by_key || diff_id.is_some() || matches!(story.last(), Some(Told::Run { .. })))
                 .then_some((index, by_key, diff_id))
         };
-        let mut chosen = self.chosen.lock().unwrap_or_else(PoisonError::into_inner);
         let may = |at: usize| below.is_none() || chosen.is_none_or(|chosen| chosen == at);
         let mut sources = self.sources.iter().enumerate().filter(|(at, _)| may(*at));
         let (at, (index, by_key, diff_id)) = sources.find_map(|(at, source)| Some((at, answers(source)?)))?;
-        if below.is_some() {
-            *chosen = Some(at);
-        }
-        drop(chosen);
         let (source, entry) = (&self.sources[at], &self.sources[at].history[index]);
         let time: Option<jiff::Timestamp> = entry["created"].as_str().and_then(|text| text.parse().ok());
         let created = time.map(|time| Stamp::from(std::time::SystemTime::from(time)));
         let text: String = entry["created_by"].as_str().unwrap_or("").chars().take(QUOTED_CHARS_MAX).collect();
         let says = format!("cached: image {}, history entry {index}: {text}", source.name);
-        Some(FromImage { diff_id, created, by_key, says })
+        Some(FromImage { diff_id, created, by_key, source: below.map(|_| at), says })
     }
 
     /// What else to say of a step that was not found.

@@ -4,9 +4,12 @@
 //! each standing on earlier ones; instructions that only change the config change the config. What comes out no longer
 //! knows about Dockerfiles: the solver sees operations and inputs, nothing else.
 
-use plies_image::history_cache::history_of;
-use plies_oci::{BlobDigest, DiffId, ImageConfig, Platform, Reference};
+use std::fmt;
 
+use plies_image::history_cache::history_of;
+use plies_oci::{BlobDigest, DiffId, ImageConfig, Platform, Reference, Sha256Hasher};
+
+use super::Entitlement;
 use super::cache_from::Told;
 use super::config::{Config, DEFAULT_PATH, HistoryEntry};
 use super::remote::{Download, GitSource, Remote};
@@ -18,8 +21,15 @@ use crate::dockerfile::{
 };
 
 /// A vertex of a [`Graph`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) struct VertexId(pub(super) usize);
+
+impl fmt::Debug for VertexId {
+    /// Without its number, which means nothing outside of its graph: what it stands for has a digest.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("VertexId")
+    }
+}
 
 /// Where an operation takes files from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -41,6 +51,7 @@ pub(crate) struct RunOp {
     pub(crate) user: String,
     pub(crate) mounts: Vec<MountOp>,
     pub(crate) network: RunNetwork,
+    pub(crate) security: RunSecurity,
 }
 
 /// What a process sees beside its tree.
@@ -138,6 +149,8 @@ pub(crate) struct Vertex {
     pub(crate) location: Location,
     /// It is done, whatever is cached.
     pub(crate) no_cache: bool,
+    /// Digest of the operation and of all that it stands on, before any file is looked at.
+    pub(crate) digest: BlobDigest,
     /// The instruction that it stands for, if the text of a history tells all of what it takes in.
     line: Option<LineId>,
 }
@@ -165,8 +178,17 @@ pub(crate) struct Graph {
 
 impl Graph {
     fn add(&mut self, op: Op, name: String, location: Location) -> VertexId {
-        self.vertices.push(Vertex { op, name, location, no_cache: self.no_cache, line: None });
+        let mut sum = Sha256Hasher::default();
+        sum.update(format!("{op:?}").as_bytes());
+        self.digests_of_inputs(&op).iter().for_each(|input| sum.update(input.as_bytes()));
+        let digest = BlobDigest::from_bytes(sum.finish());
+        self.vertices.push(Vertex { op, name, location, no_cache: self.no_cache, digest, line: None });
         VertexId(self.vertices.len() - 1)
+    }
+
+    /// The digests of the vertices that an operation needs, in the order of [`Op::inputs`].
+    pub(crate) fn digests_of_inputs(&self, op: &Op) -> Vec<BlobDigest> {
+        op.inputs().into_iter().map(|input| self.vertex(input).digest).collect()
     }
 
     fn tell(&mut self, before: Option<LineId>, told: Told) -> LineId {
@@ -261,6 +283,8 @@ pub(crate) struct Lower<'a> {
     pub(crate) no_cache_stages: &'a [String],
     /// Also the stages that the target does not need: for a check.
     pub(crate) all_stages: bool,
+    /// What commands may ask for.
+    pub(crate) allow: &'a [Entitlement],
 }
 
 /// Lowers a Dockerfile up to a stage.
@@ -268,7 +292,7 @@ pub(crate) struct Lower<'a> {
 /// # Errors
 /// [`DockerfileError`] with the line whose expansion, stage or image is wrong.
 pub(crate) fn lower(what: &Lower<'_>, find_image: FindImage<'_>) -> Result<Plan, DockerfileError> {
-    let Lower { dockerfile, args, target, labels, platform, ignore, no_cache_stages, all_stages } = *what;
+    let Lower { dockerfile, args, target, labels, platform, ignore, no_cache_stages, all_stages, allow } = *what;
     let target_stage = dockerfile.target(target)?;
     let mut warnings = Vec::new();
     for stage in &dockerfile.stages {
@@ -299,6 +323,7 @@ pub(crate) fn lower(what: &Lower<'_>, find_image: FindImage<'_>) -> Result<Plan,
         platform,
         ignore,
         no_cache_stages,
+        allow,
         find_image,
         graph: Graph::default(),
         stages: vec![None; dockerfile.stages.len()],
@@ -446,6 +471,7 @@ struct Lowering<'a> {
     platform: &'a Platform,
     ignore: &'a Ignore,
     no_cache_stages: &'a [String],
+    allow: &'a [Entitlement],
     find_image: FindImage<'a>,
     graph: Graph,
     stages: Vec<Option<Lowered>>,
@@ -802,12 +828,15 @@ impl<'a> Lowering<'a> {
         instruction: &Instruction,
         run: &Run,
     ) -> Result<(String, Told), DockerfileError> {
-        let refuse = |focus: &str| {
-            let message = format!("RUN {focus} is not supported yet");
-            Err(self.dockerfile.error(instruction.location, focus, message))
-        };
-        if run.security == RunSecurity::Insecure {
-            return refuse("--security=insecure");
+        let needed = [
+            (run.security == RunSecurity::Insecure, "--security=insecure", Entitlement::SecurityInsecure),
+            (run.network == RunNetwork::Host, "--network=host", Entitlement::NetworkHost),
+        ];
+        for (is_asked_for, flag, needed) in needed {
+            if is_asked_for && !self.allow.contains(&needed) {
+                let message = format!("{flag} is not allowed: build with --allow {}", needed.name());
+                return Err(self.dockerfile.error(instruction.location, flag, message));
+            }
         }
         let mounts = self.mounts(current, instruction.location, run)?;
         let lowered = &mut current.lowered;
@@ -825,6 +854,7 @@ impl<'a> Lowering<'a> {
             user: lowered.config.user().to_owned(),
             mounts,
             network: run.network,
+            security: run.security,
         };
         let name = format!("{}{}", current.label, instruction.text);
         lowered.vertex = self.graph.add(Op::Run { base: lowered.vertex, run: op }, name, instruction.location);

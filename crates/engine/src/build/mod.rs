@@ -7,6 +7,7 @@
 //! graph.rs   a Dockerfile becomes a graph of operations and a config
 //! solve.rs   operations become snapshots: from the cache, or by doing them
 //! mounts.rs  what RUN --mount shows
+//! keys.rs    agents for key files
 //! remote.rs  what ADD takes from elsewhere
 //! values.rs  what single values of instructions mean
 //! config.rs  the image config in the making
@@ -18,6 +19,7 @@ mod config;
 mod explain;
 mod export;
 mod graph;
+mod keys;
 mod mounts;
 mod remote;
 mod solve;
@@ -43,11 +45,12 @@ use crate::{Canceled, Engine};
 pub(crate) use config::{Config, DEFAULT_PATH};
 pub use export::{ExportError, TreeOutput};
 use graph::Lower;
+pub use keys::KeyError;
 pub(crate) use mounts::CacheMounts;
-pub use mounts::{MountError, SECRET_BYTES_MAX, Secret, SecretSource, SshAgent};
+pub use mounts::{MountError, SECRET_BYTES_MAX, Secret, SecretSource, SshAgent, SshSource};
 pub use remote::RemoteError;
 pub use solve::SolveError;
-pub(crate) use solve::{Steps, make_directory, user};
+pub(crate) use solve::{make_directory, user};
 
 /// Bytes of a Dockerfile. Generated ones reach some hundred KiB.
 const DOCKERFILE_BYTES_MAX: u64 = 16 << 20;
@@ -93,6 +96,30 @@ pub struct BuildRequest {
     pub secrets: Vec<Secret>,
     /// SSH agents that commands may ask for.
     pub ssh: Vec<SshAgent>,
+    /// What commands may ask for that takes them out of their sandbox.
+    pub allow: Vec<Entitlement>,
+}
+
+/// What a Dockerfile gets only if whoever builds it says so, by BuildKit's names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Entitlement {
+    /// `RUN --network=host`
+    NetworkHost,
+    /// `RUN --security=insecure`
+    SecurityInsecure,
+}
+
+impl Entitlement {
+    /// All there are.
+    pub const ALL: [Self; 2] = [Self::NetworkHost, Self::SecurityInsecure];
+
+    /// As `--allow` takes it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::NetworkHost => "network.host",
+            Self::SecurityInsecure => "security.insecure",
+        }
+    }
 }
 
 /// How a build's commands are run: part of their keys.
@@ -265,6 +292,7 @@ impl Engine {
                 ignore: &ignore,
                 no_cache_stages: &[],
                 all_stages: request.target.is_none(),
+                allow: &Entitlement::ALL,
             };
             graph::lower(&what, &mut find_image).map_err(BuildError::from)
         })?;
@@ -303,6 +331,7 @@ impl Engine {
                 ignore: &ignore,
                 no_cache_stages: &request.no_cache_stages,
                 all_stages: false,
+                allow: &request.allow,
             },
             &mut find_image,
         )?;

@@ -5,14 +5,14 @@
 //! cache   a mutable record of type exec.cachemount, found again by its id (and what it began with)
 //! tmpfs   the executor's
 //! secret  a file in a tmpfs of the step's own, or a variable
-//! ssh     a socket in that tmpfs, passed on to the agent that whoever builds names
+//! ssh     a socket in that tmpfs, passed on to the agent that whoever builds names, or to one with the keys they name
 //! ```
 //!
 //! A step's key takes in what a bind mount shows, by content; of the others it takes in how they are asked for.
 //!
 //! # Locks
-//! `CacheMounts::held`, under which records of caches are taken and given back: so two steps that want the same new cache
-//! at once get one. A step takes its caches in the order of their ids, so that no two wait for each other.
+//! `CacheMounts::held`, under which records of caches are taken: so two steps that want the same new cache at once get one.
+//! One that is given back is noted under it, and unmounted without it; who wants that one waits. A step takes its caches in the order of their ids, so that no two wait for each other.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -22,7 +22,7 @@ use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -32,6 +32,7 @@ use plies_oci::ErrorKind;
 use plies_store::{Attach, Mounted};
 
 use super::graph::{FilesFrom, MountOp, RunOp, escaped};
+use super::keys::{KeyAgent, KeyError};
 use super::solve::{Results, SolveError, Solver, short};
 use crate::Canceled;
 use crate::context::{self, CopyOptions, Destination, Selection};
@@ -99,8 +100,17 @@ impl Secret {
 pub struct SshAgent {
     /// What they ask for it by.
     pub id: String,
-    /// Its socket.
-    pub socket: PathBuf,
+    /// Who signs.
+    pub source: SshSource,
+}
+
+/// Who signs for steps.
+#[derive(Debug, Clone)]
+pub enum SshSource {
+    /// An agent that listens at this socket.
+    Socket(PathBuf),
+    /// An agent of each step's own, with the keys in these files. They are read when a step needs them, into memory only.
+    Keys(Vec<PathBuf>),
 }
 
 /// Why a step's mount can't be there.
@@ -137,11 +147,14 @@ pub enum MountError {
         id: String,
     },
     /// A required agent was not given.
-    #[error("no SSH agent {id:?} was given: add --ssh {id}, or --ssh {id}=SOCKET")]
+    #[error("no SSH agent {id:?} was given: add --ssh {id}, or --ssh {id}=SOCKET or {id}=KEYFILE")]
     NoAgent {
         /// Which.
         id: String,
     },
+    /// An agent of the step's own does not get its keys.
+    #[error(transparent)]
+    Keys(#[from] KeyError),
     /// A mount's source is not there.
     #[error("{path:?}, the source of the mount at {target}")]
     NoSource {
@@ -172,10 +185,13 @@ impl MountError {
         match self {
             Self::NoSecret { .. } | Self::NoAgent { .. } | Self::SecretNotText { .. } => ErrorKind::InvalidInput,
             Self::SecretTooLong { .. } => ErrorKind::Limit,
+            Self::Keys(KeyError::Refused { .. }) => ErrorKind::InvalidInput,
             Self::Secret { source, .. } | Self::NoSource { source, .. } if source.kind() == io::ErrorKind::NotFound => {
                 ErrorKind::NotFound
             }
-            Self::Secret { .. } | Self::NoSource { .. } | Self::Prepare { .. } => ErrorKind::Unavailable,
+            Self::Secret { .. } | Self::NoSource { .. } | Self::Prepare { .. } | Self::Keys(_) => {
+                ErrorKind::Unavailable
+            }
         }
     }
 }
@@ -183,10 +199,33 @@ impl MountError {
 /// The caches that steps of this process use now.
 #[derive(Debug, Default)]
 pub(crate) struct CacheMounts {
-    /// Shared ones, by what they are found by.
-    held: Mutex<HashMap<String, Weak<CacheDir>>>,
+    held: Mutex<HeldCaches>,
     /// One was given back.
     freed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct HeldCaches {
+    /// Shared ones, by what they are found by.
+    shared: HashMap<String, Weak<CacheDir>>,
+    /// By the same, those that are being given back: taken still, and free in a moment.
+    ending: Vec<String>,
+}
+
+impl CacheMounts {
+    /// Gives back a cache that nobody uses any more. An unmount may have to wait, and others want other caches meanwhile.
+    fn give_back<T>(&self, mut held: MutexGuard<'_, HeldCaches>, index: &str, work: impl FnOnce() -> T) -> T {
+        held.ending.push(index.to_owned());
+        drop(held);
+        let done = work();
+        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(at) = held.ending.iter().position(|ending| ending == index) {
+            held.ending.swap_remove(at);
+        }
+        drop(held);
+        self.freed.notify_all();
+        done
+    }
 }
 
 /// A cache, mounted.
@@ -195,6 +234,8 @@ struct CacheDir {
     // The mount goes before what it shows.
     mounted: Mounted,
     record: MutableRef,
+    /// What it is found by.
+    index: String,
 }
 
 /// A step's use of a cache.
@@ -211,15 +252,14 @@ impl CacheUse<'_> {
 
     fn end(&mut self) -> Result<(), SolveError> {
         let held = self.mounts.held.lock().unwrap_or_else(PoisonError::into_inner);
-        let last = self.dir.take().and_then(Arc::into_inner);
-        let ended = last.map_or(Ok(()), |CacheDir { mounted, record }| {
+        let Some(CacheDir { mounted, record, index }) = self.dir.take().and_then(Arc::into_inner) else {
+            return Ok(());
+        };
+        self.mounts.give_back(held, &index, || {
             let unmounted = mounted.unmount();
             record.release()?;
             Ok(unmounted?)
-        });
-        drop(held);
-        self.mounts.freed.notify_all();
-        ended
+        })
     }
 }
 
@@ -239,6 +279,7 @@ pub(super) struct Prepared<'a> {
     /// Whether one of them is secret.
     pub(super) secret: bool,
     agents: Vec<Agent>,
+    key_agents: Vec<KeyAgent>,
     memory: Option<MemoryDir>,
     views: Vec<Mounted>,
     copies: Vec<(Mounted, MutableRef)>,
@@ -249,6 +290,7 @@ impl Prepared<'_> {
     /// Takes all of it away.
     pub(super) fn end(mut self) -> Result<(), SolveError> {
         drop(std::mem::take(&mut self.agents));
+        drop(std::mem::take(&mut self.key_agents));
         drop(self.memory.take());
         for view in self.views.drain(..) {
             view.unmount()?;
@@ -374,8 +416,16 @@ impl Solver<'_> {
                         continue;
                     };
                     let target = mount.target.as_deref().unwrap_or_default();
-                    let path = prepared.memory(self.engine.store().run_dir())?.join(format!("ssh-{index}"));
-                    let agent = Agent::listen(&path, &agent.socket, permissions);
+                    let memory = prepared.memory(self.engine.store().run_dir())?;
+                    let (path, own) = (memory.join(format!("ssh-{index}")), memory.join(format!("keys-{index}")));
+                    let socket = match &agent.source {
+                        SshSource::Socket(socket) => socket,
+                        SshSource::Keys(keys) => {
+                            prepared.key_agents.push(KeyAgent::start(&own, keys).map_err(MountError::from)?);
+                            &own
+                        }
+                    };
+                    let agent = Agent::listen(&path, socket, permissions);
                     prepared.agents.push(agent.map_err(|source| prepare("reach the SSH agent", target, source))?);
                     prepared.env.push(("SSH_AUTH_SOCK".to_owned(), target.to_owned()));
                     Some(MountSource::Bind { path, access: Access::ReadOnly })
@@ -460,13 +510,13 @@ impl Solver<'_> {
         let mut held = mounts.held.lock().unwrap_or_else(PoisonError::into_inner);
         let dir = loop {
             if *sharing == Sharing::Shared
-                && let Some(dir) = held.get(&index).and_then(Weak::upgrade)
+                && let Some(dir) = held.shared.get(&index).and_then(Weak::upgrade)
             {
                 break dir;
             }
             match self.free_cache(&index)? {
-                Free::Found(record) => break self.mount_cache(record)?,
-                Free::Taken if *sharing == Sharing::Locked => {
+                Free::Found(record) => break self.mount_cache(record, &index)?,
+                Free::Taken if *sharing == Sharing::Locked || held.ending.contains(&index) => {
                     if self.cancel.is_canceled() {
                         return Err(Canceled.into());
                     }
@@ -477,8 +527,8 @@ impl Solver<'_> {
             }
         };
         if *sharing == Sharing::Shared {
-            held.retain(|_, dir| dir.strong_count() > 0);
-            held.insert(index, Arc::downgrade(&dir));
+            held.shared.retain(|_, dir| dir.strong_count() > 0);
+            held.shared.insert(index, Arc::downgrade(&dir));
         }
         drop(held);
         let used = CacheUse { mounts, dir: Some(dir) };
@@ -505,9 +555,9 @@ impl Solver<'_> {
         Ok(if taken { Free::Taken } else { Free::Nothing })
     }
 
-    fn mount_cache(&self, record: MutableRef) -> Result<Arc<CacheDir>, SolveError> {
+    fn mount_cache(&self, record: MutableRef, index: &str) -> Result<Arc<CacheDir>, SolveError> {
         let mounted = record.mount(Attach::InStore)?;
-        Ok(Arc::new(CacheDir { mounted, record }))
+        Ok(Arc::new(CacheDir { mounted, record, index: index.to_owned() }))
     }
 
     fn new_cache(
@@ -524,7 +574,7 @@ impl Solver<'_> {
             retain: Some(true),
             ..RecordOptions::by("build")
         };
-        let dir = self.mount_cache(self.cache.create(seed, &options)?)?;
+        let dir = self.mount_cache(self.cache.create(seed, &options)?, index)?;
         permit(dir.mounted.root(), permissions)
             .map_err(|source| prepare("set mode and owner of a new cache", target, source))?;
         self.cache.set_value(dir.record.id(), CACHE_ID, id, Some(index))?;
@@ -667,6 +717,18 @@ mod tests {
         io::Read::read_to_string(&mut step, &mut answer).unwrap();
         assert_eq!((answer.as_str(), real.join().unwrap().as_str()), ("signed", "sign this"));
         drop(agent);
+    }
+
+    #[test]
+    fn while_a_cache_is_unmounted_others_can_be_taken() {
+        let mounts = CacheMounts::default();
+        let now = || mounts.held.try_lock().expect("because nobody holds it").ending.clone();
+        mounts.give_back(mounts.held.lock().unwrap(), "one", || {
+            assert_eq!(now(), ["one"]);
+            mounts.give_back(mounts.held.lock().unwrap(), "one", || assert_eq!(now(), ["one", "one"]));
+            assert_eq!(now(), ["one"]);
+        });
+        assert!(now().is_empty());
     }
 
     #[test]

@@ -4,7 +4,7 @@
 //! takes in: mode, owner, extended attributes and bytes, not times. So a changed input changes the keys of all that
 //! stands on it, and an unchanged one finds its record whatever happened to file times.
 
-use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::ffi::OsString;
 use std::io::{self, Write};
 use std::os::fd::{AsFd as _, BorrowedFd};
@@ -22,22 +22,23 @@ use plies_oci::{BlobDigest, Compression, DiffId, ErrorKind, limits};
 use plies_registry::{self as registry, Client};
 use plies_store::{Attach, CatalogueError, LayerError, LayerId, Mounted, SnapshotError, Stamp, canceled_inside};
 
-use super::RunOptions;
 use super::cache_from::CacheFrom;
 use super::config::DEFAULT_PATH;
 use super::explain::Inputs;
 use super::graph::{CopyOp, FilesFrom, Graph, Op, RunOp, Vertex, VertexId};
 use super::mounts::{MountError, Prepared, Secret, SshAgent};
 use super::remote::{DOWNLOAD_BYTES_MAX, Download, GitSource, RemoteError};
+use super::{RunOptions, with_causes};
 use crate::context::{
-    self, Chmod, ContentHash, CopyError, CopyOptions, Destination, HashError, Owner, SelectError, Selection, Tree,
+    self, Chmod, ContentHash, CopyError, CopyOptions, Destination, HashError, ListedFile, Owner, SelectError,
+    Selection, Tree,
 };
-use crate::dockerfile::{Ignore, IgnoreError, Location, RunNetwork, SCRIPT_DIR};
+use crate::dockerfile::{Ignore, IgnoreError, Location, RunNetwork, RunSecurity, SCRIPT_DIR};
 use crate::exec::{
     self, Access, Cancel, ExecError, Executor, MountSource, Network, Step, StepMount, Streams, User, UserError,
     resolve_user,
 };
-use crate::progress::{Outcome, Progress, Task, Watched};
+use crate::progress::{self, Outcome, Progress, Stream, Task, Watched};
 use crate::records::RecordsError;
 use crate::run::RunError;
 use crate::{Canceled, Engine};
@@ -254,6 +255,8 @@ pub(crate) struct Solved {
     pub(crate) layers: Vec<LayerId>,
     /// When this vertex made its layer; `None` if it made none.
     pub(crate) made: Option<Stamp>,
+    /// The image of [`CacheFrom`] that it, or the last below it that was found in one, came from.
+    pub(crate) source: Option<usize>,
 }
 
 /// The results of a graph.
@@ -269,38 +272,6 @@ impl Results {
     /// The result of a vertex that was solved.
     pub(crate) fn of(&self, vertex: VertexId) -> &Solved {
         self.solved[vertex.0].get().expect("because a vertex waits for its inputs")
-    }
-}
-
-/// The steps that are worked on, in all builds of this process: who wants the same waits for the first, and finds its
-/// result in the cache.
-#[derive(Debug, Default)]
-pub(crate) struct Steps {
-    busy: Mutex<HashSet<CacheKey>>,
-    ended: Condvar,
-}
-
-/// Ends when dropped.
-struct StepTurn<'a> {
-    steps: &'a Steps,
-    key: CacheKey,
-}
-
-impl Steps {
-    /// Waits for others that do the step with this key. Nobody holds two turns at once, so they can't wait in a circle.
-    fn turn(&self, key: CacheKey) -> StepTurn<'_> {
-        let mut busy = self.busy.lock().unwrap_or_else(PoisonError::into_inner);
-        while !busy.insert(key) {
-            busy = self.ended.wait(busy).unwrap_or_else(PoisonError::into_inner);
-        }
-        StepTurn { steps: self, key }
-    }
-}
-
-impl Drop for StepTurn<'_> {
-    fn drop(&mut self) {
-        self.steps.busy.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.key);
-        self.steps.ended.notify_all();
     }
 }
 
@@ -441,6 +412,8 @@ struct Part<'a> {
     source: Source<'a>,
     selection: Selection,
     content: ContentHash,
+    /// What is in it, by path, with digests.
+    files: Vec<ListedFile>,
     unpack: bool,
 }
 
@@ -531,12 +504,18 @@ impl Solver<'_> {
         if self.cancel.is_canceled() {
             return Err(failed(Canceled.into()));
         }
-        let task = (!vertex.name.is_empty()).then(|| Task::start(self.progress, &vertex.name, None));
+        let task = (!vertex.name.is_empty()).then(|| {
+            let inputs = self.graph.digests_of_inputs(&vertex.op);
+            let told = progress::Vertex { digest: vertex.digest, inputs: &inputs };
+            Task::start_vertex(self.progress, &vertex.name, told)
+        });
         let (solved, outcome) = match self.vertex(vertex, results, task.as_ref()).map_err(failed) {
             Ok(solved) => solved,
             Err(failed) => {
-                if let (Some(task), SolveError::Canceled(_)) = (task, &failed.error) {
-                    task.end(Outcome::Canceled);
+                match (task, &failed.error) {
+                    (Some(task), SolveError::Canceled(_)) => task.end(Outcome::Canceled),
+                    (Some(task), error) => task.fail(&format!("{}: {}", error.headline(), with_causes(error))),
+                    (None, _) => {}
                 }
                 return Err(failed);
             }
@@ -560,16 +539,17 @@ impl Solver<'_> {
         match &vertex.op {
             Op::Scratch => {
                 let key = KeyBuilder::new("scratch", KEY_VERSION).finish();
-                let solved = Solved { key, tree: None, base_diff_ids: vec![], layers: vec![], made: None };
+                let solved =
+                    Solved { key, tree: None, base_diff_ids: vec![], layers: vec![], made: None, source: None };
                 Ok((solved, Outcome::Done))
             }
             Op::Image { diff_ids, name } => {
                 let key = KeyBuilder::new("image", KEY_VERSION).list(diff_ids.iter().map(DiffId::as_bytes)).finish();
                 let base_diff_ids = diff_ids.clone();
                 // Two records of one image would be two bases, on which nothing is shared.
-                let _turn = self.engine.steps().turn(key);
+                let _turn = self.engine.steps().take([key], self.cancel)?;
                 let tree = self.engine.image_record(diff_ids, name, self.cancel).map_err(Box::new)?;
-                let solved = Solved { key, tree, base_diff_ids, layers: vec![], made: None };
+                let solved = Solved { key, tree, base_diff_ids, layers: vec![], made: None, source: None };
                 Ok((solved, Outcome::Cached))
             }
             Op::Merge { base, over } => {
@@ -590,6 +570,7 @@ impl Solver<'_> {
                     base_diff_ids: base.base_diff_ids.clone(),
                     layers: base.layers.iter().chain(&over.layers).copied().collect(),
                     made: over.made,
+                    source: base.source,
                 };
                 Ok((solved, Outcome::Done))
             }
@@ -632,8 +613,8 @@ impl Solver<'_> {
                     for (name, bytes) in &part.inline {
                         selection.add_inline(name.as_bytes(), bytes.clone());
                     }
-                    let content = source.tree().hash(&selection)?;
-                    Ok(Part { source, selection, content, unpack: part.unpack })
+                    let (content, files) = source.tree().hash_listed(&selection)?;
+                    Ok(Part { source, selection, content, files, unpack: part.unpack })
                 });
                 let parts = parts.collect::<Result<Vec<_>, SolveError>>()?;
                 let mut key = KeyBuilder::new("copy", KEY_VERSION).input(&base.key).number(parts.len() as u64);
@@ -654,7 +635,7 @@ impl Solver<'_> {
                     let from = if planned.from == FilesFrom::Context { "the context" } else { "another tree" };
                     let inline = planned.inline.iter().map(|(name, _)| name.as_str());
                     let names: Vec<&str> = planned.paths.iter().map(String::as_str).chain(inline).collect();
-                    inputs = inputs.value(format!("{} of {from}", names.join(" ")), part.content.as_bytes());
+                    inputs = inputs.files(from, &names.join(" "), part.content.as_bytes(), &part.files);
                 }
                 self.step(vertex, base, key, task, inputs, |root, _| {
                     let made = self.copy(copy, &parts, root)?;
@@ -675,7 +656,7 @@ impl Solver<'_> {
     fn download(&self, download: &Download, name: &str) -> Result<(Solved, Outcome), SolveError> {
         let Download { url, name: file_name, checksum } = download;
         let index = KeyBuilder::new("download", KEY_VERSION).bytes(url.as_bytes()).bytes(file_name.as_bytes()).finish();
-        let _turn = self.engine.steps().turn(index);
+        let _turn = self.engine.steps().take([index], self.cancel)?;
         let known = self.known_alone(&index)?;
         let of = |tree: &ImmutableRef, key: &str| self.cache.value(tree.id(), key);
         if let (Some(tree), Some(checksum)) = (&known, checksum)
@@ -782,7 +763,7 @@ impl Solver<'_> {
             .number(git.keep_git_dir.into())
             .number(git.submodules.into())
             .finish();
-        let _turn = self.engine.steps().turn(key);
+        let _turn = self.engine.steps().take([key], self.cancel)?;
         if let Some(tree) = self.known_alone(&key)?.filter(|_| !self.no_cache && !vertex.no_cache) {
             return Ok((self.alone(tree, &commit)?, Outcome::Cached));
         }
@@ -811,7 +792,7 @@ impl Solver<'_> {
 
     /// The record of a source that stands on nothing, if it is here.
     fn known_alone(&self, key: &CacheKey) -> Result<Option<ImmutableRef>, SolveError> {
-        let nothing = Solved { key: *key, tree: None, base_diff_ids: vec![], layers: vec![], made: None };
+        let nothing = Solved { key: *key, tree: None, base_diff_ids: vec![], layers: vec![], made: None, source: None };
         self.lookup(&nothing, key)
     }
 
@@ -820,7 +801,7 @@ impl Solver<'_> {
     fn alone(&self, tree: ImmutableRef, named: &str) -> Result<Solved, SolveError> {
         let id = tree.id().to_string();
         let key = KeyBuilder::new("source", KEY_VERSION).bytes(id.as_bytes()).bytes(named.as_bytes()).finish();
-        let nothing = Solved { key, tree: None, base_diff_ids: vec![], layers: vec![], made: None };
+        let nothing = Solved { key, tree: None, base_diff_ids: vec![], layers: vec![], made: None, source: None };
         self.solved(&nothing, key, tree)
     }
 
@@ -836,10 +817,10 @@ impl Solver<'_> {
     ) -> Result<(Solved, Outcome), SolveError> {
         let explain = |says: &str| {
             if let Some(task) = task.filter(|_| self.explain) {
-                task.output(format!("{says}\n").as_bytes());
+                task.output(Stream::Stderr, format!("{says}\n").as_bytes());
             }
         };
-        let _turn = self.engine.steps().turn(key);
+        let _turn = self.engine.steps().take([key], self.cancel)?;
         if self.no_cache || vertex.no_cache {
             // A step that is there twice is still done once.
             let made = self.made.lock().unwrap_or_else(PoisonError::into_inner).get(&key).cloned();
@@ -900,6 +881,7 @@ impl Solver<'_> {
             base_diff_ids: base.base_diff_ids.clone(),
             layers: base.layers.iter().copied().chain(layer).collect(),
             made: layer.map(|_| row.created_at),
+            source: base.source,
         })
     }
 
@@ -922,9 +904,9 @@ impl Solver<'_> {
         // No text tells of what all commands of a build are given.
         let is_told = *self.run_options == RunOptions::default();
         let story = if is_told { self.graph.story(vertex) } else { Vec::new() };
-        let Some(found) = self.cache_from.find(below, key, &story) else { return Ok(None) };
+        let Some(found) = self.cache_from.find(below, base.source, key, &story) else { return Ok(None) };
         let Some(diff_id) = found.diff_id else {
-            return Ok(Some((Solved { key: *key, made: None, ..base.clone() }, found.says)));
+            return Ok(Some((Solved { key: *key, made: None, source: found.source, ..base.clone() }, found.says)));
         };
         let description = Some(short(&vertex.name));
         let options = RecordOptions { description, created_at: found.created, ..RecordOptions::by("build") };
@@ -949,6 +931,7 @@ impl Solver<'_> {
             base_diff_ids: base.base_diff_ids.clone(),
             layers: base.layers.iter().copied().chain([layer]).collect(),
             made: Some(found.created.unwrap_or(row.created_at)),
+            source: found.source,
         };
         Ok(Some((solved, found.says)))
     }
@@ -987,6 +970,8 @@ impl Solver<'_> {
         let limit = |of: Option<u64>| of.map_or("-1".to_owned(), |of| of.to_string());
         let limits = self.run_options.limits.iter();
         let limits = limits.flat_map(|of| [of.name().to_owned(), limit(of.soft), limit(of.hard)]);
+        let without_network = u64::from(self.network(run) == Network::None);
+        let insecure = u64::from(run.security == RunSecurity::Insecure);
         KeyBuilder::new("run", KEY_VERSION)
             .input(base)
             .list(run.invocation.argv.iter())
@@ -994,7 +979,7 @@ impl Solver<'_> {
             .list(run.env.iter().flat_map(|(name, value)| [name, value]).collect::<Vec<_>>())
             .bytes(run.working_dir.as_bytes())
             .bytes(run.user.as_bytes())
-            .number((self.network(run) == Network::None).into())
+            .number(without_network | insecure << 1)
             .list(self.run_options.add_hosts.iter().flat_map(|(name, address)| [name, address]).collect::<Vec<_>>())
             .list(limits.collect::<Vec<_>>())
             .number(self.run_options.shm_size_bytes.unwrap_or(0))
@@ -1006,12 +991,12 @@ impl Solver<'_> {
     fn run_inputs(&self, run: &RunOp, mounts: &CacheKey, inputs: Inputs) -> Inputs {
         let script = run.invocation.script.iter().flat_map(|(name, text)| [name, text]);
         let command: Vec<&String> = run.invocation.argv.iter().chain(script).collect();
-        let options = format!("{:?} {:?}", self.network(run), self.run_options);
+        let options = format!("{:?} {:?} {:?}", self.network(run), run.security, self.run_options);
         let inputs = inputs
             .value("the command", format!("{command:?}"))
             .value("the working directory", &run.working_dir)
             .value("the user", &run.user)
-            .value("network, hosts and limits", options)
+            .value("network, security, hosts and limits", options)
             .digest("what is mounted", mounts);
         run.env.iter().fold(inputs, |inputs, (name, value)| inputs.value(format!("variable {name}"), value))
     }
@@ -1075,13 +1060,14 @@ impl Solver<'_> {
             hostname: "buildkitsandbox".into(),
             network: self.network(run),
             limits: self.run_options.limits.clone(),
+            insecure: run.security == RunSecurity::Insecure,
             secret: prepared.secret,
             streams: Streams::Captured,
         };
         let left_bytes = AtomicUsize::new(OUTPUT_BYTES_MAX);
         let last = Mutex::new(VecDeque::new());
-        let output = || TaskOutput { task, left_bytes: &left_bytes, last: &last };
-        let (mut stdout, mut stderr) = (output(), output());
+        let output = |stream| TaskOutput { task, stream, left_bytes: &left_bytes, last: &last };
+        let (mut stdout, mut stderr) = (output(Stream::Stdout), output(Stream::Stderr));
         let status = match self.executor.run(&step, &mut stdout, &mut stderr, self.cancel) {
             Err(ExecError::Canceled) => return Err(Canceled.into()),
             other => other?,
@@ -1159,7 +1145,8 @@ impl Op {
     pub(super) fn is_told_by_text(&self) -> bool {
         match self {
             Op::Run { run, .. } => {
-                run.invocation.script.is_none() && run.mounts.is_empty() && run.network == RunNetwork::Default
+                let is_plain = run.network == RunNetwork::Default && run.security == RunSecurity::Sandbox;
+                is_plain && run.invocation.script.is_none() && run.mounts.is_empty()
             }
             Op::Directory { user, .. } => ["", "root", "0"].contains(&user.as_str()),
             _ => false,
@@ -1228,6 +1215,7 @@ fn owner(root: BorrowedFd<'_>, text: &str) -> Result<Owner, UserError> {
 /// disk, and still runs to its end.
 struct TaskOutput<'a> {
     task: Option<&'a Task<'a>>,
+    stream: Stream,
     /// What both streams of the step may still say.
     left_bytes: &'a AtomicUsize,
     /// The last bytes that they said, for the error.
@@ -1244,9 +1232,9 @@ impl Write for TaskOutput<'_> {
         let take = |left: usize| Some(left.saturating_sub(bytes.len()));
         let left = self.left_bytes.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).unwrap_or(0);
         if let Some(task) = self.task.filter(|_| left > 0) {
-            task.output(&bytes[..bytes.len().min(left)]);
+            task.output(self.stream, &bytes[..bytes.len().min(left)]);
             if bytes.len() >= left {
-                task.output(b"\n[output clipped here, OUTPUT_BYTES_MAX = 2 MiB]\n");
+                task.output(Stream::Stderr, b"\n[output clipped here, OUTPUT_BYTES_MAX = 2 MiB]\n");
             }
         }
         Ok(bytes.len())

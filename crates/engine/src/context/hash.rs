@@ -10,7 +10,7 @@ use std::io;
 use plies_archive::tar::{Device, Escaped};
 use plies_archive::tree::Kind;
 use plies_cache::contenthash::header::{self, Header};
-use plies_oci::{ErrorKind, Sha256Hasher};
+use plies_oci::{BlobDigest, ErrorKind, Sha256Hasher};
 use rustix::fs::FileType;
 
 use super::select::{SelectedKind, Selection, owner, source_path};
@@ -94,7 +94,16 @@ impl Tree {
     /// # Errors
     /// [`HashError::Special`] for a pipe or a device in a context (a stage may have them), [`HashError::Io`].
     pub fn hash(&self, selection: &Selection) -> Result<ContentHash, HashError> {
+        Ok(self.hash_listed(selection)?.0)
+    }
+
+    /// The same, with what is in the selection, each with a digest of its own: to say later what changed.
+    ///
+    /// # Errors
+    /// Those of [`Tree::hash`].
+    pub fn hash_listed(&self, selection: &Selection) -> Result<(ContentHash, Vec<ListedFile>), HashError> {
         let mut hasher = Hasher {
+            files: Vec::new(),
             sum: Sha256Hasher::default(),
             source: Vec::new(),
             owners: self.owners,
@@ -111,6 +120,7 @@ impl Tree {
                     hasher.sum.update(b"i");
                     hasher.number(u64::from(*mode));
                     hasher.bytes(bytes);
+                    hasher.list(item.name.clone(), bytes);
                 }
                 SelectedKind::Tree { is_dir, path, .. } => {
                     hasher.source.clone_from(path);
@@ -122,12 +132,22 @@ impl Tree {
             // No entry begins so.
             hasher.sum.update(&[0]);
         }
-        Ok(ContentHash(hasher.sum.finish()))
+        Ok((ContentHash(hasher.sum.finish()), hasher.files))
     }
+}
+
+/// A file of a selection.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct ListedFile {
+    /// Where it is, relative to the tree.
+    pub path: Vec<u8>,
+    /// The beginning of a digest of all about it that a copy would show.
+    pub digest: [u8; 8],
 }
 
 struct Hasher {
     sum: Sha256Hasher,
+    files: Vec<ListedFile>,
     /// The source that is being walked, for messages.
     source: Vec<u8>,
     owners: Owners,
@@ -152,10 +172,18 @@ impl Hasher {
         let (uid, gid) = owner(self.owners, found.stat.st_uid, found.stat.st_gid);
         let xattrs = &walk::xattrs(found).map_err(failed("read the attributes of", found))?;
         let header = Header { kind, mode: found.stat.st_mode & 0o7777, uid, gid, size_bytes: 0, link, xattrs };
+        let header = header.begin().finish();
         self.sum.update(b"e");
         self.bytes(found.path);
-        self.sum.update(&header.begin().finish());
+        self.sum.update(&header);
+        self.list(source_path(&self.source, found.path), &header);
         Ok(())
+    }
+
+    /// Lists a file by something that tells it from others.
+    fn list(&mut self, path: Vec<u8>, content: &[u8]) {
+        let digest = *BlobDigest::of(content).as_bytes().first_chunk().expect("because a digest has 32 bytes");
+        self.files.push(ListedFile { path, digest });
     }
 }
 
@@ -183,6 +211,7 @@ impl Visitor for Hasher {
             self.sum.update(b"h");
             self.bytes(found.path);
             self.bytes(&first);
+            self.list(source_path(&self.source, found.path), &first);
             return Ok(());
         }
         let device = || {
@@ -197,7 +226,12 @@ impl Visitor for Hasher {
                 let mut sum = Sha256Hasher::default();
                 header::add_content(&file, &mut sum, &mut self.buffer, &|| self.cancel.check())
                     .map_err(failed("read", found))?;
-                self.sum.update(&sum.finish());
+                let content = sum.finish();
+                self.sum.update(&content);
+                // With its header, which was listed alone.
+                if let Some(listed) = self.files.pop() {
+                    self.list(listed.path, &[&listed.digest[..], &content].concat());
+                }
                 Ok(())
             }
             FileType::Symlink => {

@@ -21,7 +21,7 @@ mod tests;
 mod walk;
 
 pub use copy::{Chmod, ChmodError, Copied, CopyError, CopyOptions, Destination, Owner, copy};
-pub use hash::{ContentHash, HashError};
+pub use hash::{ContentHash, HashError, ListedFile};
 pub use select::{SelectError, Selected, Selection};
 
 use std::io;

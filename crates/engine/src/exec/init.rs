@@ -13,8 +13,8 @@
 //! Mounts are made with the mount API's file descriptors and attached to descriptors that were resolved inside the root,
 //! so no path is looked up twice and none is looked up in the host. What has to happen in which order:
 //! the root becomes a mount of its own, then `/proc`, `/dev`, `/sys` and the step's mounts go on it, then `pivot_root`;
-//! the system call filter is installed while `CAP_SYS_ADMIN` is there, then capabilities go, then the step is started as
-//! its user.
+//! the system call filter is installed while `CAP_SYS_ADMIN` is there, then capabilities go (a step without restrictions
+//! keeps both), then the step is started as its user.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
@@ -37,7 +37,7 @@ use rustix::process::{DumpableBehavior, Pid, Resource, Rlimit, Signal, WaitOptio
 use rustix::thread::{CapabilitySet, CapabilitySets, UnshareFlags};
 use serde::{Deserialize, Serialize};
 
-use super::sandbox::{CAPABILITIES, DEFAULT_PATH, DEV_SIZE, MASKED_PATHS, READONLY_PATHS, UMASK};
+use super::sandbox::{self, CAPABILITIES, DEFAULT_PATH, DEV_SIZE, MASKED_PATHS, READONLY_PATHS, UMASK};
 use super::seccomp::{self, Instruction};
 use super::sys::{self, Signals};
 use super::user::User;
@@ -89,6 +89,7 @@ pub(super) struct Config {
     /// Of what, soft and hard.
     limits: Vec<(String, Option<u64>, Option<u64>)>,
     captured: bool,
+    insecure: bool,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -122,6 +123,7 @@ impl Config {
             network: step.network != Network::None,
             limits: step.limits.iter().map(|limit| (limit.name().to_owned(), limit.soft, limit.hard)).collect(),
             captured: step.streams == Streams::Captured,
+            insecure: step.insecure,
         }
     }
 }
@@ -269,9 +271,11 @@ fn inner(
         let what = format!("enter the working directory {}", String::from_utf8_lossy(&config.cwd));
         return Err(Failure { what, source });
     }
-    sys::install_filter(filter).context(|| "install the system call filter".to_owned())?;
     set_limits(&config.limits)?;
-    drop_capabilities()?;
+    if !config.insecure {
+        sys::install_filter(filter).context(|| "install the system call filter".to_owned())?;
+        drop_capabilities()?;
+    }
     let child = match start(config) {
         Ok(child) => child,
         Err((code, reason)) => {
@@ -340,11 +344,15 @@ fn enter_root(config: &Config) -> Result<(), Failure> {
     let quiet =
         MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOEXEC;
     let proc = fresh("proc", &[], quiet).context(|| "make /proc".to_owned())?;
-    let sys = fresh("sysfs", &[], quiet | MountAttrFlags::MOUNT_ATTR_RDONLY).context(|| "make /sys".to_owned())?;
+    let mut sys = quiet;
+    sys.set(MountAttrFlags::MOUNT_ATTR_RDONLY, !config.insecure);
+    let sys = fresh("sysfs", &[], sys).context(|| "make /sys".to_owned())?;
     attach_at(&proc, &root, "/proc")?;
-    mount_dev(&root)?;
+    mount_dev(&root, config.insecure)?;
     attach_at(&sys, &root, "/sys")?;
-    restrict(&root, &null)?;
+    if !config.insecure {
+        restrict(&root, &null)?;
+    }
 
     for ((target, source), tree) in config.mounts.iter().zip(sources) {
         let shown = || format!("mount {}", String::from_utf8_lossy(target));
@@ -447,7 +455,7 @@ fn host_null() -> Result<OwnedFd, Failure> {
 }
 
 /// A `/dev` of the step's own.
-fn mount_dev(root: &OwnedFd) -> Result<(), Failure> {
+fn mount_dev(root: &OwnedFd, insecure: bool) -> Result<(), Failure> {
     const DEVICES: [(&str, u32, u32); 6] =
         [("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9), ("tty", 5, 0)];
     const LINKS: [(&str, &str); 6] = [
@@ -477,6 +485,13 @@ fn mount_dev(root: &OwnedFd) -> Result<(), Failure> {
             Err(error) => return Err(error).context(what(name)),
         }
     }
+    let more = if insecure { sandbox::insecure_devices() } else { Vec::new() };
+    for device in more {
+        if let Some((parent, _)) = device.name.split_once('/') {
+            rustix::fs::mkdirat(&dev, parent, Mode::from_raw_mode(0o755)).context(what(parent))?;
+        }
+        bind_device(&dev, device.name).context(what(device.name))?;
+    }
     for (name, target) in LINKS {
         rustix::fs::symlinkat(target, &dev, name).context(what(name))?;
     }
@@ -504,7 +519,8 @@ fn bind_device(dev: &OwnedFd, name: &str) -> io::Result<()> {
     let mount = clone_tree(host.as_fd())?;
     let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC;
     rustix::fs::openat(dev, name, flags, Mode::from_raw_mode(0o666))?;
-    Ok(attach(&mount, inroot::open_handle(dev.as_fd(), name.as_bytes())?.as_fd())?)
+    let point = rustix::fs::openat(dev, name, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?;
+    Ok(attach(&mount, point.as_fd())?)
 }
 
 /// Hides and write-protects what docker does. Only `/proc` and `/sys` made here are touched: no link is followed.
@@ -606,7 +622,8 @@ fn start(config: &Config) -> Result<Pid, (i32, String)> {
     let mut command = Command::new(&program);
     command.arg0(name).args(config.args[1..].iter().map(|arg| OsStr::from_bytes(arg))).env_clear();
     command.envs(config.env.iter().map(|(name, value)| (OsStr::from_bytes(name), OsStr::from_bytes(value))));
-    sys::run_as(&mut command, &User { uid: config.uid, gid: config.gid, groups: config.groups.clone() });
+    let user = User { uid: config.uid, gid: config.gid, groups: config.groups.clone() };
+    sys::run_as(&mut command, &user, config.insecure);
     match command.spawn() {
         Ok(child) => {
             Ok(i32::try_from(child.id()).ok().and_then(Pid::from_raw).expect("a process has a positive number"))

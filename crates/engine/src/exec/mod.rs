@@ -21,7 +21,7 @@
 //! `docker build` gives.
 //!
 //! If this process dies, the built-in executor's steps die with it (parent death signals, down to the pid namespace).
-//! A container that an OCI runtime left behind is deleted by the next [`pick`] over the same state directory.
+//! A container that an OCI runtime left behind is deleted by [`end_leftovers`], before the state directory is used again.
 
 mod builtin;
 mod init;
@@ -70,6 +70,10 @@ pub struct Step {
     pub network: Network,
     /// Limits that differ from this process's own.
     pub limits: Vec<ResourceLimit>,
+    /// Nothing is kept from it but what namespaces part: it has all capabilities and system calls that this process has,
+    /// nothing is masked, `/sys` can be written to, and devices are there that file systems are made with (BuildKit's
+    /// `--security=insecure`).
+    pub insecure: bool,
     /// A variable or an argument is secret: no disk may see them.
     pub secret: bool,
     /// What its standard streams are.
@@ -89,6 +93,7 @@ impl Step {
             hostname: "plies".to_owned(),
             network: Network::Host,
             limits: Vec::new(),
+            insecure: false,
             secret: false,
             streams: Streams::Captured,
         }
@@ -353,8 +358,8 @@ pub fn end_leftovers(state_dir: &Path) {
     memory::all(state_dir).for_each(|dir| memory::end(&dir));
 }
 
-/// Chooses an executor. `state_dir` is a directory of ours alone, for bundles and for the runtime's own state;
-/// containers that a dead process left in it are deleted. `search_path` is where runtimes are looked for: the caller's
+/// Chooses an executor. `state_dir` is a directory of ours alone, for bundles and for the runtime's own state, which
+/// several executors of this process may share. `search_path` is where runtimes are looked for: the caller's
 /// `PATH`, split.
 ///
 /// # Errors

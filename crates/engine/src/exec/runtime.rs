@@ -6,8 +6,8 @@
 //! <state dir>/memory/<number>/    both, for a step with secrets: a tmpfs of its own
 //! ```
 //!
-//! Both go with their step. What a dead process left is deleted when the next executor is made: the state directory
-//! belongs to one process at a time.
+//! Both go with their step. What a dead process left is deleted by the next that the state directory belongs to, before
+//! it makes an executor ([`super::end_leftovers`]).
 
 use std::ffi::{CStr, OsStr, OsString};
 use std::io::Write;
@@ -23,7 +23,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions};
 use serde_json::{Value, json};
 
 use super::builtin::{copy_streams, pid_of};
-use super::sandbox::{CAPABILITIES, DEV_SIZE, MASKED_PATHS, READONLY_PATHS, UMASK};
+use super::sandbox::{self, CAPABILITIES, DEV_SIZE, MASKED_PATHS, READONLY_PATHS, UMASK};
 use super::stubs::Stubs;
 use super::{
     Access, Cancel, ExecError, Executor, ExitStatus, MemoryDir, MountSource, Network, Step, Streams, memory, seccomp,
@@ -81,7 +81,8 @@ pub(super) fn is_program(path: &Path) -> bool {
 }
 
 impl OciRuntime {
-    /// With the runtime at `program`; what it left under `state_dir` before is deleted.
+    /// With the runtime at `program`. What it left under `state_dir` before stays: it may be another request's of this
+    /// process ([`OciRuntime::end_leftovers`]).
     ///
     /// # Errors
     /// [`ExecError::NoRuntime`], [`ExecError::Io`].
@@ -109,16 +110,14 @@ impl OciRuntime {
             path: note,
             source,
         })?;
-        let runtime = Self { program: program.to_owned(), name, state_dir, dir, cgroups };
-        runtime.sweep();
-        Ok(runtime)
+        Ok(Self { program: program.to_owned(), name, state_dir, dir, cgroups })
     }
 
     /// Ends what a dead process left in `state_dir`, with the runtime that it used.
     pub(super) fn end_leftovers(state_dir: &Path) {
         let Ok(program) = std::fs::read(state_dir.join("runtime").join(PROGRAM)) else { return };
-        // Making a runtime sweeps. One that is gone cannot, and then nobody can.
-        drop(Self::new(Path::new(OsStr::from_bytes(&program)), state_dir));
+        // One that is gone cannot, and then nobody can.
+        drop(Self::new(Path::new(OsStr::from_bytes(&program)), state_dir).map(|runtime| runtime.sweep()));
     }
 
     /// Deletes what a dead process left. What can't be deleted harms nobody: ids are never used twice.
@@ -267,7 +266,12 @@ impl OciRuntime {
 
     /// The bundle's `config.json` (runtime-spec 1.0).
     fn config(&self, step: &Step, id: &str) -> Result<Value, ExecError> {
-        let capabilities: Vec<&str> = CAPABILITIES.iter().map(|(name, _)| *name).collect();
+        let capabilities: Vec<&str> = match step.insecure {
+            true => sandbox::own_capabilities(),
+            false => CAPABILITIES.iter().map(|(name, _)| *name).collect(),
+        };
+        // What a process starts with beyond root's: only what nobody restricts.
+        let beyond: &[&str] = if step.insecure { &capabilities } else { &[] };
         let args = step.args.iter().map(|arg| text(arg)).collect::<Result<Vec<_>, _>>()?;
         let env = step
             .environment()
@@ -286,7 +290,7 @@ impl OciRuntime {
             json!({ "destination": "/dev/mqueue", "type": "mqueue", "source": "mqueue",
                 "options": ["nosuid", "noexec", "nodev"] }),
             json!({ "destination": "/sys", "type": "sysfs", "source": "sysfs",
-                "options": ["nosuid", "noexec", "nodev", "ro"] }),
+                "options": ["nosuid", "noexec", "nodev", if step.insecure { "rw" } else { "ro" }] }),
         ];
         for mount in &step.mounts {
             let target = text(mount.target.as_os_str())?;
@@ -326,10 +330,18 @@ impl OciRuntime {
         });
         let mut linux = json!({
             "namespaces": namespaces,
-            "maskedPaths": MASKED_PATHS,
-            "readonlyPaths": READONLY_PATHS,
-            "seccomp": seccomp::oci_profile(),
         });
+        if step.insecure {
+            let devices = sandbox::insecure_devices().into_iter().map(|device| {
+                json!({ "path": format!("/dev/{}", device.name), "type": if device.is_block { "b" } else { "c" },
+                    "major": device.major, "minor": device.minor })
+            });
+            linux["devices"] = devices.collect();
+        } else {
+            linux["maskedPaths"] = json!(MASKED_PATHS);
+            linux["readonlyPaths"] = json!(READONLY_PATHS);
+            linux["seccomp"] = seccomp::oci_profile();
+        }
         if self.cgroups == Cgroups::Own {
             linux["cgroupsPath"] = json!(format!("/{id}"));
             linux["resources"] = json!({ "devices": [{ "allow": true, "access": "rwm" }] });
@@ -346,7 +358,7 @@ impl OciRuntime {
                 "cwd": text(step.cwd.as_os_str())?,
                 "capabilities": {
                     "bounding": capabilities, "effective": capabilities, "permitted": capabilities,
-                    "inheritable": [], "ambient": [],
+                    "inheritable": beyond, "ambient": beyond,
                 },
                 "noNewPrivileges": false,
                 "rlimits": limits.collect::<Vec<_>>(),

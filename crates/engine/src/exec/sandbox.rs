@@ -19,6 +19,97 @@ pub(super) const CAPABILITIES: [(&str, u32); 14] = [
     ("CAP_SETFCAP", 31),
 ];
 
+/// All capabilities by their numbers (the same header, Linux 6.1).
+const ALL_CAPABILITIES: [&str; 41] = [
+    "CAP_CHOWN",
+    "CAP_DAC_OVERRIDE",
+    "CAP_DAC_READ_SEARCH",
+    "CAP_FOWNER",
+    "CAP_FSETID",
+    "CAP_KILL",
+    "CAP_SETGID",
+    "CAP_SETUID",
+    "CAP_SETPCAP",
+    "CAP_LINUX_IMMUTABLE",
+    "CAP_NET_BIND_SERVICE",
+    "CAP_NET_BROADCAST",
+    "CAP_NET_ADMIN",
+    "CAP_NET_RAW",
+    "CAP_IPC_LOCK",
+    "CAP_IPC_OWNER",
+    "CAP_SYS_MODULE",
+    "CAP_SYS_RAWIO",
+    "CAP_SYS_CHROOT",
+    "CAP_SYS_PTRACE",
+    "CAP_SYS_PACCT",
+    "CAP_SYS_ADMIN",
+    "CAP_SYS_BOOT",
+    "CAP_SYS_NICE",
+    "CAP_SYS_RESOURCE",
+    "CAP_SYS_TIME",
+    "CAP_SYS_TTY_CONFIG",
+    "CAP_MKNOD",
+    "CAP_LEASE",
+    "CAP_AUDIT_WRITE",
+    "CAP_AUDIT_CONTROL",
+    "CAP_SETFCAP",
+    "CAP_MAC_OVERRIDE",
+    "CAP_MAC_ADMIN",
+    "CAP_SYSLOG",
+    "CAP_WAKE_ALARM",
+    "CAP_BLOCK_SUSPEND",
+    "CAP_AUDIT_READ",
+    "CAP_PERFMON",
+    "CAP_BPF",
+    "CAP_CHECKPOINT_RESTORE",
+];
+
+/// The names of what this process may: all that a step with `--security=insecure` can be given.
+pub(super) fn own_capabilities() -> Vec<&'static str> {
+    let own = rustix::thread::capabilities(None).map_or(0, |own| own.permitted.bits());
+    ALL_CAPABILITIES.iter().enumerate().filter(|(number, _)| own >> number & 1 == 1).map(|(_, name)| *name).collect()
+}
+
+/// The devices that BuildKit adds for `--security=insecure` (`util/entitlements/security`), below `/dev`.
+const INSECURE_DEVICES: [&str; 14] = [
+    "kmsg",
+    "cuse",
+    "fuse",
+    "kvm",
+    "net/tun",
+    "loop-control",
+    "loop0",
+    "loop1",
+    "loop2",
+    "loop3",
+    "loop4",
+    "loop5",
+    "loop6",
+    "loop7",
+];
+
+/// A device of this machine.
+pub(super) struct HostDevice {
+    /// Below `/dev`.
+    pub(super) name: &'static str,
+    pub(super) is_block: bool,
+    pub(super) major: u32,
+    pub(super) minor: u32,
+}
+
+/// Those of [`INSECURE_DEVICES`] that this machine has.
+pub(super) fn insecure_devices() -> Vec<HostDevice> {
+    use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
+    let device = |name: &&'static str| {
+        let found = std::fs::symlink_metadata(format!("/dev/{name}")).ok()?;
+        let (kind, number) = (found.file_type(), found.rdev());
+        let (major, minor) = (rustix::fs::major(number), rustix::fs::minor(number));
+        let is_block = kind.is_block_device();
+        (is_block || kind.is_char_device()).then_some(HostDevice { name, is_block, major, minor })
+    };
+    INSECURE_DEVICES.iter().filter_map(device).collect()
+}
+
 /// What a step can't see.
 pub(super) const MASKED_PATHS: [&str; 13] = [
     "/proc/acpi",

@@ -13,7 +13,7 @@ use std::process::Command;
 use rustix::io::FdFlags;
 use rustix::mount::{MountPropagationFlags, UnmountFlags};
 use rustix::process::Pid;
-use rustix::thread::{Gid, Uid, UnshareFlags};
+use rustix::thread::{CapabilitySets, Gid, Uid, UnshareFlags};
 
 use super::seccomp::Instruction;
 use super::user::User;
@@ -107,8 +107,8 @@ pub(super) fn set_close_on_exec(fd: RawFd) {
 }
 
 /// Has `command`'s process act as `user` from the start, with no signal held back: groups first, while it may
-/// still change them.
-pub(super) fn run_as(command: &mut Command, user: &User) {
+/// still change them. With `keep_capabilities` it keeps all that this process has, whoever the user is.
+pub(super) fn run_as(command: &mut Command, user: &User, keep_capabilities: bool) {
     let groups: Vec<Gid> = user.groups.iter().map(|gid| Gid::from_raw(*gid)).collect();
     let (uid, gid) = (Uid::from_raw(user.uid), Gid::from_raw(user.gid));
     let become_user = move || {
@@ -118,9 +118,18 @@ pub(super) fn run_as(command: &mut Command, user: &User) {
         if unsafe { sigprocmask(SIG_SETMASK, &raw const none, std::ptr::null_mut()) } != 0 {
             return Err(io::Error::last_os_error());
         }
+        rustix::thread::set_keep_capabilities(keep_capabilities)?;
         rustix::thread::set_thread_groups(&groups)?;
         rustix::thread::set_thread_res_gid(gid, gid, gid)?;
         rustix::thread::set_thread_res_uid(uid, uid, uid)?;
+        if keep_capabilities {
+            let all = rustix::thread::capabilities(None)?.permitted;
+            let sets = CapabilitySets { effective: all, permitted: all, inheritable: all };
+            rustix::thread::set_capabilities(None, sets)?;
+            for one in all.iter() {
+                rustix::thread::configure_capability_in_ambient_set(one, true)?;
+            }
+        }
         Ok(())
     };
     // SAFETY: between fork and exec only async-signal-safe calls are allowed; these are plain system calls, and the

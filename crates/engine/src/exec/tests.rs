@@ -179,6 +179,39 @@ fn privileged_capabilities_are_dockers() {
 }
 
 #[test]
+fn privileged_an_insecure_step_has_all_that_we_have() {
+    let own = rustix::thread::capabilities(None).unwrap().permitted.bits();
+    each(|executor, root| {
+        for user in [User::root(), User { uid: 1000, gid: 1000, groups: vec![] }] {
+            let mut step = sh(root, "grep -E 'Cap|Seccomp:' /proc/self/status; cat /proc/self/mountinfo");
+            (step.insecure, step.user) = (true, user.clone());
+            let ran = run(executor, &step);
+            assert_eq!(ran.code(), 0, "{}", ran.err);
+            let sets = if user == User::root() { &["CapPrm", "CapEff", "CapBnd"][..] } else { &["CapPrm", "CapEff"] };
+            for set in sets {
+                assert!(ran.out.contains(&format!("{set}:\t{own:016x}\n")), "{set} {own:x}: {}", ran.out);
+            }
+            assert!(ran.out.contains("Seccomp:\t0\n"), "{}", ran.out);
+            let points: Vec<&str> = ran.out.lines().filter_map(|line| line.split(' ').nth(4)).collect();
+            let hidden: Vec<_> =
+                points.iter().filter(|at| at.starts_with("/proc/") || at.starts_with("/sys/")).collect();
+            assert!(hidden.is_empty(), "{hidden:?}");
+        }
+        let mut step = sh(
+            root,
+            "mount -t tmpfs none /tmp && touch /tmp/x && grep ' /sys ' /proc/self/mountinfo && ls /dev /dev/net",
+        );
+        step.insecure = true;
+        let ran = run(executor, &step);
+        assert!(ran.out.contains(" /sys rw,"), "{}{}", ran.out, ran.err);
+        for device in sandbox::insecure_devices() {
+            let name = device.name.rsplit('/').next().unwrap();
+            assert!(ran.out.lines().any(|line| line == name), "/dev/{} is not there: {}", device.name, ran.out);
+        }
+    });
+}
+
+#[test]
 fn f10_privileged_no_descriptor_leaks_into_a_step() {
     // One that a careless caller left open for all children.
     let leak = rustix::fs::open("/etc", rustix::fs::OFlags::RDONLY, rustix::fs::Mode::empty()).unwrap();
@@ -441,7 +474,7 @@ fn privileged_steps_run_side_by_side() {
 }
 
 #[test]
-fn privileged_pick_deletes_what_a_dead_process_left() {
+fn privileged_leftovers_of_a_dead_process_are_ended_and_those_of_ours_are_not() {
     let Some(root) = rootfs() else { return };
     let path: Vec<PathBuf> = ["/usr/sbin", "/usr/bin"].map(PathBuf::from).into();
     for name in RUNTIMES {
@@ -457,8 +490,12 @@ fn privileged_pick_deletes_what_a_dead_process_left() {
         std::thread::scope(|scope| {
             let running = scope.spawn(|| executor.run(&step, &mut Tell(started), &mut std::io::sink(), &Cancel::new()));
             wait.recv().unwrap();
+            // Another request of this process is at work there.
+            let other = pick(&choice, state.path(), &path).unwrap();
+            assert_eq!(run(&*other, &sh(root.path(), "exit 3")).code(), 3);
+            assert!(!running.is_finished());
             // The next owner of the state directory finds the container.
-            let _next = pick(&choice, state.path(), &path).unwrap();
+            end_leftovers(state.path());
             assert!(!running.join().unwrap().is_ok_and(|status| status.success()));
         });
         assert_eq!(std::fs::read_dir(state.path().join("runtime/state")).unwrap().count(), 0);
