@@ -145,7 +145,7 @@ fn what_was_built_is_written_where_it_was_asked_for() {
     }
     let piped = ply.ok(&[args!["build", "-q", "-o", "-"], args![context.dir]].concat());
     assert!(piped.stdout.contains("ustar") || piped.stdout.contains("d/f"), "a tar is on standard output");
-    for bad in ["type=registry", "type=local", "type=oci,push=true", "type=docker,tar=false", "dest=x"] {
+    for bad in ["type=s3", "type=local", "type=oci,push=true", "type=docker,tar=false", "dest=x"] {
         ply.fails(2, &context.args(args!["-o", bad]));
     }
 }
