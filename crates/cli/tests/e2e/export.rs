@@ -10,7 +10,7 @@ use std::{
 
 use plies_testkit::{
     args,
-    image::{Image, Packing, untar},
+    image::{Image, Packing, architecture, untar},
     ply::Ply,
     registry::DockerRegistry,
     tar::Member,
@@ -238,8 +238,7 @@ fn the_same_build_elsewhere_and_later_is_the_same_image() {
         assert_eq!(saved(&ply, "built:latest").digest, layout.digest, "the store has the same");
         let config = layout.config();
         assert_eq!(config["created"], "2020-09-13T12:26:40Z");
-        // Lines before the first layer have the base's time.
-        let added = config["history"].as_array().unwrap().iter().skip(3);
+        let added = config["history"].as_array().unwrap().iter().skip(1);
         added.for_each(|line| assert_eq!(line["created"], "2020-09-13T12:26:40Z", "{line}"));
         let again = Built::of(ply.ok(&context.args(&[epoch, args!["-o", format!("type=image,{keys}")]].concat())));
         assert_eq!(saved(&ply, "built:latest").digest, layout.digest);
@@ -367,4 +366,108 @@ fn several_outputs_are_written_and_what_cannot_be_is_refused_before() {
         let failed = ply.fails(2, &context.args(bad));
         assert!(!out("x").exists(), "{failed}");
     }
+}
+
+/// What a history says besides when.
+fn said(history: &Value) -> Vec<(String, String, bool)> {
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    let line = |line: &Value| (text(&line["created_by"]), text(&line["comment"]), line["empty_layer"] == true);
+    history.as_array().unwrap().iter().map(line).collect()
+}
+
+#[test]
+fn a_history_is_what_buildkit_makes_of_the_same_dockerfile() {
+    if architecture() != "amd64" {
+        eprintln!("skipped: the program in the images of BuildKit is for amd64");
+        return;
+    }
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/buildkit");
+    for name in ["chain", "merge"] {
+        let Some(ply) = store() else { return };
+        let archive = fixtures.join(format!("{name}.oci.tar"));
+        ply.ok(args!["load", "-i", archive, "--tag", "localhost/theirs:1"]);
+        let theirs = Layout::read(&untar(&archive, &ply.scratch().join("theirs"))).config();
+        let context = Context::new(&ply, &fs::read_to_string(fixtures.join(name).join("Dockerfile")).unwrap());
+        for file in ["src/a", "src/b"] {
+            context.file(file, fs::read(fixtures.join(name).join(file)).unwrap());
+        }
+        let program = ply.mount("localhost/theirs:1").path().join("bin/t");
+        let copied = context.file("t", fs::read(program).unwrap());
+        fs::set_permissions(copied, fs::Permissions::from_mode(0o755)).unwrap();
+        let secret = ply.scratch().file("secret", "s");
+        let ours = exported(&context, "", args!["--secret", format!("id=s,src={}", secret.display())]).config();
+        assert_eq!(said(&ours["history"]), said(&theirs["history"]), "{name}");
+        for key in ["Env", "Cmd", "Entrypoint", "WorkingDir", "ArgsEscaped", "Labels", "User"] {
+            assert_eq!(ours["config"][key], theirs["config"][key], "{name}: {key}");
+        }
+    }
+}
+
+#[test]
+fn a_history_tells_each_instruction_as_buildkit_does() {
+    let Some(ply) = store() else { return };
+    if !busybox(&ply) {
+        return;
+    }
+    // Each instruction with the line that BuildKit leaves of it (`dockerfile2llb/convert.go`), and whether it makes a layer.
+    let lines: &[(&str, Option<(&str, bool)>)] = &[
+        ("ARG UNSET", Some(("ARG UNSET", false))),
+        ("ARG A=1 B=\"x y\"", Some(("ARG A=given B=x y", false))),
+        ("ENV E=$A F=\"two words\"", Some(("ENV E=given F=two words", false))),
+        ("ENV legacy form  of it", Some(("ENV legacy=form  of it", false))),
+        ("LABEL l.$A=\"b c\" m='$A'", Some(("LABEL l.given=b c m=$A", false))),
+        ("WORKDIR /w", Some(("WORKDIR /w", true))),
+        ("WORKDIR sub/../rel", Some(("WORKDIR /w/rel", true))),
+        ("RUN echo  \"$A\" > a", Some(("RUN |3 UNSET= A=given B=x y /bin/sh -c echo  \"$A\" > a # buildkit", true))),
+        (
+            "RUN [\"/bin/sh\", \"-c\", \"echo b > b\"]",
+            Some(("RUN |3 UNSET= A=given B=x y /bin/sh -c echo b > b # buildkit", true)),
+        ),
+        (
+            "RUN <<EOF\necho one > one\necho two\nEOF",
+            Some(("RUN |3 UNSET= A=given B=x y /bin/sh -c echo one > one\necho two\n # buildkit", true)),
+        ),
+        ("COPY --chown=1:2 --chmod=640 f g $E/", Some(("COPY --chown=1:2 --chmod=640 f g given/ # buildkit", true))),
+        ("COPY --link --from=other --exclude=x /o .", Some(("COPY /o . # buildkit", true))),
+        ("COPY --parents d/e /p/", Some(("COPY --parents d/e /p/ # buildkit", true))),
+        ("COPY <<one <<two /h/\n1\none\n2\ntwo", Some(("COPY <<one <<two /h/ # buildkit", true))),
+        ("ADD --chmod=600 f /added", Some(("ADD --chmod=600 f /added # buildkit", true))),
+        ("USER $A", Some(("USER given", false))),
+        ("EXPOSE 80 53/udp 90-91", Some(("EXPOSE [80/tcp 53/udp 90/tcp 91/tcp]", false))),
+        ("VOLUME /v1 /v2", Some(("VOLUME [/v1 /v2]", false))),
+        ("STOPSIGNAL SIGINT", Some(("STOPSIGNAL SIGINT", false))),
+        (
+            "HEALTHCHECK --interval=5m --timeout=1.5s --retries=3 CMD curl -f x || exit 1",
+            Some((
+                "HEALTHCHECK {Test:[CMD-SHELL curl -f x || exit 1] Interval:5m0s Timeout:1.5s StartPeriod:0s \
+                 StartInterval:0s Retries:3}",
+                false,
+            )),
+        ),
+        ("ONBUILD RUN true", None),
+        ("MAINTAINER me <me@x>", Some(("MAINTAINER me <me@x>", false))),
+        ("ENTRYPOINT [\"/e\", \"a \\\"b\\\"\"]", Some((r#"ENTRYPOINT ["/e" "a \"b\""]"#, false))),
+        ("CMD echo \"$A\"", Some((r#"CMD ["/bin/sh" "-c" "echo \"$A\""]"#, false))),
+        ("SHELL [\"/bin/sh\", \"-ec\"]", Some(("SHELL [/bin/sh -ec]", false))),
+        ("CMD x", Some((r#"CMD ["/bin/sh" "-ec" "x"]"#, false))),
+    ];
+    let text: Vec<&str> = lines.iter().map(|(line, _)| *line).collect();
+    let context = Context::new(
+        &ply,
+        &format!("FROM busybox AS other\nRUN echo o > /o\nFROM busybox AS last\n{}\n", text.join("\n")),
+    );
+    ["f", "g", "d/e"].iter().for_each(|name| drop(context.file(name, name)));
+    context.build(args!["--build-arg", "A=given", "--target", "last"]);
+    let config = saved(&ply, "built:latest").config();
+    let expected: Vec<(String, String, bool)> = lines
+        .iter()
+        .filter_map(|(_, line)| {
+            line.map(|(text, layer)| (text.to_owned(), "buildkit.dockerfile.v0".to_owned(), !layer))
+        })
+        .collect();
+    let ours = said(&config["history"]);
+    assert_eq!(ours[ours.len() - expected.len()..], expected);
+    let history = config["history"].as_array().unwrap();
+    let own = &history[history.len() - expected.len()..];
+    assert_eq!(own[0]["created"], own[5]["created"], "before the first layer it is that layer's time");
 }

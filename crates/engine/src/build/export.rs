@@ -9,7 +9,7 @@ use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 
 use plies_archive::{DiffError, diff_trees, tar};
-use plies_image::{ChainLayer, ImageError, LayerStoreError, ManifestRow, NewImage, history_cache};
+use plies_image::{ChainLayer, ImageError, LayerStoreError, ManifestRow, NewImage};
 use plies_oci::{BlobDigest, ChainId, ErrorKind, ImageConfig, ImageId, Manifest, Reference};
 use plies_store::{Attach, Expected, LayerId, Mounted, SnapshotError, SnapshotId, Transfer, canceled_inside};
 
@@ -260,7 +260,7 @@ impl Export<'_> {
         }
         let epoch = self.epoch.map(|epoch| epoch.to_string());
         let made = |vertex| solved.of(vertex).made.map(|made| epoch.clone().unwrap_or_else(|| crate::rfc3339(made)));
-        let key = |vertex| format!("{}{}", history_cache::KEY_COMMENT, solved.of(vertex).key);
+        let key = |vertex| solved.of(vertex).key.to_string();
         let (history, created) = graph::history(&plan.history, plan.base_created.as_deref(), made, key);
         let config: Config = plan.config.clone();
         let config = config.finish(epoch.or(created).as_deref(), &diff_ids, &history);
