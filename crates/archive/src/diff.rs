@@ -83,6 +83,20 @@ pub fn layer_to_tar<W: Write>(layer: BorrowedFd<'_>, index: &DirIndex, out: &mut
     Ok(archive.entries)
 }
 
+/// Whether the archive of a stored layer has an entry that was changed later than `than`. Reads no file.
+///
+/// # Errors
+/// [`DiffError::Read`].
+pub fn is_newer(layer: BorrowedFd<'_>, index: &DirIndex, than: Timestamp) -> Result<bool, DiffError> {
+    let mut newer = false;
+    tree::walk(layer, |found| {
+        let is_entry = !found.is_whiteout() && index.why_implied(found.path) != Some(Implied::OnTheWay);
+        newer |= is_entry && found.mtime > than;
+        Ok::<_, DiffError>(())
+    })?;
+    Ok(newer)
+}
+
 /// Writes the layer that makes `upper` of `lower` (of nothing, if there is no lower), both plain
 /// or mounted trees without marks. Gives the number of entries. The caller finishes `out`.
 ///

@@ -22,7 +22,7 @@ mod xattr;
 
 pub use apply::{Applied, ApplyError, ApplyStyle, BaseNeed, NewOwner, Refusal, apply};
 pub use changes::{Change, ChangeKind, UpperForm, changes};
-pub use diff::{At, DiffError, diff_trees, layer_to_tar, same_file};
+pub use diff::{At, DiffError, diff_trees, is_newer, layer_to_tar, same_file};
 pub use index::{DirIndex, Implied, IndexError, Usage};
 pub use limits::{LimitExceeded, Limits};
 pub use root::Root;

@@ -12,6 +12,7 @@ use plies_engine::exec::{ExecutorChoice, ResourceLimit};
 use plies_oci::{Platform, Reference};
 
 use crate::commands::search_path;
+use crate::output;
 use crate::progress;
 
 /// Stores, builds and moves container images.
@@ -287,9 +288,14 @@ pub(crate) struct Build {
     /// Write what was built to this file, as JSON with docker's names
     #[arg(long, value_name = "FILE")]
     pub(crate) metadata_file: Option<PathBuf>,
-    /// Also write the result: `type=oci|docker|local|tar,dest=PATH`; `type=image` is what is done anyway
-    #[arg(short, long, value_name = "type=TYPE[,dest=PATH]", value_parser = output)]
-    pub(crate) output: Option<BuildOutput>,
+    /// Where the result goes besides the store: `type=oci|docker|local|tar,dest=PATH`, `type=registry`; `type=image` is
+    /// done anyway, `type=cacheonly` is nowhere. Images take `compression=`, `annotation.KEY=`,
+    /// `rewrite-timestamp=true` and more; may be given several times
+    #[arg(short, long, value_name = "type=TYPE[,KEY=VALUE…]", value_parser = output::output)]
+    pub(crate) output: Vec<output::Given>,
+    /// Annotation of the result's manifest, or of its entry in a layout (`manifest-descriptor:`)
+    #[arg(long, value_name = "[LEVEL:]KEY=VALUE", value_parser = output::annotation)]
+    pub(crate) annotation: Vec<output::Annotation>,
     /// How to show progress
     #[arg(long, value_enum, default_value_t)]
     pub(crate) progress: progress::Style,
@@ -298,19 +304,6 @@ pub(crate) struct Build {
     pub(crate) executor: ExecutorArg,
     /// Directory whose files COPY and ADD take
     pub(crate) context: PathBuf,
-}
-
-/// Where a build's result goes besides the store.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum BuildOutput {
-    /// Nowhere.
-    Image,
-    /// An archive of the image.
-    Archive(SaveFormat, Option<PathBuf>),
-    /// The files of its tree, as a directory.
-    Local(PathBuf),
-    /// The files of its tree, as a tar.
-    Tar(Option<PathBuf>),
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
@@ -415,35 +408,6 @@ fn secret(text: &str) -> Result<Secret, String> {
         }
     };
     Ok(Secret { id, source })
-}
-
-/// Where the result goes, as docker takes it. A path alone is a directory, or with `-` a tar on standard output.
-fn output(text: &str) -> Result<BuildOutput, String> {
-    if !text.contains('=') {
-        return Ok(if text == "-" { BuildOutput::Tar(None) } else { BuildOutput::Local(text.into()) });
-    }
-    let (mut kind, mut dest, mut tar) = (None, None, true);
-    for field in text.split(',') {
-        match field.split_once('=') {
-            Some(("type", value)) => kind = Some(value),
-            Some(("dest", value)) => dest = Some(value).filter(|value| *value != "-").map(PathBuf::from),
-            Some(("tar", value)) => tar = value.parse().map_err(|_| format!("tar is true or false, not {value:?}"))?,
-            Some((key, _)) => return Err(format!("{key} is not supported yet: there are type, dest and tar")),
-            None => return Err(format!("{field:?}: expected KEY=VALUE, as in type=oci,dest=out.tar")),
-        }
-    }
-    match (kind, tar) {
-        (Some("image"), _) => Ok(BuildOutput::Image),
-        (Some("oci"), true) => Ok(BuildOutput::Archive(SaveFormat::Oci, dest)),
-        (Some("oci"), false) if dest.is_some() => Ok(BuildOutput::Archive(SaveFormat::OciDir, dest)),
-        (Some("docker"), true) => Ok(BuildOutput::Archive(SaveFormat::Docker, dest)),
-        (Some("tar"), _) => Ok(BuildOutput::Tar(dest)),
-        (Some("local"), _) => dest.map(BuildOutput::Local).ok_or_else(|| "type=local needs dest=DIR".into()),
-        (Some("oci"), false) => Err("tar=false needs dest=DIR".into()),
-        (Some("docker"), false) => Err("a docker archive is a tar".into()),
-        (Some(other), _) => Err(format!("unknown type {other:?}: there are image, oci, docker, local and tar")),
-        (None, _) => Err("type=TYPE is missing".into()),
-    }
 }
 
 fn ssh_agent(text: &str) -> Result<SshAgent, String> {

@@ -10,7 +10,7 @@ use anyhow::Context as _;
 use clap::CommandFactory as _;
 use clap::error::ErrorKind;
 use jiff::Timestamp;
-use plies_engine::build::{BuildRequest, Entitlement, RunOptions, TreeOutput};
+use plies_engine::build::{BuildRequest, Entitlement, RunOptions};
 use plies_engine::dockerfile::Warning;
 use plies_engine::exec::Cancel;
 use plies_engine::{
@@ -25,6 +25,7 @@ use crate::args::{self, Command, Global, Ply, Ref};
 use crate::config;
 use crate::format::{self, Column};
 use crate::layers;
+use crate::output;
 use crate::progress::Style;
 
 /// The default state directory of root.
@@ -81,12 +82,17 @@ fn check(command: &Command) -> Result<(), clap::Error> {
             }
             _ => Ok(()),
         },
-        Command::Build(build)
-            if matches!(build.output, Some(args::BuildOutput::Archive(_, None) | args::BuildOutput::Tar(None)))
-                && io::stdout().is_terminal() =>
-        {
-            wrong(ErrorKind::MissingRequiredArgument, "an archive is not for a terminal: give dest=FILE, or redirect")
-        }
+        Command::Build(build) => match output::outputs(&build.output, &build.annotation, !build.tag.is_empty()) {
+            Err(error) => wrong(ErrorKind::ArgumentConflict, &error),
+            Ok(outputs) if outputs.iter().any(output::to_stdout) && io::stdout().is_terminal() => {
+                let text = "an archive is not for a terminal: give dest=FILE, or redirect";
+                wrong(ErrorKind::MissingRequiredArgument, text)
+            }
+            Ok(outputs) if outputs.is_empty() && (build.iidfile.is_some() || !build.tag.is_empty()) => {
+                wrong(ErrorKind::ArgumentConflict, "type=cacheonly makes no image to name")
+            }
+            Ok(_) => Ok(()),
+        },
         Command::Layer(args::Layer::Export { output, .. }) if !given(output) && io::stdout().is_terminal() => {
             wrong(ErrorKind::MissingRequiredArgument, "a tar is not for a terminal: give -o FILE, or redirect")
         }
@@ -360,7 +366,11 @@ fn run_build(engine: &Engine, global: &Global, build: args::Build, cancel: &Canc
     if build.network == args::RunNetwork::Host {
         allow.push(Entitlement::NetworkHost);
     }
+    let outputs = output::outputs(&build.output, &build.annotation, !build.tag.is_empty());
+    let outputs = outputs.map_err(anyhow::Error::msg)?;
+    let to_stdout = outputs.iter().any(output::to_stdout);
     let request = BuildRequest {
+        outputs,
         context: build.context,
         dockerfile: build.file,
         target: build.target,
@@ -389,57 +399,37 @@ fn run_build(engine: &Engine, global: &Global, build: args::Build, cancel: &Canc
     }
     let style = if global.quiet { Style::Quiet } else { build.progress };
     let built = engine.build(&request, &*style.renderer(), cancel)?;
-    if let Some(file) = &build.iidfile {
-        std::fs::write(file, built.id.to_string()).with_context(|| format!("write {}", file.display()))?;
+    if let (Some(file), Some(id)) = (&build.iidfile, &built.id) {
+        std::fs::write(file, id.to_string()).with_context(|| format!("write {}", file.display()))?;
     }
     if let Some(file) = &build.metadata_file {
-        let metadata = json!({
-            "containerimage.config.digest": built.id.to_string(),
-            "containerimage.digest": built.id.to_string(),
-            "image.name": built.names.join(","),
-        });
+        let mut metadata = json!({"image.name": built.names.join(",")});
+        if let Some(id) = built.id {
+            metadata["containerimage.config.digest"] = id.to_string().into();
+            // As docker's image store, which has no manifests either.
+            let digest = built.manifest.map_or_else(|| id.to_string(), |digest| digest.to_string());
+            metadata["containerimage.digest"] = digest.into();
+        }
         std::fs::write(file, format!("{metadata:#}\n")).with_context(|| format!("write {}", file.display()))?;
     }
-    let to_stdout = match &build.output {
-        Some(output) => write_built(engine, output, &built.id.to_string(), &built.names, &*style.renderer(), cancel)?,
-        None => false,
-    };
+    // What goes there is the archive.
     if to_stdout {
         return Ok(ExitCode::SUCCESS);
     }
     if global.json {
         return print_json(&built);
     }
-    if global.quiet {
-        say(&built.id.to_string())?;
-    } else {
-        say(&format!("{} ({} of {} steps cached)", built.id, built.cached_count, built.steps_count))?;
+    let steps = format!("{} of {} steps cached", built.cached_count, built.steps_count);
+    match built.id {
+        Some(id) if global.quiet => say(&id.to_string())?,
+        Some(id) => say(&format!("{id} ({steps})"))?,
+        None if global.quiet => {}
+        None => say(&steps)?,
+    }
+    for pushed in built.pushed.iter().filter(|_| !global.quiet) {
+        say(&format!("{}: digest: {} size: {}", format::safe(&pushed.name), pushed.digest, pushed.size_bytes))?;
     }
     Ok(ExitCode::SUCCESS)
-}
-
-/// Writes what was built where `-o` says, and tells whether that is standard output.
-fn write_built(
-    engine: &Engine,
-    output: &args::BuildOutput,
-    id: &str,
-    names: &[String],
-    progress: &dyn plies_engine::progress::Progress,
-    cancel: &Cancel,
-) -> anyhow::Result<bool> {
-    let tree = match output {
-        args::BuildOutput::Image => return Ok(false),
-        args::BuildOutput::Archive(format, path) => {
-            let wanted = if names.is_empty() { vec![id.to_owned()] } else { names.to_vec() };
-            let to = path.clone().map_or(Output::Stdout, Output::Path);
-            engine.save(&wanted, engine_format(*format), &to, progress, cancel)?;
-            return Ok(path.is_none());
-        }
-        args::BuildOutput::Local(path) => TreeOutput::Directory(path.clone()),
-        args::BuildOutput::Tar(path) => path.clone().map_or(TreeOutput::Stdout, TreeOutput::Tar),
-    };
-    engine.export_tree(id, &tree, cancel)?;
-    Ok(tree == TreeOutput::Stdout)
 }
 
 fn engine_format(format: args::SaveFormat) -> SaveFormat {

@@ -1,10 +1,11 @@
 //! Requests on images that are here: list, inspect, history, tag, remove.
 
+use std::collections::BTreeMap;
 use std::panic::resume_unwind;
 
 use plies_image::{Found, ImageError, Removed};
 use plies_oci::{
-    BlobDigest, ChainId, DiffId, DocumentError, ErrorKind, ImageConfig, ImageId, Reference, ReferenceError,
+    BlobDigest, ChainId, DiffId, DocumentError, ErrorKind, ImageConfig, ImageId, Manifest, Reference, ReferenceError,
 };
 use plies_store::{BlobError, CatalogueError, LayerError};
 use serde::Serialize;
@@ -102,6 +103,8 @@ pub struct ImageDetails {
     pub summary: ImageSummary,
     /// Digests of the manifests that the image is known under.
     pub manifests: Vec<BlobDigest>,
+    /// Free-form notes of the manifest that this name, or else the image, is saved and pushed with.
+    pub annotations: BTreeMap<String, String>,
     /// The image that it was built on, where that is known.
     pub parent: Option<ImageId>,
     /// Images that were built on it.
@@ -223,10 +226,18 @@ impl Engine {
         let names = self.store().read(|rows| plies_image::names_of(rows, &found.id))?;
         let children = self.store().read(|rows| plies_image::children(rows, &found.id))?;
         let (parent, built_here, chain_id) = (found.row.parent, found.row.built_here, found.row.chain);
+        let annotations = match found.saved_with() {
+            Some(digest) => {
+                let manifest = Manifest::parse(&self.blob_bytes(digest)?);
+                manifest.map_err(|source| ImagesError::Document { id: found.id, source })?.annotations()
+            }
+            None => BTreeMap::new(),
+        };
         let manifests = found.row.manifests.iter().map(|manifest| manifest.digest).collect();
         Ok(ImageDetails {
             summary: self.summary(&plies_image::Image { id: found.id, row: found.row, names })?,
             manifests,
+            annotations,
             parent,
             children,
             built_here,

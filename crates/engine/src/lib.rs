@@ -60,14 +60,15 @@ pub use load::{LoadError, LoadedImage, MovedName};
 pub use plies_image::Removed as RemovedImage;
 pub use plies_registry as registry;
 pub use plies_store::{
-    Canceled, DriverKind, IdMapError, IdMaps, IdRange, Migrate, Migrated, MigrationPlan, TransferError, progress,
+    Canceled, DriverKind, IdMapError, IdMaps, IdRange, Migrate, Migrated, MigrationPlan, Packing, TransferError,
+    progress,
 };
 pub use prune::{PruneError, PruneRow, PruneSummary};
 pub use pull::{PullRequest, PulledImage};
 pub use push::{PushError, PushedImage};
 pub use records::{RecordSummary, RecordsError};
 pub use run::{RunError, RunRequest};
-pub use save::{Output, SaveError, SaveFormat};
+pub use save::{ManifestOptions, Output, SaveError, SaveFormat};
 pub use space::{GcSummary, Info, RecordSpace, RecordTotals, SpaceError, SpaceReport, SpaceRow, SpaceTotals, TreeNode};
 use turns::Turns;
 pub use why::WhyNode;

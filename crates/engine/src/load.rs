@@ -1,16 +1,17 @@
 //! `ply load`: images out of an archive. And what `ply pull` does in the same way, whoever brings an image's documents and
 //! layers ([`ImageSource`]).
 
+use std::collections::BTreeMap;
 use std::io::{self, Read};
 
 use plies_image::{ChainLayer, ImageError, ManifestRow, NewImage};
 use plies_oci::{
-    BlobDigest, ChainId, Compression, Descriptor, DiffId, DocumentError, ErrorKind, ImageConfig, ImageId, Index,
-    Manifest, MediaClass, MediaType, Platform, Reference, classify, limits,
+    BlobDigest, ChainId, Compression, Descriptor, DiffId, DocumentError, ErrorKind, Family, ImageConfig, ImageId,
+    Index, Manifest, MediaClass, MediaType, Platform, Reference, classify, limits,
 };
 use plies_store::{
-    BlobError, CatalogueError, CommitError, Expected, IngestError, LayerBlob, LayerSource, Lease, Origin, SnapshotId,
-    Taken, TransferError, Tx,
+    BlobError, CatalogueError, CommitError, Expected, IngestError, LayerSource, Lease, Origin, SnapshotId, Taken,
+    TransferError, Tx,
 };
 use serde::{Deserialize, Serialize};
 
@@ -428,8 +429,9 @@ impl Engine {
             None => {
                 let digest = candidate.config.document().digest();
                 let config = Descriptor::new(MediaType::ImageConfig, digest, config.len() as u64);
-                let layers: Vec<Descriptor> = blobs.iter().map(LayerBlob::descriptor).collect();
-                Manifest::build(&config, &layers)
+                let layers: Vec<Descriptor> = blobs.iter().map(|blob| blob.descriptor(Family::Oci)).collect();
+                let built = Manifest::build(&config, &layers, &BTreeMap::new());
+                built.map_err(|source| LoadError::Document { path: path.to_owned(), source })?
             }
         };
         let layer_blobs: Vec<BlobDigest> = blobs.iter().map(|blob| blob.digest).collect();

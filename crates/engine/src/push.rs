@@ -112,6 +112,19 @@ impl Engine {
         }
         let found = self.whole_image(found, progress, cancel).map_err(SaveError::from)?;
         let (manifest, config) = self.manifest_of(&found, wanted, lease, progress, cancel)?;
+        self.push_image(&manifest, &config, names, lease, progress, cancel)
+    }
+
+    /// Pushes an image whose blobs are here, or are known to be somewhere.
+    pub(crate) fn push_image(
+        &self,
+        manifest: &Manifest,
+        config: &ImageConfig,
+        names: Vec<Reference>,
+        lease: &Lease,
+        progress: &dyn Progress,
+        cancel: &Cancel,
+    ) -> Result<Vec<PushedImage>, PushError> {
         let session = self.registries(cancel);
         let descriptor = manifest.descriptor();
         let mut pushed = Vec::new();
@@ -119,7 +132,7 @@ impl Engine {
         for name in names {
             let repository = Repository::of(&name);
             if !filled.contains(&repository) {
-                self.push_blobs(&manifest, &config, &repository, &session, lease, progress, cancel)?;
+                self.push_blobs(manifest, config, &repository, &session, lease, progress, cancel)?;
                 filled.push(repository.clone());
             }
             let task = Task::start(progress, &format!("push {name}"), None);

@@ -18,10 +18,12 @@ use plies_archive::hash::HashingReader;
 use plies_archive::tar::{self, Entry, EntryKind, EntryPath, Timestamp, WriteError};
 use plies_image::{Found, ImageError, LayerStoreError};
 use plies_oci::{
-    BlobDigest, Compression, Descriptor, DiffId, DocumentError, ErrorKind, ImageConfig, ImageId, Index, Manifest,
-    MediaClass, MediaType, Reference, classify,
+    BlobDigest, Compression, Descriptor, DiffId, DocumentError, ErrorKind, Family, ImageConfig, ImageId, Index,
+    Manifest, MediaClass, Reference, classify,
 };
-use plies_store::{BlobError, CatalogueError, CommitError, IngestError, LayerBlob, Lease, TransferError};
+use plies_store::{
+    BlobError, CatalogueError, CommitError, IngestError, LayerBlob, Lease, Packing, Transfer, TransferError,
+};
 use serde_json::json;
 
 use crate::exec::Cancel;
@@ -60,13 +62,24 @@ pub enum SaveFormat {
 }
 
 /// Where to write it.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Output {
     /// A file, which appears when it is whole; or the directory of an OCI layout, made if need be. What is there and
     /// no regular file (a FIFO, a device) is written to as it is.
     Path(PathBuf),
     /// Standard output.
     Stdout,
+}
+
+/// What the manifest of a built image is like.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ManifestOptions {
+    /// How its layers are packed.
+    pub packing: Packing,
+    /// Whose media types it has.
+    pub family: Family,
+    /// Free-form notes. Docker's family has none.
+    pub annotations: BTreeMap<String, String>,
 }
 
 /// Why images could not be saved.
@@ -88,6 +101,9 @@ pub enum SaveError {
         #[source]
         source: DocumentError,
     },
+    /// A manifest would be too large.
+    #[error("make a manifest")]
+    Manifest(#[source] DocumentError),
     /// A layer.
     #[error("save {image}")]
     Layer {
@@ -202,6 +218,7 @@ impl SaveError {
         match self {
             Self::Image(source) => source.kind(),
             Self::Cut { source, .. } => source.kind(),
+            Self::Manifest(source) => source.kind(),
             Self::Fetch(source) => source.kind(),
             Self::Document { .. } | Self::Changed { .. } | Self::Damaged { .. } => ErrorKind::DataLoss,
             Self::Layer { source, .. } => source.kind(),
@@ -217,11 +234,13 @@ impl SaveError {
 }
 
 /// An image with all that goes into an archive.
-struct Saved {
+pub(crate) struct Saved {
     /// The names that the archive gives it, each once.
-    names: Vec<String>,
-    manifest: Manifest,
-    config: ImageConfig,
+    pub(crate) names: Vec<String>,
+    pub(crate) manifest: Manifest,
+    pub(crate) config: ImageConfig,
+    /// What else its entry in the index of a layout says.
+    pub(crate) entry_annotations: BTreeMap<String, String>,
 }
 
 impl Saved {
@@ -272,20 +291,32 @@ impl Engine {
             }
             match images.iter_mut().find(|have| have.manifest == manifest) {
                 Some(have) => names.into_iter().for_each(|name| have.add_name(name)),
-                None => images.push(Saved { names, manifest, config }),
+                None => images.push(Saved { names, manifest, config, entry_annotations: BTreeMap::new() }),
             }
         }
         let task = Task::start(progress, &format!("save {}", wanted.join(" ")), None);
+        self.write_images(&images, format, output, task, cancel)
+    }
+
+    /// Writes images whose blobs are here, held.
+    pub(crate) fn write_images(
+        &self,
+        images: &[Saved],
+        format: SaveFormat,
+        output: &Output,
+        task: Task<'_>,
+        cancel: &Cancel,
+    ) -> Result<(), SaveError> {
         let sink = |path: &Path| Sink { path: path.to_owned(), task: &task, cancel };
         match (format, output) {
-            (SaveFormat::OciDirectory, Output::Path(dir)) => self.save_directory(&images, dir, &sink(dir))?,
+            (SaveFormat::OciDirectory, Output::Path(dir)) => self.save_directory(images, dir, &sink(dir))?,
             (_, Output::Path(path)) if !STDOUT_PATHS.iter().any(|stdout| path == Path::new(stdout)) => {
                 let sink = sink(path);
-                save_file(path, &sink, |file| self.save_tar(&images, format, file, &sink).map(drop))?;
+                save_file(path, &sink, |file| self.save_tar(images, format, file, &sink).map(drop))?;
             }
             (_, Output::Path(_) | Output::Stdout) => {
                 let sink = sink(Path::new("<standard output>"));
-                self.save_tar(&images, format, io::stdout(), &sink)?.flush().map_err(sink.failed())?;
+                self.save_tar(images, format, io::stdout(), &sink)?.flush().map_err(sink.failed())?;
             }
         }
         task.end(Outcome::Done);
@@ -302,25 +333,38 @@ impl Engine {
         cancel: &Cancel,
     ) -> Result<(Manifest, ImageConfig), SaveError> {
         let config = self.config_of(found.id)?;
-        let known = found.manifest.or_else(|| found.row.manifests.first().map(|row| row.digest));
-        if let Some(digest) = known {
+        if let Some(digest) = found.saved_with() {
             let raw = self.blob_bytes(digest)?;
             let manifest = Manifest::parse(&raw).map_err(|source| SaveError::Document { digest, source })?;
             return Ok((manifest, config));
         }
         let layer = |source| SaveError::Layer { image: wanted.to_owned(), source };
-        let mut blobs: Vec<LayerBlob> = Vec::new();
-        for diff_id in config.diff_ids() {
-            blobs.push(self.transfer(lease, progress, cancel).blob_of(*diff_id).map_err(layer)?);
-        }
-        let raw = config.document().raw();
-        let config_descriptor = Descriptor::new(MediaType::ImageConfig, BlobDigest::of(raw), raw.len() as u64);
-        let layers: Vec<Descriptor> = blobs.iter().map(LayerBlob::descriptor).collect();
-        let manifest = Manifest::build(&config_descriptor, &layers);
-        let layer_blobs: Vec<BlobDigest> = blobs.iter().map(|blob| blob.digest).collect();
-        self.keep_documents(&manifest, raw, &layer_blobs, lease)?;
+        let transfer = self.transfer(lease, progress, cancel);
+        let manifest = self.make_manifest(&config, &ManifestOptions::default(), &transfer, layer)?;
         self.store().write(|tx| plies_image::add_manifest(tx, found.id, &manifest_row(&manifest)))?;
         Ok((manifest, config))
+    }
+
+    /// Makes a manifest for an image whose layers are here, packs them, and keeps all of it under the lease.
+    pub(crate) fn make_manifest(
+        &self,
+        config: &ImageConfig,
+        options: &ManifestOptions,
+        transfer: &Transfer<'_>,
+        failed: impl Fn(TransferError) -> SaveError,
+    ) -> Result<Manifest, SaveError> {
+        let ManifestOptions { packing, family, annotations } = options;
+        let mut blobs: Vec<LayerBlob> = Vec::new();
+        for diff_id in config.diff_ids() {
+            blobs.push(transfer.blob_as(*diff_id, packing).map_err(&failed)?);
+        }
+        let raw = config.document().raw();
+        let config = Descriptor::new(family.config(), BlobDigest::of(raw), raw.len() as u64);
+        let layers: Vec<Descriptor> = blobs.iter().map(|blob| blob.descriptor(*family)).collect();
+        let manifest = Manifest::build(&config, &layers, annotations).map_err(SaveError::Manifest)?;
+        let layer_blobs: Vec<BlobDigest> = blobs.iter().map(|blob| blob.digest).collect();
+        self.keep_documents(&manifest, raw, &layer_blobs, transfer.lease)?;
+        Ok(manifest)
     }
 
     /// Writes a registered layer's tar, byte for byte.
@@ -342,7 +386,7 @@ impl Engine {
             let sink = |path: &Path| Sink { path: path.to_owned(), task: &task, cancel };
             match output {
                 Output::Path(path) if !STDOUT_PATHS.iter().any(|stdout| path == Path::new(stdout)) => {
-                    save_file(path, &sink(path), |file| Ok(layers.export(&layer, file, &transfer)?))?;
+                    save_file(path, &sink(path), |file| Ok::<_, SaveError>(layers.export(&layer, file, &transfer)?))?;
                 }
                 Output::Path(_) | Output::Stdout => {
                     // The locked handle would look for line ends in every byte.
@@ -540,6 +584,7 @@ fn index_entries(images: &[Saved]) -> Vec<Descriptor> {
     for image in images {
         let mut descriptor = image.manifest.descriptor();
         descriptor.platform = Some(image.config.platform());
+        descriptor.annotations.extend(image.entry_annotations.clone());
         if image.names.is_empty() {
             entries.push(descriptor.clone());
         }
@@ -577,16 +622,16 @@ fn merge_entries(old: Vec<Descriptor>, new: Vec<Descriptor>) -> Vec<Descriptor> 
 }
 
 /// Writes a file, which is replaced when the new one is whole.
-fn save_file(
+pub(crate) fn save_file<E: From<SaveError>>(
     path: &Path,
     sink: &Sink<'_>,
-    write: impl FnOnce(&File) -> Result<(), SaveError>,
-) -> Result<(), SaveError> {
+    write: impl FnOnce(&File) -> Result<(), E>,
+) -> Result<(), E> {
     let path = resolve(path).map_err(sink.failed())?;
     let old = match std::fs::metadata(&path) {
         Ok(meta) => Some(meta),
         Err(error) if error.kind() == io::ErrorKind::NotFound => None,
-        Err(error) => return Err(sink.failed()(error)),
+        Err(error) => return Err(sink.failed()(error).into()),
     };
     if old.as_ref().is_some_and(|meta| !meta.is_file()) {
         // Putting a file in its place would leave whoever reads it waiting, and the machine without a device.
@@ -602,7 +647,7 @@ fn save_file(
         partial.file.set_permissions(old.permissions()).map_err(sink.failed())?;
     }
     write(&partial.file)?;
-    partial.publish(&path).and_then(|()| sync_directory(dir)).map_err(sink.failed())
+    Ok(partial.publish(&path).and_then(|()| sync_directory(dir)).map_err(sink.failed())?)
 }
 
 /// Where a path leads, whether something is there or not: a link is written through, not replaced.
@@ -624,7 +669,7 @@ fn resolve(path: &Path) -> io::Result<PathBuf> {
 }
 
 /// The directory that a file is in.
-fn directory_of(path: &Path) -> &Path {
+pub(crate) fn directory_of(path: &Path) -> &Path {
     match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
@@ -633,6 +678,11 @@ fn directory_of(path: &Path) -> &Path {
 
 fn sync_directory(dir: &Path) -> io::Result<()> {
     File::open(dir)?.sync_all()
+}
+
+/// A name for what is on its way. Each state is keyed at random; two at once, or a planted name, only cost another turn.
+pub(crate) fn partial_path(dir: &Path) -> PathBuf {
+    dir.join(format!(".ply-{:016x}.partial", RandomState::new().build_hasher().finish()))
 }
 
 /// A file on its way, under a name that nobody else has. Dropped before it is published it is removed.
@@ -645,8 +695,7 @@ struct Partial {
 impl Partial {
     fn create(dir: &Path) -> io::Result<Self> {
         loop {
-            // Each state is keyed at random; two at once, or a planted name, only cost another turn.
-            let path = dir.join(format!(".ply-{:016x}.partial", RandomState::new().build_hasher().finish()));
+            let path = partial_path(dir);
             match File::create_new(&path) {
                 Ok(file) => return Ok(Self { path, file, published: false }),
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
@@ -674,10 +723,10 @@ impl Drop for Partial {
 }
 
 /// Where bytes of one save go, and who is told.
-struct Sink<'a> {
-    path: PathBuf,
-    task: &'a Task<'a>,
-    cancel: &'a Cancel,
+pub(crate) struct Sink<'a> {
+    pub(crate) path: PathBuf,
+    pub(crate) task: &'a Task<'a>,
+    pub(crate) cancel: &'a Cancel,
 }
 
 impl Sink<'_> {
@@ -752,6 +801,7 @@ impl Read for Told<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use plies_oci::MediaType;
 
     fn entry(content: &str, annotations: &[(&str, &str)]) -> Descriptor {
         let mut entry = Descriptor::new(MediaType::ImageManifest, BlobDigest::of(content.as_bytes()), 1);

@@ -20,8 +20,9 @@ use serde_json::{Map, Value, json};
 
 use crate::ImageError;
 
-/// What stands before a step's key in the `comment` of a history entry.
-pub const KEY_COMMENT: &str = "plies.step:";
+/// Where a history entry carries its step's key: a field of our own, which others pass over (image-spec, `config.md`,
+/// "Properties"), so that what they show is as if docker had written it.
+pub const KEY_FIELD: &str = "plies.step";
 
 /// Fields of a run config that a container has for itself: they say nothing about what a step does.
 const CONTAINERS_OWN: [&str; 2] = ["Hostname", "Image"];
@@ -281,7 +282,17 @@ pub fn is_valid_parent(history: &[Value], diff_ids: &[DiffId], source: &[Value],
     if history.is_empty() && diff_ids.is_empty() {
         return true;
     }
-    history.len() < source.len() && source.starts_with(history) && source_diff_ids.starts_with(diff_ids)
+    history.len() < source.len()
+        && history.iter().zip(source).all(|(a, b)| say_the_same(a, b))
+        && source_diff_ids.starts_with(diff_ids)
+}
+
+/// Whether two entries are the same but for our field: who builds on one of our images may not pass on what it does not
+/// know.
+fn say_the_same(a: &Value, b: &Value) -> bool {
+    let (Some(a), Some(b)) = (a.as_object(), b.as_object()) else { return a == b };
+    let fields = |entry: &Map<String, Value>| entry.len() - usize::from(entry.contains_key(KEY_FIELD));
+    fields(a) == fields(b) && a.iter().all(|(key, value)| key == KEY_FIELD || b.get(key) == Some(value))
 }
 
 /// The layer that an entry of an image's history made: `Some(None)` for one that made none. `None`: there is no such
@@ -298,7 +309,7 @@ pub fn layer_of_entry(config: &ImageConfig, index: usize) -> Option<Option<DiffI
 
 /// The key that an entry of a history carries.
 pub fn key_of_entry(entry: &Value) -> Option<&str> {
-    entry["comment"].as_str()?.strip_prefix(KEY_COMMENT)
+    entry[KEY_FIELD].as_str()
 }
 
 /// Whether an entry of a history stands for this very step: by its key if it has one, else by the words of its command,

@@ -253,6 +253,13 @@ pub struct Found {
     pub manifest: Option<BlobDigest>,
 }
 
+impl Found {
+    /// The manifest that it goes out with: the one of its name, else the first that is known.
+    pub fn saved_with(&self) -> Option<BlobDigest> {
+        self.manifest.or_else(|| self.row.manifests.first().map(|row| row.digest))
+    }
+}
+
 /// What [`remove`] did.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Removed {

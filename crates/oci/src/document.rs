@@ -5,7 +5,7 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use oci_spec::image as spec;
 use serde::de::{self, DeserializeOwned, DeserializeSeed, MapAccess, SeqAccess, Visitor};
 
-use crate::{BlobDigest, DiffId, DigestError, ErrorKind, ImageId, MediaClass, MediaType, classify};
+use crate::{BlobDigest, DiffId, DigestError, ErrorKind, Family, ImageId, MediaClass, MediaType, classify};
 
 /// Limits on documents, so that a hostile one costs little.
 pub mod limits {
@@ -439,15 +439,34 @@ impl Manifest {
         Ok(Self { document, config, layers })
     }
 
-    /// Makes an OCI manifest: the same arguments always give the same bytes.
-    pub fn build(config: &Descriptor, layers: &[Descriptor]) -> Self {
-        let json = serde_json::json!({
+    /// Makes a manifest of the family that its config is of: the same arguments always give the same bytes.
+    ///
+    /// # Errors
+    /// [`DocumentError::Limit`]: its annotations or layers are too many.
+    pub fn build(
+        config: &Descriptor,
+        layers: &[Descriptor],
+        annotations: &BTreeMap<String, String>,
+    ) -> Result<Self, DocumentError> {
+        let media_type = match Family::of(&config.media_type) {
+            Family::Oci => MediaType::ImageManifest,
+            Family::Docker => MediaType::from(crate::media::DOCKER_MANIFEST),
+        };
+        let mut json = serde_json::json!({
             "schemaVersion": 2,
-            "mediaType": MediaType::ImageManifest.to_string(),
+            "mediaType": media_type.to_string(),
             "config": config.to_json(),
             "layers": layers.iter().map(Descriptor::to_json).collect::<Vec<_>>(),
         });
-        Self::parse(json.to_string().as_bytes()).expect("because a manifest of our own is valid")
+        if !annotations.is_empty() {
+            json["annotations"] = serde_json::json!(annotations);
+        }
+        Self::parse(json.to_string().as_bytes())
+    }
+
+    /// Free-form notes on the image, sorted by key.
+    pub fn annotations(&self) -> BTreeMap<String, String> {
+        self.document.value.annotations().iter().flatten().map(|(k, v)| (k.clone(), v.clone())).collect()
     }
 
     /// The document with its raw bytes.
@@ -579,6 +598,7 @@ impl ImageConfig {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Compression;
 
     const DIGEST: &str = "sha256:ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
 
@@ -697,9 +717,29 @@ mod tests {
     #[test]
     fn what_we_build_is_stable_and_parses() {
         let config = Descriptor::new(MediaType::ImageConfig, DIGEST.parse().unwrap(), 3);
-        let built = Manifest::build(&config, &[]);
-        assert_eq!(built.document().raw(), Manifest::build(&config, &[]).document().raw());
-        assert_eq!(built.config(), &config);
+        let notes =
+            BTreeMap::from([("b".to_owned(), "1".to_owned()), ("A".into(), "2".into()), ("a".into(), "".into())]);
+        let built = Manifest::build(&config, &[], &notes).unwrap();
+        assert_eq!(built.document().raw(), Manifest::build(&config, &[], &notes).unwrap().document().raw());
+        assert_eq!((built.config(), built.annotations()), (&config, notes));
+        let huge = BTreeMap::from([("a".to_owned(), "x".repeat(limits::MANIFEST_BYTES_MAX as usize))]);
+        let refused = Manifest::build(&config, &[], &huge).unwrap_err();
+        assert!(matches!(refused, DocumentError::Limit { limit: "MANIFEST_BYTES_MAX", .. }), "{refused}");
         assert_eq!(Index::build(&[built.descriptor()]).manifests(), &[built.descriptor()]);
+    }
+
+    #[test]
+    fn a_manifest_is_of_its_configs_family() {
+        for (family, media_type) in [
+            (Family::Oci, "application/vnd.oci.image.manifest.v1+json"),
+            (Family::Docker, "application/vnd.docker.distribution.manifest.v2+json"),
+        ] {
+            let config = Descriptor::new(family.config(), DIGEST.parse().unwrap(), 3);
+            let layers = [Compression::None, Compression::Gzip, Compression::Zstd]
+                .map(|packed| Descriptor::new(family.layer(packed), DIGEST.parse().unwrap(), 4));
+            let built = Manifest::build(&config, &layers, &BTreeMap::new()).unwrap();
+            assert_eq!(built.descriptor().media_type.to_string(), media_type);
+            assert_eq!(built.layers(), layers);
+        }
     }
 }

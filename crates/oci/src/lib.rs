@@ -20,7 +20,7 @@ mod reference;
 pub use document::{Document, DocumentError, ImageConfig, Index, Manifest, check_unique_keys, limits};
 pub use id::{BlobDigest, ChainId, DiffId, DigestError, ImageId, Sha256Hasher};
 pub use kind::ErrorKind;
-pub use media::{Compression, MediaClass, MediaType, classify};
+pub use media::{Compression, Family, MediaClass, MediaType, classify};
 pub use reference::{Reference, ReferenceError};
 
 pub use document::{Descriptor, Platform, PlatformError};

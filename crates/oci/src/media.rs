@@ -25,6 +25,48 @@ pub enum MediaClass {
     Layer(Compression),
 }
 
+/// Docker's manifest, schema 2 (distribution, "Image Manifest Version 2, Schema 2").
+pub(crate) const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
+/// The config that it names.
+const DOCKER_CONFIG: &str = "application/vnd.docker.container.image.v1+json";
+
+/// Who named a media type. The documents are the same.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Family {
+    /// The image specification.
+    #[default]
+    Oci,
+    /// Docker's schema 2, which has neither annotations nor zstd (containerd has a name for such layers).
+    Docker,
+}
+
+impl Family {
+    /// The family of a manifest with this config.
+    pub(crate) fn of(config: &MediaType) -> Self {
+        if config.to_string() == DOCKER_CONFIG { Self::Docker } else { Self::Oci }
+    }
+
+    /// What it calls a config.
+    pub fn config(self) -> MediaType {
+        match self {
+            Self::Oci => MediaType::ImageConfig,
+            Self::Docker => MediaType::from(DOCKER_CONFIG),
+        }
+    }
+
+    /// What it calls a layer.
+    pub fn layer(self, compression: Compression) -> MediaType {
+        match (self, compression) {
+            (Self::Oci, Compression::None) => MediaType::ImageLayer,
+            (Self::Oci, Compression::Gzip) => MediaType::ImageLayerGzip,
+            (Self::Oci, Compression::Zstd) => MediaType::ImageLayerZstd,
+            (Self::Docker, Compression::None) => MediaType::from("application/vnd.docker.image.rootfs.diff.tar"),
+            (Self::Docker, Compression::Gzip) => MediaType::from("application/vnd.docker.image.rootfs.diff.tar.gzip"),
+            (Self::Docker, Compression::Zstd) => MediaType::from("application/vnd.docker.image.rootfs.diff.tar.zstd"),
+        }
+    }
+}
+
 /// Says what a media type means to us; `None` for one that we don't know.
 ///
 /// "Non-distributable" and "foreign" layers are layers: the word only ever asked tools not to push them.
@@ -34,12 +76,8 @@ pub fn classify(media_type: &MediaType) -> Option<MediaClass> {
         "application/vnd.oci.image.index.v1+json" | "application/vnd.docker.distribution.manifest.list.v2+json" => {
             MediaClass::Index
         }
-        "application/vnd.oci.image.manifest.v1+json" | "application/vnd.docker.distribution.manifest.v2+json" => {
-            MediaClass::Manifest
-        }
-        "application/vnd.oci.image.config.v1+json" | "application/vnd.docker.container.image.v1+json" => {
-            MediaClass::Config
-        }
+        "application/vnd.oci.image.manifest.v1+json" | DOCKER_MANIFEST => MediaClass::Manifest,
+        "application/vnd.oci.image.config.v1+json" | DOCKER_CONFIG => MediaClass::Config,
         "application/vnd.oci.image.layer.v1.tar"
         | "application/vnd.oci.image.layer.nondistributable.v1.tar"
         | "application/vnd.docker.image.rootfs.diff.tar" => MediaClass::Layer(Plain),

@@ -92,7 +92,9 @@ pub use migrate::{Migrate, Migrated, MigrationPlan, migration_plan};
 use open::Inner;
 pub use open::{BeforeRecovery, Clock, OpenError, OpenOptions, Warn};
 pub use snapshots::{ActiveInfo, ActiveOptions, Attach, MountOptions, Mounted, SnapshotError, SnapshotInfo, Snapshots};
-pub use transfer::{LayerBlob, LayerSource, OpenBlob, Origin, ReceivedLayer, Taken, Transfer, TransferError, parallel};
+pub use transfer::{
+    LayerBlob, LayerSource, OpenBlob, Origin, Packing, ReceivedLayer, Taken, Transfer, TransferError, parallel,
+};
 pub use usage::{SizeRow, UsageError, UsageKind, UsageRow, scan_sizes};
 
 /// A store that this process owns. Cloning is cheap; the store closes when the last clone and the

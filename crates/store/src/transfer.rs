@@ -19,10 +19,10 @@ use plies_archive::hash::{HashingReader, HashingWriter};
 use plies_archive::tar;
 use plies_archive::tarsplit::{self, AssembleError, Recorder};
 use plies_archive::{
-    ApplyError, ApplyStyle, DiffError, Limits, Received, Root, UnpackError, Unpacked, diff_trees, layer_to_tar,
-    receive, unpack,
+    ApplyError, ApplyStyle, DiffError, Limits, Received, Root, UnpackError, Unpacked, diff_trees, is_newer,
+    layer_to_tar, receive, unpack,
 };
-use plies_oci::{BlobDigest, ChainId, Compression, Descriptor, DiffId, ErrorKind, MediaType};
+use plies_oci::{BlobDigest, ChainId, Compression, Descriptor, DiffId, ErrorKind, Family};
 use serde::{Deserialize, Serialize};
 
 use crate::cancel::canceled_inside;
@@ -38,17 +38,29 @@ use crate::{
 const BLOBS_OF_DIFF: Table<(DiffId, BlobDigest), LayerBlobRow> = Table::new("image.blobs");
 const DIFF_OF_BLOB: Table<BlobDigest, DiffIdRow> = Table::new("image.diffs");
 
+// What a layer became when the times in it were cut off at so many seconds since 1970 (as the bits of an `i64`): memory
+// as well. A layer that is its own has nothing later.
+const CLAMPED: Table<(LayerId, u64), LayerId> = Table::new("image.clamped");
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 struct LayerBlobRow {
     size_bytes: u64,
     compression: Compression,
+    /// The level that it was packed at here. `None`: it came from elsewhere, or from before this was kept.
+    made_at_level: Option<i32>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
 struct DiffIdRow(DiffId);
 
 impl Row for LayerBlobRow {
-    const VERSION: u8 = 1;
+    const VERSION: u8 = 2;
+
+    fn upgrade(version: u8, body: &[u8]) -> Option<Self> {
+        (version == 1).then_some(())?;
+        let (size_bytes, compression) = postcard::from_bytes(body).ok()?;
+        Some(Self { size_bytes, compression, made_at_level: None })
+    }
 }
 impl Row for DiffIdRow {
     const VERSION: u8 = 1;
@@ -306,14 +318,27 @@ pub struct LayerBlob {
 }
 
 impl LayerBlob {
-    /// As a manifest lists it.
-    pub fn descriptor(&self) -> Descriptor {
-        let media_type = match self.compression {
-            Compression::None => MediaType::ImageLayer,
-            Compression::Gzip => MediaType::ImageLayerGzip,
-            Compression::Zstd => MediaType::ImageLayerZstd,
-        };
-        Descriptor::new(media_type, self.digest, self.size_bytes)
+    /// As a manifest of this family lists it.
+    pub fn descriptor(&self, family: Family) -> Descriptor {
+        Descriptor::new(family.layer(self.compression), self.digest, self.size_bytes)
+    }
+}
+
+/// How layers are packed into blobs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Packing {
+    /// The format.
+    pub compression: Compression,
+    /// On the format's own scale; `None` is its default.
+    pub level: Option<i32>,
+    /// Also those layers whose blobs came from elsewhere packed in another way, which else stay as they are.
+    pub force: bool,
+}
+
+impl Default for Packing {
+    /// What every reader knows.
+    fn default() -> Self {
+        Self { compression: Compression::Gzip, level: None, force: false }
     }
 }
 
@@ -572,7 +597,7 @@ impl Transfer<'_> {
         let ingest = ingest.map(|ingest| (ingest, offer.expected()));
         let taken = self.publish_blobs(vec![ingest], &[offer])?;
         let blob = *taken.first().expect("because one source makes one blob");
-        self.store().write(|tx| remember_blob(tx, offer.diff_id, &blob))?;
+        self.store().write(|tx| remember_blob(tx, offer.diff_id, &blob, None))?;
         task.end(Outcome::Done);
         Ok(blob)
     }
@@ -867,12 +892,27 @@ impl Transfer<'_> {
             None => None,
         };
         let mounted = snapshots.mount_active(active, Attach::Detached)?;
+        let (lower, upper) = (base.as_ref().map(|base| base.root()), mounted.root());
+        let write = |tar: &mut tar::Writer<_>| diff_trees(lower, upper, tar).map(drop);
+        let received = self.receive_written(write, below, parent, |source| TransferError::Changes { active, source });
+        mounted.unmount()?;
+        base.map_or(Ok(()), Mounted::unmount)?;
+        received
+    }
+
+    /// Takes in the layer that another thread writes.
+    fn receive_written(
+        &self,
+        write: impl FnOnce(&mut tar::Writer<BufWriter<io::PipeWriter>>) -> Result<(), DiffError> + Send,
+        below: &[LayerId],
+        parent: Option<ChainId>,
+        failed: impl FnOnce(DiffError) -> TransferError,
+    ) -> Result<ReceivedLayer, TransferError> {
         let (reader, writer) = io::pipe().map_err(scratch("make"))?;
-        let received = std::thread::scope(|scope| {
-            let (lower, upper) = (base.as_ref().map(|base| base.root()), mounted.root());
+        std::thread::scope(|scope| {
             let writing = scope.spawn(move || {
                 let mut tar = tar::Writer::new(BufWriter::with_capacity(PIPE_BYTES, writer));
-                diff_trees(lower, upper, &mut tar)?;
+                write(&mut tar)?;
                 let mut out = tar.finish()?;
                 out.flush().map_err(|source| DiffError::Write(tar::WriteError::Write { source }))
             });
@@ -881,14 +921,47 @@ impl Transfer<'_> {
                 Ok(()) => received,
                 // Whoever receives says that the tar ends too early; or stopped reading for a reason of its own.
                 Err(source) => match &received {
-                    Err(TransferError::Unpack { .. }) | Ok(_) => Err(TransferError::Changes { active, source }),
+                    Err(TransferError::Unpack { .. }) | Ok(_) => Err(failed(source)),
                     Err(_) => received,
                 },
             }
-        });
-        mounted.unmount()?;
-        base.map_or(Ok(()), Mounted::unmount)?;
-        received
+        })
+    }
+
+    /// The layer that a layer becomes when nothing in it may be later than `latest`, in whole seconds since 1970, to
+    /// stand on the layers `below`, which end the chain `parent`: itself, or one that is made now and found again as
+    /// long as something holds it. Held by the lease.
+    ///
+    /// # Errors
+    /// [`TransferError`].
+    pub fn clamped(
+        &self,
+        layer: LayerId,
+        latest: i64,
+        below: &[LayerId],
+        parent: Option<ChainId>,
+    ) -> Result<LayerId, TransferError> {
+        let key = (layer, latest.cast_unsigned());
+        if let Some(known) = self.store().read(|rows| rows.get(&CLAMPED, &key))?
+            && self.lease.hold_if_present(known)?
+        {
+            return Ok(known);
+        }
+        let layers = self.store().layers();
+        let (root, index) = (layers.root(layer)?, layers.index(layer)?);
+        let failed = |source| TransferError::Diff { layer, source };
+        let latest = tar::Timestamp { seconds: latest, nanos: 0 };
+        let clamped = if is_newer(root.as_fd(), &index, latest).map_err(failed)? {
+            let write = |tar: &mut tar::Writer<_>| {
+                tar.set_latest(Some(latest));
+                layer_to_tar(root.as_fd(), &index, tar).map(drop)
+            };
+            self.receive_written(write, below, parent, failed)?.layer
+        } else {
+            layer
+        };
+        self.store().write(|tx| tx.put(&CLAMPED, &key, &clamped))?;
+        Ok(clamped)
     }
 
     /// The diff ID of a layer; its tar is written into a hash if nobody knows it yet.
@@ -981,16 +1054,27 @@ impl Transfer<'_> {
         Ok(here)
     }
 
-    /// A blob of the layer with this diff ID: one that is here, or a gzip of the layer's tar, made now and kept with the
-    /// layer.
+    /// A blob of the layer with this diff ID: the one that it came with, or one packed here as is asked for, made now
+    /// if need be and kept with the layer. Which other blobs happen to be here changes nothing.
     ///
     /// # Errors
     /// [`TransferError`].
-    pub fn blob_of(&self, diff_id: DiffId) -> Result<LayerBlob, TransferError> {
-        match self.blobs_of(diff_id)?.first() {
-            Some(blob) => Ok(*blob),
-            None => self.make_blob(diff_id, None, Compression::Gzip, None),
+    pub fn blob_as(&self, diff_id: DiffId, packing: &Packing) -> Result<LayerBlob, TransferError> {
+        let Packing { compression, level, force } = *packing;
+        let rows = self.store().read(|rows| rows.prefixed(&BLOBS_OF_DIFF, &diff_id))?;
+        let came = |row: &LayerBlobRow| {
+            row.made_at_level.is_none() && (!force || (row.compression == compression && level.is_none()))
+        };
+        let wanted = Some(compress::level_of(compression, level));
+        let made = |row: &LayerBlobRow| row.compression == compression && row.made_at_level == wanted;
+        let mut rows: Vec<_> = rows.into_iter().filter(|(_, row)| came(row) || made(row)).collect();
+        rows.sort_by_key(|(_, row)| row.made_at_level.is_some());
+        for ((_, digest), row) in rows {
+            if self.lease.hold_if_present(digest)? {
+                return Ok(LayerBlob { digest, size_bytes: row.size_bytes, compression: row.compression });
+            }
         }
+        self.make_blob(diff_id, None, compression, level)
     }
 
     /// Compresses the tar of a diff ID into a blob, which is kept with the layer. `layer` says where its files are, if
@@ -1019,9 +1103,10 @@ impl Transfer<'_> {
         let size_bytes = ingest.offset_bytes();
         let digest = ingest.commit(Expected::anything(), self.lease)?;
         let blob = LayerBlob { digest, size_bytes, compression };
-        self.store().write(|tx| match layer {
-            Some(layer) => record_blob(tx, diff_id, &blob, layer),
-            None => remember_blob(tx, diff_id, &blob),
+        let made_at_level = Some(compress::level_of(compression, level));
+        self.store().write(|tx| {
+            remember_blob(tx, diff_id, &blob, made_at_level)?;
+            layer.map_or(Ok(()), |layer| tx.add_edge(layer, digest))
         })?;
         task.end(Outcome::Done);
         Ok(blob)
@@ -1115,8 +1200,16 @@ impl Read for FromStart {
 }
 
 /// Remembers that a blob, decompressed, is the tar of a diff ID. Only for what was hashed here.
-fn remember_blob(tx: &mut Tx<'_>, diff_id: DiffId, blob: &LayerBlob) -> Result<(), CatalogueError> {
-    let row = LayerBlobRow { size_bytes: blob.size_bytes, compression: blob.compression };
+fn remember_blob(
+    tx: &mut Tx<'_>,
+    diff_id: DiffId,
+    blob: &LayerBlob,
+    made_at_level: Option<i32>,
+) -> Result<(), CatalogueError> {
+    // What was made here and comes back is still what is made here.
+    let known = tx.get(&BLOBS_OF_DIFF, &(diff_id, blob.digest))?.and_then(|row| row.made_at_level);
+    let made_at_level = made_at_level.or(known);
+    let row = LayerBlobRow { size_bytes: blob.size_bytes, compression: blob.compression, made_at_level };
     tx.put(&BLOBS_OF_DIFF, &(diff_id, blob.digest), &row)?;
     tx.put(&DIFF_OF_BLOB, &blob.digest, &DiffIdRow(diff_id))?;
     Ok(())
@@ -1124,7 +1217,7 @@ fn remember_blob(tx: &mut Tx<'_>, diff_id: DiffId, blob: &LayerBlob) -> Result<(
 
 /// As [`remember_blob`], and that the layer keeps the blob alive.
 fn record_blob(tx: &mut Tx<'_>, diff_id: DiffId, blob: &LayerBlob, layer: LayerId) -> Result<(), CatalogueError> {
-    remember_blob(tx, diff_id, blob)?;
+    remember_blob(tx, diff_id, blob, None)?;
     tx.add_edge(layer, blob.digest)
 }
 
@@ -1142,7 +1235,8 @@ pub fn diff_id_of_blob(rows: &impl Rows, blob: BlobDigest) -> Result<Option<Diff
 /// [`CatalogueError`].
 pub fn blobs_of_diff_id(rows: &impl Rows, diff_id: DiffId) -> Result<Vec<LayerBlob>, CatalogueError> {
     let rows = rows.prefixed(&BLOBS_OF_DIFF, &diff_id)?;
-    let blob = |((_, digest), LayerBlobRow { size_bytes, compression })| LayerBlob { digest, size_bytes, compression };
+    let blob =
+        |((_, digest), LayerBlobRow { size_bytes, compression, .. })| LayerBlob { digest, size_bytes, compression };
     Ok(rows.into_iter().map(blob).collect())
 }
 

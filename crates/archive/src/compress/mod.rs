@@ -26,7 +26,7 @@ const ZSTD_WINDOW_LOG_MAX: u32 = 27;
 /// zstd's own default.
 const ZSTD_LEVEL: i32 = 3;
 /// gzip's own default.
-const GZIP_LEVEL: u32 = 6;
+const GZIP_LEVEL: i32 = 6;
 /// Compressed bytes read at once.
 const INPUT_BUFFER_BYTES: usize = 128 << 10;
 
@@ -189,6 +189,17 @@ impl<R: Read> fmt::Debug for Decoder<R> {
     }
 }
 
+/// The level that a format works at when one is asked for, on its own scale: gzip 0 to 9, zstd 1 to 22; others are
+/// brought into that range. `None` is the format's default.
+pub fn level_of(compression: Compression, level: Option<i32>) -> i32 {
+    match compression {
+        Compression::None => 0,
+        Compression::Gzip => level.map_or(GZIP_LEVEL, |level| level.clamp(0, 9)),
+        // libzstd takes 0 for its default.
+        Compression::Zstd => level.filter(|level| *level != 0).map_or(ZSTD_LEVEL, |level| level.clamp(1, 22)),
+    }
+}
+
 /// Compresses a layer blob. Nothing is complete before [`Encoder::finish`].
 pub struct Encoder<W: Write>(Sink<W>);
 
@@ -208,20 +219,16 @@ impl<W: Write> Encoder<W> {
         Self::with_level(out, compression, None, threads)
     }
 
-    /// As [`Encoder::new`], at a level of the format's own scale: gzip 0 to 9, zstd 1 to 22; others are brought
-    /// into that range.
+    /// As [`Encoder::new`], at a level of the format's own scale ([`level_of`]).
     ///
     /// # Errors
     /// As [`Encoder::new`].
     pub fn with_level(out: W, compression: Compression, level: Option<i32>, threads: NonZeroUsize) -> io::Result<Self> {
+        let level = level_of(compression, level);
         Ok(Self(match compression {
             Compression::None => Sink::Plain(out),
-            Compression::Gzip => {
-                let level = level.map_or(GZIP_LEVEL, |level| level.clamp(0, 9).unsigned_abs());
-                Sink::Gzip(ParallelGzip::new(out, level, threads))
-            }
+            Compression::Gzip => Sink::Gzip(ParallelGzip::new(out, level.unsigned_abs(), threads)),
             Compression::Zstd => {
-                let level = level.map_or(ZSTD_LEVEL, |level| level.clamp(1, 22));
                 let mut encoder = zstd::stream::write::Encoder::new(out, level)?;
                 encoder.include_checksum(true)?;
                 // From one worker on, libzstd's output does not depend on how many there are

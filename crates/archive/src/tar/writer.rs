@@ -80,12 +80,18 @@ const PAX_NAME: &[u8] = b"././@PaxHeader";
 pub struct Writer<W> {
     out: W,
     buffer: Vec<u8>,
+    latest: Option<Timestamp>,
 }
 
 impl<W: Write> Writer<W> {
     /// Writes to `out`, at most a few writes an entry.
     pub fn new(out: W) -> Self {
-        Self { out, buffer: vec![0; COPY_BYTES] }
+        Self { out, buffer: vec![0; COPY_BYTES], latest: None }
+    }
+
+    /// Entries from now on that were changed later than this say that it was then. Others keep their times.
+    pub fn set_latest(&mut self, latest: Option<Timestamp>) {
+        self.latest = latest;
     }
 
     /// Appends one entry. `data` is read for regular files only: the stored bytes, of which exactly
@@ -95,7 +101,8 @@ impl<W: Write> Writer<W> {
     /// # Errors
     /// Any [`WriteError`].
     pub fn append(&mut self, entry: &Entry, data: &mut dyn Read) -> Result<(), WriteError> {
-        let headers = Headers::of(entry)?;
+        let mtime = self.latest.map_or(entry.mtime, |latest| latest.min(entry.mtime));
+        let headers = Headers::of(entry, mtime)?;
         if !headers.records.is_empty() {
             let mut records = Vec::new();
             for (key, value) in &headers.records {
@@ -187,7 +194,7 @@ struct Headers {
 }
 
 impl Headers {
-    fn of(entry: &Entry) -> Result<Self, WriteError> {
+    fn of(entry: &Entry, mtime: Timestamp) -> Result<Self, WriteError> {
         let unrepresentable = |why| WriteError::Unrepresentable { path: entry.path.clone(), why };
         let mut headers = Self { block: [0; BLOCK_BYTES], records: BTreeMap::new() };
         let (flag, size_bytes, link, device) = match &entry.kind {
@@ -207,7 +214,7 @@ impl Headers {
         headers.number(108, 8, "uid", u64::from(entry.uid));
         headers.number(116, 8, "gid", u64::from(entry.gid));
         headers.number(124, 12, "size", size_bytes);
-        headers.mtime(entry.mtime);
+        headers.mtime(mtime);
         headers.block[156] = flag;
         if link.len() <= 100 && link.is_ascii() {
             headers.block[157..157 + link.len()].copy_from_slice(link);
@@ -376,6 +383,20 @@ mod tests {
         }
         assert_eq!(reader.finish().unwrap().size_bytes, bytes.len() as u64);
         all
+    }
+
+    #[test]
+    fn times_after_the_latest_are_the_latest_and_others_stay() {
+        let at = |seconds, nanos| Timestamp { seconds, nanos };
+        let mut writer = Writer::new(Vec::new());
+        writer.set_latest(Some(at(100, 0)));
+        let times = [at(99, 999_999_999), at(100, 0), at(100, 1), at(101, 0), at(-5, 0)];
+        for mtime in times {
+            writer.append(&Entry { mtime, ..file(b"f", 0) }, &mut io::empty()).unwrap();
+        }
+        let written: Vec<Timestamp> =
+            entries(&writer.finish().unwrap()).into_iter().map(|(entry, _)| entry.mtime).collect();
+        assert_eq!(written, [times[0], times[1], at(100, 0), at(100, 0), times[4]]);
     }
 
     #[test]

@@ -1,9 +1,14 @@
 //! The config that a stage's instructions add up to.
 
+use plies_image::history_cache::KEY_FIELD;
 use serde_json::{Map, Value, json};
 
 /// PATH of an image that sets none, as docker has it.
 pub(crate) const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// What BuildKit's Dockerfile frontend leaves as a comment in every line (`dockerfile2llb`, `historyComment`): tools tell
+/// by it what the text is like.
+const HISTORY_COMMENT: &str = "buildkit.dockerfile.v0";
 
 /// One line of an image's history.
 #[derive(Debug, Clone)]
@@ -11,7 +16,8 @@ pub(crate) struct HistoryEntry {
     /// RFC 3339.
     pub(crate) created: Option<String>,
     pub(crate) created_by: String,
-    pub(crate) comment: Option<String>,
+    /// The key of the step that it stands for.
+    pub(crate) key: Option<String>,
     pub(crate) empty_layer: bool,
 }
 
@@ -127,6 +133,8 @@ impl Config {
 
     pub(crate) fn set_cmd(&mut self, cmd: &[String]) {
         self.run_mut().insert("Cmd".into(), json!(cmd));
+        // Of use on Windows only; docker's builder says so everywhere.
+        self.run_mut().insert("ArgsEscaped".into(), true.into());
     }
 
     /// Sets the entry point. A CMD that came from the base image was meant for the base's entry point, so it goes
@@ -202,12 +210,12 @@ impl Config {
         let told = history.iter().filter(filled).count() + new_layers;
         history.extend((told..diff_ids.len()).map(|_| json!({})));
         history.extend(new.iter().map(|entry| {
-            let mut line = json!({"created_by": entry.created_by});
+            let mut line = json!({"created_by": entry.created_by, "comment": HISTORY_COMMENT});
             if let Some(created) = &entry.created {
                 line["created"] = created.as_str().into();
             }
-            if let Some(comment) = &entry.comment {
-                line["comment"] = comment.as_str().into();
+            if let Some(key) = &entry.key {
+                line[KEY_FIELD] = key.as_str().into();
             }
             if entry.empty_layer {
                 line["empty_layer"] = true.into();
@@ -238,7 +246,7 @@ mod tests {
             "rootfs":{"type":"layers","diff_ids":[]},"history":[{"created_by":"base","empty_layer":true}]}"#;
         let mut config = Config::from_image(&ImageConfig::parse(base).unwrap());
         config.set_env(vec!["A=3".into(), "B=2".into()]);
-        let entry = HistoryEntry { created: None, created_by: "ENV".into(), comment: None, empty_layer: true };
+        let entry = HistoryEntry { created: None, created_by: "ENV".into(), key: None, empty_layer: true };
         let bytes = config.finish(None, &[], &[entry]);
         let json: Value = serde_json::from_slice(&bytes).unwrap();
         assert_eq!(json["moby.buildkit.x"], 1);
@@ -250,10 +258,10 @@ mod tests {
     #[test]
     fn history_pairs_with_layers_even_where_the_base_tells_none() {
         let diff = |byte| plies_oci::DiffId::from_bytes([byte; 32]);
-        let entry = HistoryEntry { created: None, created_by: "COPY".into(), comment: None, empty_layer: false };
+        let entry = HistoryEntry { created: None, created_by: "COPY".into(), key: None, empty_layer: false };
         let bytes = scratch().finish(None, &[diff(1), diff(2), diff(3)], &[entry]);
         let json: Value = serde_json::from_slice(&bytes).unwrap();
-        assert_eq!(json["history"], json!([{}, {}, {"created_by": "COPY"}]));
+        assert_eq!(json["history"], json!([{}, {}, {"created_by": "COPY", "comment": HISTORY_COMMENT}]));
     }
 
     #[test]

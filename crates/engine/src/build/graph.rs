@@ -13,7 +13,7 @@ use super::Entitlement;
 use super::cache_from::Told;
 use super::config::{Config, DEFAULT_PATH, HistoryEntry};
 use super::remote::{Download, GitSource, Remote};
-use super::values::{absolute, exposed, has_drive, healthcheck, is_signal};
+use super::values::{absolute, exposed, has_drive, healthcheck, healthcheck_text, is_signal, plain, quoted};
 use crate::dockerfile::words::{Expansion, Lexer, Variables as _};
 use crate::dockerfile::{
     self, Add, BuildArgs, CommandLine, Copy, CopyFrom, CopySource, Dockerfile, DockerfileError, Ignore, Instruction,
@@ -685,7 +685,7 @@ impl<'a> Lowering<'a> {
 
     fn instruction(&mut self, current: &mut Current, instruction: &Instruction) -> Result<(), DockerfileError> {
         let at = instruction.location;
-        let mut created_by = instruction.text.clone();
+        let created_by;
         let mut told = Told::Named(instruction.text.split(' ').next().unwrap_or_default().to_owned());
         let before = current.lowered.vertex;
         // The step that the entry stands for: its key, and what it made.
@@ -693,12 +693,12 @@ impl<'a> Lowering<'a> {
         match &instruction.kind {
             InstructionKind::Run(run) => (created_by, told) = self.run(current, instruction, run)?,
             InstructionKind::Copy(copy) => {
-                step = Some(self.copy(current, instruction, copy)?);
-                (created_by, told) = (created_by + " # buildkit", Told::Files);
+                let (vertex, text) = self.copy(current, instruction, copy)?;
+                (step, created_by, told) = (Some(vertex), text, Told::Files);
             }
             InstructionKind::Add(add) => {
-                step = Some(self.add(current, instruction, add)?);
-                (created_by, told) = (created_by + " # buildkit", Told::Files);
+                let (vertex, text) = self.add(current, instruction, add)?;
+                (step, created_by, told) = (Some(vertex), text, Told::Files);
             }
             InstructionKind::Workdir(path) => {
                 let path = self.expand(current, at, path)?;
@@ -729,31 +729,44 @@ impl<'a> Lowering<'a> {
                     current.lowered.scope.set_env(&name, &value);
                     env.push(format!("{name}={value}"));
                 }
+                created_by = format!("ENV {}", env.join(" "));
                 told = Told::Env { env, written: instruction.text.clone() };
             }
             InstructionKind::Arg(declared) => {
+                let mut said = vec!["ARG".to_owned()];
                 for arg in declared {
                     self.warn_of_secret(at, "ARG", &arg.name);
                     let before = current.lowered.scope.clone();
                     let value = current.lowered.scope.declare(arg, self.args, &self.lexer);
                     let expanded =
                         value.map_err(|e| self.dockerfile.error(at, arg.default.as_deref().unwrap_or(""), e.why))?;
+                    let Some(expanded) = expanded else {
+                        said.push(arg.name.clone());
+                        continue;
+                    };
                     self.warn_of_unset(&before, at, &expanded);
+                    said.push(format!("{}={}", arg.name, expanded.text));
                 }
+                created_by = said.join(" ");
             }
             InstructionKind::Label(pairs) => {
+                let mut said = "LABEL".to_owned();
                 for pair in pairs {
                     let key = self.expand(current, at, &pair.name)?;
                     let value = self.expand(current, at, &pair.value)?;
                     current.lowered.config.set_label(&key, &value);
+                    said.push_str(&format!(" {key}={value}"));
                 }
+                created_by = said;
             }
             InstructionKind::User(user) => {
                 let user = self.expand(current, at, user)?;
                 current.lowered.config.set_user(&user);
-                told = Told::Says(vec![format!("USER {user}")]);
+                created_by = format!("USER {user}");
+                told = Told::Says(vec![created_by.clone()]);
             }
             InstructionKind::Expose(ports) => {
+                let mut said = Vec::new();
                 for ports in ports {
                     let split = self.lexer.split(ports, &current.lowered.scope);
                     for port in split.map_err(|e| self.dockerfile.error(at, ports, e.why))? {
@@ -762,13 +775,15 @@ impl<'a> Lowering<'a> {
                         for (rule, message) in exposed.warnings {
                             self.warn(at, &port, rule, message);
                         }
+                        said.extend(exposed.ports);
                     }
                 }
+                created_by = format!("EXPOSE {}", plain(&said));
             }
             InstructionKind::Volume(paths) => {
-                for path in self.expand_all(current, at, paths)? {
-                    current.lowered.config.add_volume(&path);
-                }
+                let paths = self.expand_all(current, at, paths)?;
+                paths.iter().for_each(|path| current.lowered.config.add_volume(path));
+                created_by = format!("VOLUME {}", plain(&paths));
             }
             InstructionKind::StopSignal(signal) => {
                 let signal = self.expand(current, at, signal)?;
@@ -777,28 +792,37 @@ impl<'a> Lowering<'a> {
                     return Err(self.dockerfile.error(at, &signal, message));
                 }
                 current.lowered.config.set_stop_signal(&signal);
+                created_by = format!("STOPSIGNAL {signal}");
             }
             InstructionKind::Entrypoint(command) => {
                 self.once(&mut current.entrypoint, at, "ENTRYPOINT");
                 self.recommend_json(current, at, command, "ENTRYPOINT");
                 let argv = self.argv(current, command);
                 current.lowered.config.set_entrypoint(&argv, current.cmd.is_some());
+                created_by = format!("ENTRYPOINT {}", quoted(&argv));
             }
             InstructionKind::Cmd(command) => {
                 self.once(&mut current.cmd, at, "CMD");
                 self.recommend_json(current, at, command, "CMD");
                 let argv = self.argv(current, command);
                 current.lowered.config.set_cmd(&argv);
+                created_by = format!("CMD {}", quoted(&argv));
             }
             InstructionKind::Shell(shell) => {
                 current.lowered.config.set_shell(shell);
-                told = Told::Says(vec![format!("SHELL [{}]", shell.join(" ")), instruction.text.clone()]);
+                created_by = format!("SHELL {}", plain(shell));
+                told = Told::Says(vec![created_by.clone(), instruction.text.clone()]);
             }
             InstructionKind::Healthcheck(check) => {
                 self.once(&mut current.healthcheck, at, "HEALTHCHECK");
-                current.lowered.config.set_healthcheck(healthcheck(check));
+                let check = healthcheck(check);
+                created_by = healthcheck_text(&check);
+                current.lowered.config.set_healthcheck(check);
             }
-            InstructionKind::Maintainer(name) => current.lowered.config.set_author(name),
+            InstructionKind::Maintainer(name) => {
+                current.lowered.config.set_author(name);
+                created_by = format!("MAINTAINER {name}");
+            }
             // As BuildKit, without a line in the history.
             InstructionKind::Onbuild(trigger) => {
                 current.lowered.config.add_onbuild(trigger);
@@ -843,8 +867,10 @@ impl<'a> Lowering<'a> {
         let pairs = |(name, value): (&str, &str)| (name.to_owned(), value.to_owned());
         let invocation = run.invocation(&lowered.config.shell());
         let args: Vec<String> = lowered.scope.args().map(|(name, value)| format!("{name}={value}")).collect();
-        let prefix = if args.is_empty() { String::new() } else { format!("|{} {} ", args.len(), args.join(" ")) };
-        let created_by = format!("RUN {prefix}{} # buildkit", invocation.argv.join(" "));
+        let declared: Vec<String> = lowered.scope.declared().map(|(name, value)| format!("{name}={value}")).collect();
+        let count = (!declared.is_empty()).then(|| format!("|{}", declared.len()));
+        let words: Vec<&str> = count.iter().chain(&declared).chain(&invocation.argv).map(String::as_str).collect();
+        let created_by = format!("RUN {} # buildkit", words.join(" "));
         let told = Told::Run { args, words: invocation.argv.clone() };
         let op = RunOp {
             invocation,
@@ -919,7 +945,7 @@ impl<'a> Lowering<'a> {
         current: &mut Current,
         instruction: &Instruction,
         copy: &Copy,
-    ) -> Result<VertexId, DockerfileError> {
+    ) -> Result<(VertexId, String), DockerfileError> {
         let at = instruction.location;
         let from = self.files_from(&copy.from, at)?;
         let (paths, inline) = self.sources(current, at, &copy.sources)?;
@@ -932,15 +958,19 @@ impl<'a> Lowering<'a> {
                 self.warn_of_ignored(at, path);
             }
         }
+        let sources = told_sources(&paths, &inline);
+        let (dest, told_dest) = self.destination(current, at, &copy.dest)?;
         let op = CopyOp {
             parts: vec![CopyPart { paths, inline, parents: copy.parents, ..CopyPart::of(from) }],
-            dest: self.destination(current, at, &copy.dest)?,
+            dest,
             chown: self.expand_option(current, at, &copy.chown)?,
             chmod: self.expand_option(current, at, &copy.chmod)?,
             excludes: self.expand_all(current, at, &copy.excludes)?,
             link: copy.link,
         };
-        Ok(self.place(current, instruction, op))
+        let verb = if copy.parents { "COPY --parents" } else { "COPY" };
+        let text = told_copy(verb, &op, &sources, &told_dest);
+        Ok((self.place(current, instruction, op), text))
     }
 
     fn add(
@@ -948,7 +978,7 @@ impl<'a> Lowering<'a> {
         current: &mut Current,
         instruction: &Instruction,
         add: &Add,
-    ) -> Result<VertexId, DockerfileError> {
+    ) -> Result<(VertexId, String), DockerfileError> {
         let at = instruction.location;
         let (paths, inline) = self.sources(current, at, &add.sources)?;
         let checksum = self.expand_option(current, at, &add.checksum)?;
@@ -957,6 +987,7 @@ impl<'a> Lowering<'a> {
         {
             return Err(self.dockerfile.error(at, checksum, "--checksum is for one source alone"));
         }
+        let sources = told_sources(&paths, &inline);
         let local = CopyPart { unpack: add.unpack.unwrap_or(true), ..CopyPart::of(FilesFrom::Context) };
         let mut parts: Vec<CopyPart> = Vec::new();
         for path in paths {
@@ -998,15 +1029,17 @@ impl<'a> Lowering<'a> {
         if !inline.is_empty() {
             parts.push(CopyPart { inline, ..local });
         }
+        let (dest, told_dest) = self.destination(current, at, &add.dest)?;
         let op = CopyOp {
             parts,
-            dest: self.destination(current, at, &add.dest)?,
+            dest,
             chown: self.expand_option(current, at, &add.chown)?,
             chmod: self.expand_option(current, at, &add.chmod)?,
             excludes: self.expand_all(current, at, &add.excludes)?,
             link: add.link,
         };
-        Ok(self.place(current, instruction, op))
+        let text = told_copy("ADD", &op, &sources, &told_dest);
+        Ok((self.place(current, instruction, op), text))
     }
 
     /// Adds a copy: onto the tree so far, or with `--link` onto nothing, to be laid over the tree as a stack. The copy
@@ -1024,8 +1057,13 @@ impl<'a> Lowering<'a> {
         current.lowered.vertex
     }
 
-    /// Where files go: absolute, and with the slash at the end that asks for a directory.
-    fn destination(&mut self, current: &Current, at: Location, dest: &str) -> Result<String, DockerfileError> {
+    /// Where files go: absolute, and with the slash at the end that asks for a directory; and as it is written, expanded.
+    fn destination(
+        &mut self,
+        current: &Current,
+        at: Location,
+        dest: &str,
+    ) -> Result<(String, String), DockerfileError> {
         let dest = self.expand(current, at, dest)?;
         self.refuse_drive(at, &dest)?;
         let mut path = absolute(current.lowered.config.working_dir(), &dest);
@@ -1034,7 +1072,7 @@ impl<'a> Lowering<'a> {
         if directory && !path.ends_with('/') {
             path.push('/');
         }
-        Ok(path)
+        Ok((path, dest))
     }
 
     /// Refuses a path of Windows.
@@ -1085,6 +1123,22 @@ impl<'a> Lowering<'a> {
     }
 }
 
+/// The sources of a copy as a history has them.
+fn told_sources(paths: &[String], inline: &[(String, Vec<u8>)]) -> String {
+    let inline = inline.iter().map(|(name, _)| format!(" <<{name}"));
+    paths.iter().map(|path| format!(" {path}")).chain(inline).collect()
+}
+
+/// What a history says of a copy: of its flags only those that say what the files are like, as in BuildKit.
+fn told_copy(verb: &str, copy: &CopyOp, sources: &str, dest: &str) -> String {
+    let flag = |name: &str, value: &Option<String>| match value.as_deref() {
+        None | Some("") => String::new(),
+        Some(value) => format!(" --{name}={value}"),
+    };
+    let flags = flag("chown", &copy.chown) + &flag("chmod", &copy.chmod);
+    format!("{verb}{flags}{sources} {dest} # buildkit")
+}
+
 /// A name as a pattern that matches nothing else.
 pub(crate) fn escaped(name: &str) -> String {
     let special = |c| matches!(c, '*' | '?' | '[' | '\\');
@@ -1108,17 +1162,18 @@ pub(crate) fn history(
     made: impl Fn(VertexId) -> Option<String>,
     key: impl Fn(VertexId) -> String,
 ) -> (Vec<HistoryEntry>, Option<String>) {
-    // An instruction without a layer happened when the layer before it did: a rebuild from the cache then gives the
-    // same bytes.
-    let mut created = base_created.map(str::to_owned);
+    // An instruction without a layer happened when the layer before it did, or else the first layer that the build adds:
+    // as BuildKit has it, and a rebuild from the cache then gives the same bytes.
+    let first = planned.iter().find_map(|line| line.vertex.and_then(&made));
+    let mut created = first.or_else(|| base_created.map(str::to_owned));
     let mut entries = Vec::new();
     for line in planned {
         let layer = line.vertex.and_then(&made);
         let empty_layer = layer.is_none();
         created = layer.or(created);
-        let comment = line.vertex.map(&key);
+        let key = line.vertex.map(&key);
         let (created, created_by) = (created.clone(), line.created_by.clone());
-        entries.push(HistoryEntry { created, created_by, comment, empty_layer });
+        entries.push(HistoryEntry { created, created_by, key, empty_layer });
     }
     (entries, created)
 }
@@ -1135,9 +1190,11 @@ mod tests {
         let made = |vertex| (vertex == VertexId(1)).then(|| "t1".to_owned());
         let (entries, created) = history(&planned, Some("t0"), made, |vertex| format!("key {}", vertex.0));
         let seen: Vec<_> = entries.iter().map(|e| (e.created.as_deref().unwrap(), e.empty_layer)).collect();
-        assert_eq!(seen, [("t0", true), ("t1", false), ("t1", true), ("t1", true)]);
-        let keys: Vec<_> = entries.iter().map(|e| e.comment.as_deref()).collect();
+        assert_eq!(seen, [("t1", true), ("t1", false), ("t1", true), ("t1", true)]);
+        let keys: Vec<_> = entries.iter().map(|e| e.key.as_deref()).collect();
         assert_eq!(keys, [None, Some("key 1"), None, Some("key 2")]);
         assert_eq!(created.as_deref(), Some("t1"));
+        let (entries, created) = history(&planned[..1], Some("t0"), |_| None, |_| String::new());
+        assert_eq!((entries[0].created.as_deref(), created.as_deref()), (Some("t0"), Some("t0")), "of the base");
     }
 }

@@ -3,7 +3,7 @@
 //! ```text
 //! mod.rs     the request: reads the context and the Dockerfile, runs the four steps
 //! explain.rs what changed since a step was done before
-//! export.rs  a tree's files, out of the store
+//! export.rs  what becomes of the result
 //! graph.rs   a Dockerfile becomes a graph of operations and a config
 //! solve.rs   operations become snapshots: from the cache, or by doing them
 //! mounts.rs  what RUN --mount shows
@@ -28,9 +28,9 @@ mod values;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use plies_image::{Found, ImageError, LayerStoreError, NewImage, history_cache};
-use plies_oci::{DiffId, ErrorKind, ImageConfig, ImageId, Platform, Reference};
-use plies_store::{CatalogueError, CommitError, Expected, IngestError, LayerId, Lease, TransferError};
+use plies_image::{Found, ImageError, LayerStoreError};
+use plies_oci::{BlobDigest, ErrorKind, ImageConfig, ImageId, Platform, Reference};
+use plies_store::{CatalogueError, CommitError, IngestError, Lease, TransferError};
 use serde::Serialize;
 
 use crate::context::Tree;
@@ -40,10 +40,10 @@ use crate::dockerfile::{
 use crate::exec::{self, Cancel, ExecError, ExecutorChoice, ResourceLimit};
 use crate::images::{ImagesError, plain_name};
 use crate::progress::{Outcome, Progress, Task};
-use crate::{Canceled, Engine};
+use crate::{Canceled, Engine, PushError, PushedImage, SaveError};
 
 pub(crate) use config::{Config, DEFAULT_PATH};
-pub use export::{ExportError, TreeOutput};
+pub use export::{BuildOutput, ExportError, ImageOptions, TreeOutput};
 use graph::Lower;
 pub use keys::KeyError;
 pub(crate) use mounts::CacheMounts;
@@ -70,6 +70,8 @@ pub struct BuildRequest {
     pub dockerfile: Option<PathBuf>,
     /// The stage to build, if it is not the last.
     pub target: Option<String>,
+    /// Where the result goes; nowhere: its steps only are cached.
+    pub outputs: Vec<BuildOutput>,
     /// Names of the result.
     pub names: Vec<String>,
     /// Values of ARGs.
@@ -138,10 +140,16 @@ pub struct RunOptions {
 /// What was built.
 #[derive(Debug, Clone, Serialize)]
 pub struct Built {
-    /// The image's ID.
-    pub id: ImageId,
+    /// The ID of the image that went into the store, if one did.
+    pub id: Option<ImageId>,
+    /// Its manifest, if one was made.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub manifest: Option<BlobDigest>,
     /// Its names, as short as docker prints them.
     pub names: Vec<String>,
+    /// The names that it was pushed under.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub pushed: Vec<PushedImage>,
     /// Steps that change files.
     pub steps_count: usize,
     /// How many of them were found in the cache.
@@ -191,6 +199,18 @@ pub enum BuildError {
     /// The solver itself.
     #[error("solve")]
     Solve(#[from] SolveError),
+    /// Times are to be rewritten, and nobody says to which.
+    #[error("rewrite-timestamp needs a time: set {EPOCH_ARG} in the environment or as a build argument")]
+    NoEpoch,
+    /// Its files could not be written where they were asked for.
+    #[error(transparent)]
+    Export(#[from] ExportError),
+    /// It could not be written into an archive, or packed.
+    #[error(transparent)]
+    Save(#[from] SaveError),
+    /// It could not be pushed.
+    #[error(transparent)]
+    Push(#[from] Box<PushError>),
     /// The layer store.
     #[error(transparent)]
     Layers(#[from] LayerStoreError),
@@ -226,7 +246,10 @@ impl BuildError {
     /// What a caller can do about it.
     pub fn kind(&self) -> ErrorKind {
         match self {
-            Self::Dockerfile(_) | Self::Check(_) => ErrorKind::InvalidInput,
+            Self::Dockerfile(_) | Self::Check(_) | Self::NoEpoch => ErrorKind::InvalidInput,
+            Self::Export(source) => source.kind(),
+            Self::Save(source) => source.kind(),
+            Self::Push(source) => source.kind(),
             Self::Step { source, .. } => source.kind(),
             Self::Ignore(source) => source.kind(),
             Self::Read { source, .. } if source.kind() == std::io::ErrorKind::NotFound => ErrorKind::NotFound,
@@ -321,7 +344,7 @@ impl Engine {
             self.base_image(name, &found, lease)
         };
         let ignore = ignore_of(request)?;
-        let plan = graph::lower(
+        let mut plan = graph::lower(
             &Lower {
                 dockerfile,
                 args: &args,
@@ -336,8 +359,11 @@ impl Engine {
             &mut find_image,
         )?;
         let epoch = epoch(dockerfile, &args)?;
+        if epoch.is_none() && request.outputs.iter().any(BuildOutput::rewrites_timestamps) {
+            return Err(BuildError::NoEpoch);
+        }
         let options = check_options(dockerfile, &args)?;
-        let warnings = dockerfile.wanted(plan.warnings, Some(&options));
+        let warnings = dockerfile.wanted(std::mem::take(&mut plan.warnings), Some(&options));
         let told = warnings
             .iter()
             .map(|found| format!("{}: {} ({}:{})", found.rule(), found.message(), found.file(), found.line()));
@@ -386,49 +412,15 @@ impl Engine {
             },
         })?;
 
-        let task = Task::start(progress, "export the image", None);
-        let target = solved.of(plan.target);
-        let mut diff_ids: Vec<DiffId> = target.base_diff_ids.clone();
-        for layer in &target.layers {
-            diff_ids.push(self.transfer(lease, progress, cancel).diff_id_of(*layer)?);
-        }
-        let snapshot =
-            target.tree.as_ref().map(|tree| tree.extract(cancel)).transpose().map_err(SolveError::from)?.flatten();
-        let made = |vertex| solved.of(vertex).made.map(|made| epoch.clone().unwrap_or_else(|| crate::rfc3339(made)));
-        let key = |vertex| format!("{}{}", history_cache::KEY_COMMENT, solved.of(vertex).key);
-        let (history, created) = graph::history(&plan.history, plan.base_created.as_deref(), made, key);
-        let created = epoch.or(created);
-        let config = plan.config.finish(created.as_deref(), &diff_ids, &history);
-        let config = ImageConfig::parse(&config).map_err(ImageError::from)?;
-        let id = config.id();
-        let base = self.store().read(|rows| plies_image::layers_of_chain(rows, &target.base_diff_ids))?;
-        let ids: Option<Vec<LayerId>> = base.map(|base| base.iter().chain(&target.layers).copied().collect());
-        let layers = ids.map(|ids| plies_image::chain_layers(self.store(), &diff_ids, &ids)).transpose();
-        let layers = layers.map_err(LayerStoreError::from)?;
-        let size_bytes = self.layer_sizes(&diff_ids)?.into_iter().sum();
-
-        let mut ingest = self.store().content().ingest_unnamed()?;
-        std::io::Write::write_all(&mut ingest, config.document().raw())
-            .map_err(|source| BuildError::Read { path: "the new config".into(), source })?;
-        ingest.commit(Expected::anything(), lease)?;
-        if cancel.is_canceled() {
-            return Err(Canceled.into());
-        }
-        self.store().write(|tx| {
-            let (config, layers) = (&config, layers.as_deref());
-            plies_image::put(
-                tx,
-                &NewImage { config, manifests: vec![], snapshot, layers, size_bytes, built_here: true },
-            )?;
-            for name in names {
-                plies_image::set_name(tx, name, id, None)?;
-            }
-            Ok::<_, ImageError>(())
-        })?;
-        task.end(Outcome::Done);
+        let transfer = self.transfer(lease, progress, cancel);
+        let export = export::Export { engine: self, plan: &plan, solved: &solved, names, epoch, transfer, progress };
+        let exported = export.write(&request.outputs);
+        let exported = exported.map_err(|error| if cancel.is_canceled() { Canceled.into() } else { error })?;
         Ok(Built {
-            id,
-            names: names.iter().map(Reference::familiar).collect(),
+            id: exported.id,
+            manifest: exported.manifest,
+            names: exported.names.iter().map(Reference::familiar).collect(),
+            pushed: exported.pushed,
             steps_count: solved.steps_count,
             cached_count: solved.cached_count,
         })
@@ -482,12 +474,11 @@ fn dockerfile_path(request: &BuildRequest) -> PathBuf {
 }
 
 /// The time that the result is to tell, if the build argument gives one.
-fn epoch(dockerfile: &Dockerfile, args: &BuildArgs) -> Result<Option<String>, DockerfileError> {
+fn epoch(dockerfile: &Dockerfile, args: &BuildArgs) -> Result<Option<jiff::Timestamp>, DockerfileError> {
     let Some(text) = args.given(EPOCH_ARG).filter(|text| !text.is_empty()) else { return Ok(None) };
     let time = text.parse().ok().and_then(|seconds| jiff::Timestamp::from_second(seconds).ok());
     let told = || format!("build argument {EPOCH_ARG}: {text:?} is no number of seconds since 1970");
-    let time = time.ok_or_else(|| dockerfile.error(Location::default(), "", told()))?;
-    Ok(Some(time.to_string()))
+    Ok(Some(time.ok_or_else(|| dockerfile.error(Location::default(), "", told()))?))
 }
 
 /// An error and its causes in one sentence.

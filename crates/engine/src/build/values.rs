@@ -132,6 +132,82 @@ pub(super) fn healthcheck(check: &Healthcheck) -> serde_json::Value {
     value
 }
 
+/// A list of words as Go's `%q` prints it, in which BuildKit's history has commands: `["/bin/sh" "-c" "make"]`.
+pub(super) fn quoted(words: &[String]) -> String {
+    let words: Vec<String> = words.iter().map(|word| quote(word)).collect();
+    format!("[{}]", words.join(" "))
+}
+
+/// As Go's `strconv.Quote`.
+fn quote(word: &str) -> String {
+    let mut text = String::from("\"");
+    for c in word.chars() {
+        match c {
+            '"' | '\\' => text.extend(['\\', c]),
+            '\x07' => text.push_str("\\a"),
+            '\x08' => text.push_str("\\b"),
+            '\x0c' => text.push_str("\\f"),
+            '\n' => text.push_str("\\n"),
+            '\r' => text.push_str("\\r"),
+            '\t' => text.push_str("\\t"),
+            '\x0b' => text.push_str("\\v"),
+            c if c.is_ascii_control() => text.push_str(&format!("\\x{:02x}", u32::from(c))),
+            // No space but the plain one is printed.
+            c if c.is_control() || (c.is_whitespace() && c != ' ') => {
+                text.push_str(&format!("\\u{:04x}", u32::from(c)));
+            }
+            c => text.push(c),
+        }
+    }
+    text + "\""
+}
+
+/// A list of words as Go's `%v` prints it: `[/data /more]`.
+pub(super) fn plain<T: AsRef<str>>(words: &[T]) -> String {
+    let words: Vec<&str> = words.iter().map(AsRef::as_ref).collect();
+    format!("[{}]", words.join(" "))
+}
+
+/// A health check as Go prints the fields of docker's (`%+v`).
+pub(super) fn healthcheck_text(check: &serde_json::Value) -> String {
+    let test = check["Test"].as_array().into_iter().flatten().filter_map(|word| word.as_str());
+    let number = |key: &str| check[key].as_u64().unwrap_or(0);
+    let time = |key: &str| duration(number(key));
+    format!(
+        "HEALTHCHECK {{Test:{} Interval:{} Timeout:{} StartPeriod:{} StartInterval:{} Retries:{}}}",
+        plain(&test.collect::<Vec<_>>()),
+        time("Interval"),
+        time("Timeout"),
+        time("StartPeriod"),
+        time("StartInterval"),
+        number("Retries"),
+    )
+}
+
+/// A time as Go's `Duration` prints itself: `1h0m0.5s`, `100ms`, `0s`.
+fn duration(nanos: u64) -> String {
+    let fraction = |value: u64, digits: usize| {
+        let text = format!("{value:0digits$}");
+        let text = text.trim_end_matches('0');
+        if text.is_empty() { String::new() } else { format!(".{text}") }
+    };
+    match nanos {
+        0 => "0s".into(),
+        1..1_000 => format!("{nanos}ns"),
+        1_000..1_000_000 => format!("{}{}µs", nanos / 1_000, fraction(nanos % 1_000, 3)),
+        1_000_000..1_000_000_000 => format!("{}{}ms", nanos / 1_000_000, fraction(nanos % 1_000_000, 6)),
+        _ => {
+            let seconds = nanos / 1_000_000_000;
+            let rest = format!("{}{}s", seconds % 60, fraction(nanos % 1_000_000_000, 9));
+            match (seconds / 3600, seconds / 60 % 60) {
+                (0, 0) => rest,
+                (0, minutes) => format!("{minutes}m{rest}"),
+                (hours, minutes) => format!("{hours}h{minutes}m{rest}"),
+            }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -196,5 +272,28 @@ mod tests {
         let exec = healthcheck(&check(CommandLine::Exec(vec!["a".into(), "b".into()])));
         assert_eq!(exec["Test"], json!(["CMD", "a", "b"]));
         assert_eq!(healthcheck(&Healthcheck::None), json!({"Test": ["NONE"]}));
+    }
+
+    #[test]
+    fn words_are_quoted_as_go_does() {
+        let words = ["a \"b\" \\", "\n\t\x07\x1b\x7f", "é€\u{a0}\u{85}", ""].map(String::from);
+        assert_eq!(quoted(&words), r#"["a \"b\" \\" "\n\t\a\x1b\x7f" "é€\u00a0\u0085" ""]"#);
+        assert_eq!(plain(&["/a", "/b c"]), "[/a /b c]");
+    }
+
+    #[test]
+    fn durations_are_told_as_go_does() {
+        for (nanos, text) in [
+            (0, "0s"),
+            (7, "7ns"),
+            (1_500, "1.5µs"),
+            (100_000_000, "100ms"),
+            (1_000_000_000, "1s"),
+            (2_500_000_000, "2.5s"),
+            (300_000_000_000, "5m0s"),
+            (3_600_500_000_000, "1h0m0.5s"),
+        ] {
+            assert_eq!(duration(nanos), text);
+        }
     }
 }

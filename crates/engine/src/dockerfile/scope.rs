@@ -145,8 +145,8 @@ impl BuildArgs {
 pub struct Scope {
     /// In order of first appearance, as an image's configuration lists them.
     variables: Vec<Variable>,
-    /// What `ARG` declared and nothing gave a value.
-    unset: BTreeSet<String>,
+    /// What `ARG` declared, in order, whether it has a value or not.
+    declared: Vec<String>,
 }
 
 #[derive(Debug, Clone)]
@@ -180,29 +180,34 @@ impl Scope {
     }
 
     /// `ARG`: declares one name with what was given for it, its default, or the global value; without any of these the
-    /// name stays unset. Tells what became of the default.
+    /// name stays unset. Tells what its value came from, if it has one.
     ///
     /// # Errors
     /// A default that can't be expanded.
-    pub fn declare(&mut self, arg: &ArgDeclaration, args: &BuildArgs, lexer: &Lexer) -> Result<Expansion, WordError> {
+    pub fn declare(
+        &mut self,
+        arg: &ArgDeclaration,
+        args: &BuildArgs,
+        lexer: &Lexer,
+    ) -> Result<Option<Expansion>, WordError> {
+        if !self.declares(&arg.name) {
+            self.declared.push(arg.name.clone());
+        }
         let expansion = match (args.given.get(&arg.name), &arg.default, args.global.get(&arg.name)) {
             (Some(given), _, _) => Expansion { text: given.clone(), ..Expansion::default() },
             (None, Some(default), _) => lexer.expand(default, self)?,
             (None, None, Some(global)) => Expansion { text: global.clone(), ..Expansion::default() },
-            (None, None, None) => {
-                self.unset.insert(arg.name.clone());
-                return Ok(Expansion::default());
-            }
+            (None, None, None) => return Ok(None),
         };
         let variable = self.variable(&arg.name);
         variable.value.clone_from(&expansion.text);
         variable.is_arg = true;
-        Ok(expansion)
+        Ok(Some(expansion))
     }
 
     /// Whether an `ARG` declares `name`, whether it has a value or not.
     pub(crate) fn declares(&self, name: &str) -> bool {
-        self.unset.contains(name) || self.variables.iter().any(|variable| variable.is_arg && variable.name == name)
+        self.declared.iter().any(|declared| declared == name)
     }
 
     /// The environment for the image's configuration: `ENV` only.
@@ -215,7 +220,13 @@ impl Scope {
         self.variables.iter().map(|variable| (variable.name.as_str(), variable.value.as_str()))
     }
 
-    /// The declared arguments that have a value, for history (`RUN |1 NAME=value …`).
+    /// All that is declared, as `BuildKit` tells it in front of a command (`RUN |1 NAME=value …`): with the values that
+    /// the command sees, and none for what is not set.
+    pub fn declared(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.declared.iter().map(|name| (name.as_str(), self.lookup(name).unwrap_or_default()))
+    }
+
+    /// The declared arguments that have a value, and one of their own.
     pub fn args(&self) -> impl Iterator<Item = (&str, &str)> {
         self.variables.iter().filter(|v| v.is_arg).map(|v| (v.name.as_str(), v.value.as_str()))
     }

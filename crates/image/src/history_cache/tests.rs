@@ -331,9 +331,20 @@ fn d16_a_command_is_compared_word_by_word() {
 }
 
 #[test]
+fn a_base_is_known_by_what_its_history_says_without_our_field() {
+    let all = [made("a", 1), made("b", 2)];
+    let mut keyed = all[0].clone();
+    keyed[KEY_FIELD] = json!("k");
+    assert!(is_valid_parent(std::slice::from_ref(&keyed), &[diff(1)], &all, &[diff(1), diff(2)]));
+    assert!(is_valid_parent(&all[..1], &[diff(1)], &[keyed.clone(), all[1].clone()], &[diff(1), diff(2)]));
+    keyed["author"] = json!("somebody");
+    assert!(!is_valid_parent(&[keyed], &[diff(1)], &all, &[diff(1), diff(2)]));
+}
+
+#[test]
 fn d16_a_key_decides_where_there_is_one() {
     let mut entry = made("a", 1);
-    entry["comment"] = json!(format!("{KEY_COMMENT}k1"));
+    entry[KEY_FIELD] = json!("k1");
     let fits = |key| is_valid_entry(&entry, &Step { config: &cmd(&["a"]), platform: &host(), key });
     assert!(fits(Some("k1")));
     assert!(!fits(Some("k2")) && !fits(None), "the same words are not the same step");
