@@ -14,15 +14,15 @@ use plies_engine::build::{BuildRequest, RunOptions, TreeOutput};
 use plies_engine::dockerfile::Warning;
 use plies_engine::exec::Cancel;
 use plies_engine::{
-    DriverKind, Engine, EngineOptions, Input, Output, PruneOptions, PullRequest, RemovedImage, RunRequest, SaveFormat,
-    SpaceTotals, TreeNode, WhyNode,
+    DriverKind, Engine, EngineOptions, GcMode, Input, Output, PolicyRow, PruneOptions, PullRequest, RemovedImage,
+    RunRequest, SaveFormat, SpaceTotals, TreeNode, WhyNode,
 };
 use serde::Serialize;
 use serde_json::json;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use crate::args::{self, Command, Global, Ply, Ref};
-use crate::config;
+use crate::config::{self, Space};
 use crate::format::{self, Column};
 use crate::layers;
 use crate::progress::Style;
@@ -248,8 +248,12 @@ fn with_engine(engine: &Engine, global: &Global, command: Command, cancel: &Canc
             return Ok(damaged_code(damaged));
         }
         Command::Prune(prune) => return run_prune(engine, json, prune, cancel),
-        Command::Gc { dry_run, compact } => {
-            let report = engine.gc(dry_run)?;
+        Command::Gc { dry_run, full, compact } => {
+            let report = engine.gc(match (dry_run, full) {
+                (true, _) => GcMode::DryRun,
+                (false, true) => GcMode::Full,
+                (false, false) => GcMode::Run,
+            })?;
             if compact {
                 engine.compact_at_close();
             }
@@ -260,6 +264,9 @@ fn with_engine(engine: &Engine, global: &Global, command: Command, cancel: &Canc
             for gone in &report.removed {
                 say(&format!("{verb} {} {}  {}", gone.kind, gone.id, format::size(gone.size_bytes)))?;
             }
+            if let Some(count) = report.repaired_count.filter(|count| *count > 0) {
+                say(&format!("Put right: {count} counts"))?;
+            }
             say(&format!("Total: {}", format::size(report.total_bytes)))?;
         }
         Command::Info => {
@@ -269,6 +276,9 @@ fn with_engine(engine: &Engine, global: &Global, command: Command, cancel: &Canc
             }
             for (key, value) in info.lines().into_iter().chain([("disk", format::size(info.total_bytes))]) {
                 say(&format!("{:<22}{}", format!("{key}:"), format::safe(&value)))?;
+            }
+            for (at, rule) in (1..).zip(&info.policy) {
+                say(&format!("{:<22}{}", format!("gc rule {at}:"), format::safe(&policy(rule))))?;
             }
         }
         Command::Completions { .. } | Command::Man { .. } => unreachable!("because they need no store and ran before"),
@@ -292,13 +302,15 @@ fn run_pull(engine: &Engine, json: bool, style: Style, pull: args::Pull, cancel:
 }
 
 fn run_prune(engine: &Engine, json: bool, prune: args::Prune, cancel: &Cancel) -> anyhow::Result<ExitCode> {
+    let disk_bytes = engine.disk_bytes()?;
+    let bytes = |space: Option<Space>| space.map_or(0, |space| space.of(disk_bytes));
     let rule = PruneOptions {
         all: prune.all,
         filters: prune.filter,
         keep_duration: prune.keep_duration.unwrap_or_default(),
-        reserved_space_bytes: prune.reserved_space.unwrap_or(0),
-        max_used_space_bytes: prune.max_used_space.unwrap_or(0),
-        min_free_space_bytes: prune.min_free_space.unwrap_or(0),
+        reserved_space_bytes: bytes(prune.reserved_space),
+        max_used_space_bytes: bytes(prune.max_used_space),
+        min_free_space_bytes: bytes(prune.min_free_space),
     };
     // A script that asks for it means it; a person may have mistyped.
     if !prune.dry_run && !prune.force && io::stdin().is_terminal() {
@@ -313,12 +325,19 @@ fn run_prune(engine: &Engine, json: bool, prune: args::Prune, cancel: &Cancel) -
     if json {
         return print_json(&done);
     }
-    let columns = [Column::Left("ID"), Column::Right("SIZE"), Column::Left("FATE"), Column::Left("DESCRIPTION")];
+    let columns = [
+        Column::Left("ID"),
+        Column::Right("SIZE"),
+        Column::Right(if prune.dry_run { "SCORE" } else { "" }),
+        Column::Left("FATE"),
+        Column::Left("DESCRIPTION"),
+    ];
     let gone = if prune.dry_run { "would go" } else { "removed" };
     let rows = done.records.iter().map(|record| {
         vec![
             format::short_id(&record.id).to_owned(),
             format::size(record.size_bytes),
+            record.score.map_or_else(String::new, |score| format!("{score:.2}")),
             record.stays.map_or_else(|| gone.to_owned(), |why| format!("stays: {why}")),
             format::safe(&record.description),
         ]
@@ -327,6 +346,20 @@ fn run_prune(engine: &Engine, json: bool, prune: args::Prune, cancel: &Cancel) -
     let verb = if prune.dry_run { "Would free" } else { "Freed" };
     say(&format!("{verb} {} of {} records", format::size(done.freed_bytes), done.removed_count))?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// A rule of the policy, in a line.
+fn policy(rule: &PolicyRow) -> String {
+    let size = |name: &str, bytes: u64| (bytes != 0).then(|| format!("{name} {}", format::size(bytes)));
+    let parts = [
+        Some(if rule.all { "all records" } else { "records" }.to_owned()),
+        (!rule.filters.is_empty()).then(|| format!("matching {}", rule.filters.join(" or "))),
+        (rule.keep_duration_seconds != 0).then(|| format!("unused for {} h", rule.keep_duration_seconds / 3600)),
+        size("reserved", rule.reserved_space_bytes),
+        size("at most", rule.max_used_space_bytes),
+        size("free", rule.min_free_space_bytes),
+    ];
+    parts.into_iter().flatten().collect::<Vec<_>>().join(", ")
 }
 
 fn run_build(engine: &Engine, global: &Global, build: args::Build, cancel: &Cancel) -> anyhow::Result<ExitCode> {
@@ -655,7 +688,7 @@ fn damaged_code(count: usize) -> ExitCode {
 
 /// Frees the space of what was removed. That has happened and was told: space that stays taken is no failure of it.
 pub(crate) fn collect(engine: &Engine) {
-    if let Err(error) = engine.gc(false) {
+    if let Err(error) = engine.gc(GcMode::Run) {
         eprintln!(
             "ply: warning: space is not freed yet (ply gc): {}",
             format::safe(&format!("{:#}", anyhow::Error::new(error)))
@@ -692,6 +725,10 @@ fn open(global: &Global, use_reserve: bool) -> anyhow::Result<Engine> {
         None if rustix::process::geteuid().is_root() => PathBuf::from(SYSTEM_ROOT),
         None => user_root()?,
     };
+    let root = absolute(&root)?;
+    let disk_bytes = plies_engine::disk_bytes(&root)
+        .with_context(|| format!("look how large the file system of {} is", root.display()))?;
+    let (registry, policy) = config::load(global.config.as_deref(), disk_bytes)?;
     let options = EngineOptions {
         driver: match global.driver {
             args::Driver::Auto => DriverKind::Auto,
@@ -701,11 +738,12 @@ fn open(global: &Global, use_reserve: bool) -> anyhow::Result<Engine> {
         use_reserve,
         wait: !global.no_wait,
         on_wait: Box::new(|holder| eprintln!("ply: waiting for {holder}")),
-        registry: config::registries(global.config.as_deref())?,
+        registry,
+        policy,
         command: std::env::args().take(2).collect::<Vec<_>>().join(" "),
         warn: Arc::new(|error| eprintln!("ply: warning: {error}")),
     };
-    Ok(Engine::open(&absolute(&root)?, options)?)
+    Ok(Engine::open(&root, options)?)
 }
 
 /// The XDG base directory specification's place for data.
