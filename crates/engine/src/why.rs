@@ -313,6 +313,7 @@ mod tests {
         let by: Vec<_> = why.by.iter().map(|by| (by.kind, by.label.as_str(), by.root.as_deref())).collect();
         assert_eq!(by, [("lease", "pull a:1", Some("until the process that has it ends"))]);
         assert!(why.kept && why.note.is_none(), "{why:?}");
+        engine.remove_dangling_images().unwrap();
         engine.gc(crate::GcMode::Run).unwrap();
         assert!(engine.why(&blob).unwrap().kept, "a collection takes nothing from running work");
         engine.gc(crate::GcMode::Full).unwrap();
