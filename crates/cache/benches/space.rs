@@ -1,7 +1,8 @@
 //! How long disk usage and prune take, by the number of records: `cargo bench -p plies-cache --bench space [-- COUNT…]`.
 //!
 //! Records are rows in chains of ten, each with a blob of its own that costs 100 bytes and is a row as well: nothing is
-//! unpacked, so what is measured is the catalogue. While it is pruned, two others write: one waits until it is durable, and
+//! unpacked, so what is measured is the catalogue. "du" is the sums by kind (with an empty file for each blob, since names
+//! are counted), "records" the list of all records. While it is pruned, two others write: one waits until it is durable, and
 //! so for the disk, the other does not: how long that one waits is how long anything is locked.
 #![allow(missing_docs, clippy::unwrap_used)]
 
@@ -38,11 +39,12 @@ fn main() {
     let counts: Vec<u64> = std::env::args().filter_map(|arg| arg.parse().ok()).collect();
     let counts = if counts.is_empty() { vec![1_000, 10_000, 100_000] } else { counts };
     println!(
-        "{:>9} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9}",
-        "records",
+        "{:>9} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9}",
+        "count",
         "make",
         "du",
-        "du again",
+        "records",
+        "again",
         "dry run",
         "half",
         "per s",
@@ -78,6 +80,12 @@ fn measure(count: u64) {
     let control = manager.controller();
     let (make, ()) = timed(|| make(&store, count));
 
+    let blobs = store.root().join("content/blobs/sha256");
+    let files = (0..count).map(|n| blobs.join(blob(n).hex()));
+    files.clone().for_each(|path| drop(std::fs::File::create(path).unwrap()));
+    let (sums, _) = timed(|| store.usage().unwrap());
+    files.for_each(|path| std::fs::remove_file(path).unwrap());
+
     let du = || control.scan_usage(&UsageOptions::default(), &mut |_| ()).unwrap();
     let (first, totals) = timed(du);
     assert_eq!((totals.records_count, totals.total_bytes), (count, count * 100));
@@ -109,8 +117,9 @@ fn measure(count: u64) {
     });
     let (all, _) = timed(|| control.prune(&[PruneOptions::default()], &mut |_| (), &Cancel::new()).unwrap());
     println!(
-        "{count:>9} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9.0} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9}",
+        "{count:>9} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9.0} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9}",
         ms(make),
+        ms(sums),
         ms(first),
         ms(again),
         ms(dry),
@@ -125,13 +134,17 @@ fn measure(count: u64) {
     );
 }
 
+fn blob(n: u64) -> BlobDigest {
+    BlobDigest::of(format!("blob {n}").as_bytes())
+}
+
 fn make(store: &Store, count: u64) {
     let now = store.now();
     let id = |n: u64| RecordId::from_bytes(*BlobDigest::of(&n.to_le_bytes()).as_bytes().first_chunk().unwrap());
     for from in (0..count).step_by(5000) {
         let put: Result<(), CatalogueError> = store.write_lazily(|tx| {
             for n in from..(from + 5000).min(count) {
-                let digest = BlobDigest::of(format!("blob {n}").as_bytes());
+                let digest = blob(n);
                 tx.put(&BLOBS, &digest, &StoredBlob { size_bytes: 100, created: now })?;
                 let parents = if n % 10 == 0 { Parents::None } else { Parents::Layer(id(n - 1)) };
                 for parent in parents.ids() {
@@ -157,6 +170,7 @@ fn make(store: &Store, count: u64) {
                     blob_chain_id: None,
                     image_refs: Vec::new(),
                     snapshot: None,
+                    took: None,
                 };
                 tx.put(&RECORDS, &id(n), &row)?;
                 tx.put(

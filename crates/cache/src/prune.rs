@@ -4,10 +4,16 @@
 //! that stands on it and stays, a pin, its type, a filter, a recent use. With a cap, records go until they cost less
 //! than the cap; the order is a score.
 //!
-//! **Score**: the rank of the last use (never comes first, equal times share a rank) as a part of the highest rank, and
-//! the rank of the number of uses likewise, added up; the lowest goes first. Ranks begin at 1. They are taken over all
-//! that may go, also what becomes free to go only when its children have gone, and are not taken anew in between. Ties:
-//! the older use, then the older record, then the ID.
+//! **Score**: three ranks, each as a part of the highest, added up; the lowest goes first. They are those of the last use
+//! (never comes first), of the number of uses, and of the price: how long it takes to make again what goes, by byte.
+//! Equal values share a rank, and prices are taken by powers of two; ranks begin at 1. They are taken over all that may go,
+//! also what becomes free to go only when its children have gone, and are not taken anew in between. Ties: the older use,
+//! then the older record, then the ID.
+//!
+//! **Price**: what a record stands on goes when the last that stands on it has gone. So bytes and time of a parent that
+//! would then go are divided among its children, down to those that nothing stands on: however young one is, it is
+//! charged with the old things that it keeps. Bytes that several records keep are divided among them. What frees
+//! nothing has the highest price.
 //!
 //! **Cost**: records are looked at once and sorted once; a parent joins the others when its last child goes. So n records
 //! take O(n log n), and one short transaction for each [`BATCH`] of them.
@@ -49,6 +55,10 @@ pub trait SharedChecker: Send + Sync {
         layers: &[plies_oci::DiffId],
     ) -> Result<bool, Box<dyn std::error::Error + Send + Sync>>;
 }
+
+/// How long it takes to get a byte again that nobody saw being made: from a registry, over a line of 100 Mbit/s and
+/// unpacked to four times its size, 50 MB/s.
+const NANOS_PER_BYTE: f64 = 20.0;
 
 /// One rule of what goes.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -98,7 +108,16 @@ impl PruneOptions {
         ]
     }
 
-    fn has_cap(&self) -> bool {
+    /// Whether its filters can be read: nothing is touched by rules that cannot.
+    ///
+    /// # Errors
+    /// [`CacheError::Filter`].
+    pub fn check(&self) -> Result<(), CacheError> {
+        Filters::parse("prune", &self.filters).map(drop)
+    }
+
+    /// Whether the rule is about space, and not only about what is old.
+    pub fn has_cap(&self) -> bool {
         self.reserved_space_bytes != 0 || self.max_used_space_bytes != 0 || self.min_free_space_bytes != 0
     }
 }
@@ -184,7 +203,7 @@ pub struct PrunedRecord {
 }
 
 /// A record, and what would become of it.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Judged {
     /// What it is and what it costs.
     pub usage: RecordUsage,
@@ -192,6 +211,9 @@ pub struct Judged {
     pub fate: Fate,
     /// What no record would keep any more; 0 if it stays.
     pub freed_bytes: u64,
+    /// By which it waits for its turn, the lowest first; `None` if the last rule spares it for another reason than the
+    /// cap.
+    pub score: Option<f64>,
 }
 
 /// What a prune did, or would do.
@@ -205,6 +227,10 @@ pub struct PruneReport {
     pub freed_bytes: u64,
     /// What all records cost before, each byte counted once.
     pub before_bytes: u64,
+    /// What caps are about, as it is now: each byte once that a record keeps which no image store has.
+    pub used_bytes: u64,
+    /// Of that, what belongs to records that somebody uses, or that such a record stands on.
+    pub in_use_bytes: u64,
     /// What was collected afterwards; `None` of a dry run.
     pub collected: Option<GcReport>,
 }
@@ -266,7 +292,8 @@ impl Controller {
                             let row = record::get(rows, batch.survey.nodes[chosen.at as usize].id).ok().flatten();
                             let usage = batch.survey.usage(chosen.at, row.as_ref());
                             let fate = Fate::Goes { rule };
-                            on_judged(&Judged { usage, fate, freed_bytes: chosen.freed_bytes });
+                            let (freed_bytes, score) = (chosen.freed_bytes, Some(chosen.score));
+                            on_judged(&Judged { usage, fate, freed_bytes, score });
                             chosen.outcome = Outcome::Gone;
                         }
                         Ok(())
@@ -277,7 +304,9 @@ impl Controller {
                 run.survey.scan(rows, |at, row| {
                     if let Some(reason) = run.reason(at) {
                         let usage = run.survey.usage(at, row);
-                        on_judged(&Judged { usage, fate: Fate::Stays(reason), freed_bytes: 0 });
+                        let score = run.scores.get(at as usize).filter(|_| reason == Reason::UnderCap);
+                        let score = score.map(|bits| f64::from_bits(*bits));
+                        on_judged(&Judged { usage, fate: Fate::Stays(reason), freed_bytes: 0, score });
                     }
                 })
             })?;
@@ -298,6 +327,7 @@ enum Verdict {
 struct Chosen {
     at: u32,
     freed_bytes: u64,
+    score: f64,
     outcome: Outcome,
 }
 
@@ -328,6 +358,8 @@ struct Run<'a> {
     /// By rule, then by record: whether a filter matches. Empty for rules without filters.
     matched: Vec<Vec<bool>>,
     verdicts: Vec<Verdict>,
+    /// By the latest rule, as bits that sort as they do. Empty until one needed them.
+    scores: Vec<u64>,
     /// How many records stand on each, of those that are still there.
     children: Vec<u32>,
     /// How many records keep each thing, of those that are still there; and how many of them no image store has.
@@ -385,6 +417,7 @@ impl<'a> Run<'a> {
             now,
             matched,
             verdicts: vec![Verdict::MayGo; survey.nodes.len()],
+            scores: Vec::new(),
             children: survey.children.clone(),
             keepers: survey.keepers.clone(),
             own_keepers: vec![0; survey.sizes.len()],
@@ -453,15 +486,16 @@ impl<'a> Run<'a> {
                 };
             }
         }
+        self.scores.clear();
         // What went by an earlier rule is not free yet, but will be.
         let cap = effective_keep(&self.rules[rule], self.used_bytes, self.free_bytes.saturating_add(self.freed_bytes));
         if cap == Cap::Everything {
             return Ok(());
         }
-        let scores = self.scores();
+        self.scores = self.scored();
         let place = |run: &Self, at: u32| -> Place {
             let node = &run.survey.nodes[at as usize];
-            Reverse((scores[at as usize], node.uses.last_used_at, node.created_at, at))
+            Reverse((run.scores[at as usize], node.uses.last_used_at, node.created_at, at))
         };
         let is_free =
             |run: &Self, at: u32| run.verdicts[at as usize] == Verdict::MayGo && run.children[at as usize] == 0;
@@ -477,12 +511,13 @@ impl<'a> Run<'a> {
                 if matches!(cap, Cap::Bytes(keep) if self.used_bytes < keep) {
                     break;
                 }
-                let Some(Reverse((.., at))) = heap.pop() else { break };
+                let Some(Reverse((score, .., at))) = heap.pop() else { break };
                 // One that was put here in vain, since a child stayed after all.
                 if !is_free(self, at) {
                     continue;
                 }
-                chosen.push(Chosen { at, freed_bytes: self.take_away(at), outcome: Outcome::Pending });
+                let (freed_bytes, score) = (self.take_away(at), f64::from_bits(score));
+                chosen.push(Chosen { at, freed_bytes, score, outcome: Outcome::Pending });
                 for parent in self.distinct_parents(at) {
                     if is_free(self, parent) {
                         heap.push(place(self, parent));
@@ -561,15 +596,65 @@ impl<'a> Run<'a> {
     }
 
     /// The score of each record that may go, as bits that sort as it does.
-    fn scores(&self) -> Vec<u64> {
+    fn scored(&self) -> Vec<u64> {
         let eligible: Vec<u32> = self.places().filter(|at| self.verdicts[*at as usize] == Verdict::MayGo).collect();
         let nodes = &self.survey.nodes;
-        let uses: Vec<UseRow> = eligible.iter().map(|at| nodes[*at as usize].uses).collect();
+        let charges = self.charges();
+        let candidates: Vec<Candidate> = eligible
+            .iter()
+            .map(|at| Candidate { uses: nodes[*at as usize].uses, charge: charges[*at as usize] })
+            .collect();
         let mut bits = vec![0; nodes.len()];
-        for (at, score) in eligible.into_iter().zip(scores(&uses)) {
+        for (at, score) in eligible.into_iter().zip(scores(&candidates)) {
             bits[at as usize] = score.to_bits();
         }
         bits
+    }
+
+    /// What each record is charged with, of what may go.
+    fn charges(&self) -> Vec<Charge> {
+        let count = self.survey.nodes.len();
+        let mut stays = vec![false; count];
+        let mut pending: Vec<u32> =
+            self.places().filter(|at| matches!(self.verdicts[*at as usize], Verdict::Stays(_))).collect();
+        while let Some(at) = pending.pop() {
+            if !std::mem::replace(&mut stays[at as usize], true) {
+                pending.extend(self.survey.parents_of(at));
+            }
+        }
+        let mut charges = vec![Charge::default(); count];
+        let (mut seen, mut path) = (vec![false; count], Vec::new());
+        for at in self.places() {
+            path.push(at);
+            // Each is met twice: on the way up, and when its parents are done.
+            while let Some(at) = path.last().copied() {
+                let place = at as usize;
+                if !std::mem::replace(&mut seen[place], true) {
+                    path.extend(self.survey.parents_of(at).iter().filter(|parent| !seen[**parent as usize]));
+                    continue;
+                }
+                path.pop();
+                if !stays[place] && self.verdicts[place] == Verdict::MayGo {
+                    charges[place] = self.charge_of(at, &charges);
+                }
+            }
+        }
+        charges
+    }
+
+    /// What a record is charged with, once that is known of its parents.
+    fn charge_of(&self, at: u32, charges: &[Charge]) -> Charge {
+        let part =
+            |place: &u32| self.survey.sizes.bytes(*place) as f64 / f64::from(self.keepers[*place as usize].max(1));
+        let bytes: f64 = self.survey.kept_by(at).iter().map(part).sum();
+        let nanos = match self.survey.nodes[at as usize].took {
+            Some(took) => took.as_nanos() as f64,
+            None => bytes * NANOS_PER_BYTE,
+        };
+        self.distinct_parents(at).into_iter().fold(Charge { bytes, nanos }, |charge, parent| {
+            let (of, children) = (charges[parent as usize], f64::from(self.children[parent as usize].max(1)));
+            Charge { bytes: charge.bytes + of.bytes / children, nanos: charge.nanos + of.nanos / children }
+        })
     }
 
     /// Why a record stays; `None` if it does not.
@@ -584,21 +669,56 @@ impl<'a> Run<'a> {
 
     fn report(&self) -> PruneReport {
         let shown = self.survey.nodes.iter().filter(|node| !node.hidden).count() as u64;
+        let sizes = &self.survey.sizes;
+        let in_use_bytes = |(place, keepers): (u32, &u32)| match *keepers > 0 && sizes.is_in_use(place) {
+            true => sizes.bytes(place),
+            false => 0,
+        };
         PruneReport {
             removed_count: self.removed_count,
             kept_count: shown - self.removed_count,
             freed_bytes: self.freed_bytes,
             before_bytes: self.before_bytes,
+            used_bytes: self.used_bytes,
+            in_use_bytes: (0..).zip(&self.own_keepers).map(in_use_bytes).sum(),
             collected: None,
         }
     }
 }
 
+/// What goes with a record, its part of what it stands on included.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+struct Charge {
+    bytes: f64,
+    /// How long it takes to make again, in nanoseconds.
+    nanos: f64,
+}
+
+impl Charge {
+    /// Nanoseconds a byte, as a power of two.
+    fn price(self) -> i32 {
+        match self.nanos / self.bytes {
+            free if free <= 0.0 => i32::MIN,
+            // `as` keeps within the bounds of the type. Nothing that is freed is infinite, or not even a number.
+            price if self.bytes > 0.0 => price.log2().floor() as i32,
+            _ => i32::MAX,
+        }
+    }
+}
+
+/// What decides when a record goes.
+#[derive(Debug, Clone, Copy)]
+struct Candidate {
+    uses: UseRow,
+    charge: Charge,
+}
+
 /// The score of each of these, which may go: see the module. All are positive.
-fn scores(uses: &[UseRow]) -> Vec<f64> {
-    let by_use = ranks(uses.iter().map(|uses| uses.last_used_at));
-    let by_count = ranks(uses.iter().map(|uses| uses.count));
-    by_use.into_iter().zip(by_count).map(|(by_use, by_count)| by_use + by_count).collect()
+fn scores(candidates: &[Candidate]) -> Vec<f64> {
+    let by_use = ranks(candidates.iter().map(|candidate| candidate.uses.last_used_at));
+    let by_count = ranks(candidates.iter().map(|candidate| candidate.uses.count));
+    let by_price = ranks(candidates.iter().map(|candidate| candidate.charge.price()));
+    by_use.into_iter().zip(by_count).zip(by_price).map(|((use_, count), price)| use_ + count + price).collect()
 }
 
 /// The rank of each value as a part of the highest: equal ones share a rank, the lowest has the first, which is 1.
@@ -810,27 +930,60 @@ mod tests {
         }
     }
 
+    fn candidate(last_used_at: Option<Stamp>, count: u64, megabytes: u64, took_seconds: u64) -> Candidate {
+        let charge = Charge { bytes: megabytes as f64 * 1e6, nanos: took_seconds as f64 * 1e9 };
+        Candidate { uses: UseRow { last_used_at, count }, charge }
+    }
+
     #[test]
     fn the_guide_tells_the_score_as_it_is() {
         const HOUR: u64 = 3_600_000_000;
         let now = 1000 * HOUR;
         let at = |ago: u64| Some(Stamp::from_micros(now - ago));
         let records = [
-            ("a", "never", None, 0),
-            ("b", "10 days ago", at(240 * HOUR), 1),
-            ("c", "2 days ago", at(48 * HOUR), 7),
-            ("d", "1 hour ago", at(HOUR), 1),
+            ("a", "never", None, 0, 10, 1),
+            ("b", "10 days ago", at(240 * HOUR), 1, 10, 120),
+            ("c", "2 days ago", at(48 * HOUR), 7, 2000, 10),
+            ("d", "1 hour ago", at(HOUR), 1, 10, 1),
         ];
-        let scores = scores(&records.map(|(_, _, last_used_at, count)| UseRow { last_used_at, count }));
-        for ((name, last_used, _, count), score) in records.iter().zip(&scores) {
-            let line = format!("\n| {name} | {last_used} | {count} | {score:.2} |\n");
+        let scores = scores(&records.map(|(_, _, used, count, size, took)| candidate(used, count, size, took)));
+        for ((name, last_used, _, count, size, took), score) in records.iter().zip(&scores) {
+            let line = format!("\n| {name} | {last_used} | {count} | {size} MB | {took} s | {score:.2} |\n");
             assert!(GUIDE.contains(&line), "{line}");
         }
         let mut order = [0, 1, 2, 3];
         order.sort_by(|a, b| scores[*a].total_cmp(&scores[*b]));
         let order = order.map(|at| records[at].0);
-        assert_eq!(order, ["a", "b", "d", "c"]);
-        assert!(GUIDE.contains("So a goes first, then b, d and c"));
+        assert_eq!(order, ["a", "c", "b", "d"]);
+        assert!(GUIDE.contains("So a goes first, then c, b and d"));
+    }
+
+    #[test]
+    fn each_part_of_the_score_decides_where_the_others_are_equal() {
+        let at = |micros| Some(Stamp::from_micros(micros));
+        for (first, second) in [
+            // Used longer ago, or never; less often.
+            (candidate(at(1), 1, 10, 1), candidate(at(2), 1, 10, 1)),
+            (candidate(None, 1, 10, 1), candidate(at(1), 1, 10, 1)),
+            (candidate(at(1), 1, 10, 1), candidate(at(1), 2, 10, 1)),
+            // Larger; made faster; made in no time; and what frees nothing stays longest.
+            (candidate(at(1), 1, 20, 1), candidate(at(1), 1, 10, 1)),
+            (candidate(at(1), 1, 10, 1), candidate(at(1), 1, 10, 2)),
+            (candidate(at(1), 1, 10, 0), candidate(at(1), 1, 10, 1)),
+            (candidate(at(1), 1, 1, 1_000_000), candidate(at(1), 1, 0, 0)),
+            (candidate(at(1), 1, 1, 1_000_000), candidate(at(1), 1, 0, 1)),
+        ] {
+            let scores = scores(&[first, second]);
+            assert!(scores[0] < scores[1], "{first:?}, {second:?}: {scores:?}");
+        }
+        // 100 and 120 ns a byte are the same, and so is nothing and nothing.
+        for (first, second) in [
+            (candidate(at(1), 1, 10, 1), candidate(at(1), 1, 100, 12)),
+            (candidate(at(1), 1, 0, 0), candidate(at(1), 1, 0, 9)),
+        ] {
+            let scores = scores(&[first, second]);
+            assert!(scores[0] == scores[1], "{first:?}, {second:?}: {scores:?}");
+        }
     }
 
     #[test]

@@ -14,6 +14,7 @@
 
 use std::collections::BTreeSet;
 use std::ops::ControlFlow;
+use std::time::Duration;
 
 use plies_oci::{BlobDigest, ChainId, DiffId, Sha256Hasher};
 use plies_store::{ActiveId, CatalogueError, LayerId, Owner, Resource, Row, Rows, SnapshotId, Stamp, Table, Tx};
@@ -184,6 +185,8 @@ pub struct RecordRow {
     pub image_refs: Vec<String>,
     /// All of its tree as one stack, once somebody needed it.
     pub snapshot: Option<SnapshotId>,
+    /// How long it took to make what it adds; `None` if nobody saw it.
+    pub took: Option<Duration>,
 }
 
 impl RecordRow {
@@ -201,6 +204,7 @@ impl RecordRow {
             blob_chain_id: None,
             image_refs: Vec::new(),
             snapshot: None,
+            took: None,
         }
     }
 
@@ -251,9 +255,15 @@ enum TreeV1 {
 }
 
 impl Row for RecordRow {
-    const VERSION: u8 = 2;
+    const VERSION: u8 = 3;
 
     fn upgrade(version: u8, body: &[u8]) -> Option<Self> {
+        if version == 2 {
+            // All but the last field, which is an option: a zero byte is none.
+            let body = [body, &[0]].concat();
+            let (row, rest) = postcard::take_from_bytes(&body).ok()?;
+            return rest.is_empty().then_some(row);
+        }
         (version == 1).then_some(())?;
         let old: RecordRowV1 = postcard::from_bytes(body).ok()?;
         let (state, retain) = match old.tree {

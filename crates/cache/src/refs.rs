@@ -280,7 +280,9 @@ impl MutableRef {
         let sealed = self.inner.store.snapshots().seal_with(active, on_the_way, |tx, layer| {
             // As it is now: it may have been pinned since.
             let row = record::get(tx, mutable)?.unwrap_or_else(|| before.clone());
-            let made = RecordRow { state: State::Sealed { layer }, created_at: now, retain: false, ..row.clone() };
+            let took = Some(now.since(row.created_at));
+            let made =
+                RecordRow { state: State::Sealed { layer }, created_at: now, retain: false, took, ..row.clone() };
             record::replace(tx, id, None, Some(&made))?;
             record::replace(tx, mutable, Some(&row), None)?;
             result.map_or(Ok(()), |key| solver::put_result(tx, key, id))
@@ -373,6 +375,7 @@ impl Inner {
             }
             let committed = RecordRow {
                 description: row.description.clone(),
+                took: Some(tx.now().since(row.created_at)),
                 ..RecordRow::new(State::Shared { mutable, active }, row.parents.clone(), tx.now())
             };
             record::replace(tx, fresh, None, Some(&committed))?;

@@ -13,6 +13,7 @@
 use std::borrow::Cow;
 use std::collections::HashSet;
 use std::ops::ControlFlow;
+use std::time::Duration;
 
 use plies_oci::{BlobDigest, DiffId};
 use plies_store::{
@@ -37,8 +38,8 @@ const NOWHERE: u32 = u32::MAX;
 pub struct UsageOptions {
     /// Only records that match one of these ([`Filters`]).
     pub filters: Vec<String>,
-    /// Whether to walk uppers that nobody writes to (of cache mounts, and of what was committed and not finalized).
-    /// Otherwise their size is what it was when somebody did.
+    /// Whether to walk uppers that nobody writes to (of cache mounts, and of what was committed and not finalized), if
+    /// they were written to since the last time. Otherwise their size is what it was then.
     pub measure: bool,
 }
 
@@ -79,6 +80,8 @@ pub struct RecordUsage {
     pub shared: bool,
     /// Never pruned.
     pub pinned: bool,
+    /// How long it took to make; `None` if nobody saw it.
+    pub took: Option<Duration>,
     /// In which way it is damaged.
     pub error: Option<String>,
 }
@@ -204,7 +207,7 @@ impl Inner {
             ControlFlow::Continue(())
         });
         unless_database_failed(listed)?;
-        for upper in uppers.iter().filter(|upper| upper.sealed.is_none()) {
+        for upper in uppers.iter().filter(|upper| upper.changed && upper.sealed.is_none()) {
             let Some(IdRow(id)) = self.read(|rows| rows.get(&ACTIVES, &upper.id))? else { continue };
             if self.live.holders(id) == 0 {
                 unless_database_failed(self.store.snapshots().measure(upper.id).map(drop))?;
@@ -285,6 +288,11 @@ impl Sizes {
         }
     }
 
+    /// Whether a record keeps it that is in use.
+    pub(crate) fn is_in_use(&self, place: u32) -> bool {
+        self.in_use[place as usize]
+    }
+
     fn ignore_upper(&mut self, active: ActiveId) {
         if let Ok(at) = self.uppers.binary_search_by_key(&active, |(id, _)| *id) {
             self.uppers[at].1 = 0;
@@ -303,6 +311,7 @@ pub(crate) struct Node {
     pub(crate) id: RecordId,
     pub(crate) created_at: Option<Stamp>,
     pub(crate) uses: UseRow,
+    pub(crate) took: Option<Duration>,
     pub(crate) record_type: RecordType,
     pub(crate) mutable: bool,
     pub(crate) pinned: bool,
@@ -625,6 +634,7 @@ impl Survey {
             record_type: node.record_type,
             shared: node.shared,
             pinned: node.pinned,
+            took: node.took,
             error: node.fault.as_deref().map(str::to_owned),
         }
     }
@@ -649,6 +659,7 @@ impl Gathered {
             id,
             created_at: None,
             uses: UseRow::default(),
+            took: None,
             record_type: RecordType::Regular,
             mutable: false,
             pinned: false,
@@ -673,6 +684,7 @@ impl Gathered {
         };
         node.created_at = Some(row.created_at);
         node.record_type = row.record_type;
+        node.took = row.took;
         node.mutable = row.is_mutable();
         node.pinned = row.pinned;
         match row.state {

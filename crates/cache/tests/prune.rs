@@ -449,6 +449,92 @@ fn a69_of_equal_scores_the_older_record_goes_first_then_the_lower_id() {
     assert_eq!(prune(&rig, &[all()]), [older, same[0], same[1]]);
 }
 
+/// What operators read; its example is computed here.
+const GUIDE: &str = include_str!("../../../docs/space.md");
+
+#[test]
+fn a_young_record_is_charged_with_the_old_ones_that_it_keeps() {
+    let rig = Rig::new();
+    let made = |name, megabytes: u64, seconds, parents, hours: u32| {
+        let id = rig.record(name, megabytes * MB, parents);
+        rig.change(id, |row| row.took = Some(Duration::from_secs(seconds)));
+        rig.used(id, hours * HOUR, 1);
+        id
+    };
+    let base = made(1, 4000, 20, Parents::None, 90);
+    let app = made(2, 1, 1, Parents::Layer(base), 1);
+    let others = [(3, 30), (4, 20), (5, 10)].map(|(name, hours)| made(name, 10, 60, Parents::None, hours));
+    let rule = [keep(25 * MB)];
+    let (judged, _) = judge(&rig, &rule);
+    let score = |id| judged.iter().find(|judged| judged.usage.id == id).unwrap().score.unwrap();
+    for (name, id, stands_on, used, size, took, charged) in [
+        ("base", base, "–", "90 hours", "4000 MB", "20 s", "4000 MB, 20 s"),
+        ("app", app, "base", "1 hour", "1 MB", "1 s", "4001 MB, 21 s"),
+        ("x", others[0], "–", "30 hours", "10 MB", "60 s", "10 MB, 60 s"),
+        ("y", others[1], "–", "20 hours", "10 MB", "60 s", "10 MB, 60 s"),
+        ("z", others[2], "–", "10 hours", "10 MB", "60 s", "10 MB, 60 s"),
+    ] {
+        let line =
+            format!("\n| {name} | {stands_on} | {used} ago | {size} | {took} | {charged} | {:.2} |\n", score(id));
+        assert!(GUIDE.contains(&line), "{line}");
+    }
+    // By itself, app would be dear, and outlive y.
+    assert_eq!(prune(&rig, &rule), [others[0], app, base]);
+    assert!(GUIDE.contains("x goes first, then app and with it base"));
+}
+
+#[test]
+fn what_many_stand_on_is_charged_to_all_of_them_and_to_none_if_one_stays() {
+    let rig = Rig::new();
+    let base = rig.record(1, 1000 * MB, Parents::None);
+    let cheap = |row: &mut plies_cache::RecordRow| row.took = Some(Duration::from_secs(1));
+    rig.change(base, cheap);
+    let two = [2, 3].map(|name| rig.record(name, MB, Parents::Layer(base)));
+    let alone = rig.record(4, 200 * MB, Parents::None);
+    for id in [two[0], two[1], alone] {
+        rig.change(id, cheap);
+    }
+    // 501 MB in 1.5 s are 3 ns a byte, 200 MB in 1 s are 5.
+    let score = |id| judge(&rig, &[keep(2000 * MB)]).0.into_iter().find(|judged| judged.usage.id == id).unwrap().score;
+    assert!(score(two[0]) < score(alone), "{:?}, {:?}", score(two[0]), score(alone));
+    assert_eq!(score(two[0]), score(two[1]));
+    // Now base stays whatever goes: 1 MB in 1 s are 1000.
+    rig.change(two[1], |row| row.pinned = true);
+    assert!(score(two[0]) > score(alone), "{:?}, {:?}", score(two[0]), score(alone));
+    assert_eq!((score(two[1]), score(base)), (None, None), "it is not their turn that they wait for");
+}
+
+#[test]
+fn how_long_a_step_took_is_kept_with_its_record() {
+    let rig = Rig::new();
+    let took = |id| rig.row(id).took;
+    let step = rig.cache.create(None, &by()).unwrap();
+    rig.clock.fetch_add(5, Ordering::SeqCst);
+    let sealed = step.seal(&[], None).unwrap();
+    assert_eq!(took(sealed.id()), Some(Duration::from_secs(5)));
+    let step = rig.cache.create(Some(&sealed), &by()).unwrap();
+    rig.clock.fetch_add(3, Ordering::SeqCst);
+    let committed = step.commit().unwrap();
+    rig.clock.fetch_add(60, Ordering::SeqCst);
+    committed.finalize().unwrap();
+    assert_eq!(took(committed.id()), Some(Duration::from_secs(3)), "that it was used later is no part of it");
+}
+
+#[test]
+fn a_report_tells_what_is_used_and_what_is_in_use() {
+    let images = Arc::new(Images { has: vec![vec![diff_id(3)]], ..Images::default() });
+    let rig = Rig::with_checker(Some(images));
+    let below = rig.record(1, 100, Parents::None);
+    let held = rig.record(2, 20, Parents::Layer(below));
+    let shared = rig.record(3, 7, Parents::None);
+    rig.record(4, 3, Parents::None);
+    let refs = [held, shared].map(|id| rig.cache.get(id, &by()).unwrap());
+    let report = try_prune(&rig, &[keep(1)]).unwrap().1;
+    assert_eq!((report.used_bytes, report.in_use_bytes, report.removed_count), (120, 120, 1));
+    drop(refs);
+    assert_eq!(judge(&rig, &[keep(121)]).1.in_use_bytes, 0);
+}
+
 #[test]
 fn an_earlier_rule_counts_towards_the_free_space_that_a_later_one_wants() {
     let rig = Rig::new();
@@ -588,29 +674,25 @@ struct Plan {
     held: bool,
     used_hours_ago: Option<u32>,
     count: u64,
+    took_seconds: Option<u64>,
 }
 
 fn plans() -> impl Strategy<Value = Vec<Plan>> {
-    let plan = (
-        0u64..4,
-        0u8..12,
-        proptest::collection::vec(0usize..40, 0..3),
-        0usize..8,
-        proptest::bool::weighted(0.07),
-        proptest::bool::weighted(0.1),
-        proptest::option::of(1u32..6),
-        0u64..4,
-    )
-        .prop_map(|(bytes, layer, parents, kind, pinned, held, used_hours_ago, count)| Plan {
-            bytes,
-            layer,
-            parents,
-            kind,
-            pinned,
-            held,
-            used_hours_ago,
-            count,
-        });
+    let plan =
+        (
+            0u64..4,
+            0u8..12,
+            proptest::collection::vec(0usize..40, 0..3),
+            0usize..8,
+            proptest::bool::weighted(0.07),
+            proptest::bool::weighted(0.1),
+            proptest::option::of(1u32..6),
+            0u64..4,
+            proptest::option::of(0u64..9),
+        )
+            .prop_map(|(bytes, layer, parents, kind, pinned, held, used_hours_ago, count, took_seconds)| {
+                Plan { bytes, layer, parents, kind, pinned, held, used_hours_ago, count, took_seconds }
+            });
     proptest::collection::vec(plan, 1..40)
 }
 
@@ -651,6 +733,7 @@ proptest! {
                     more => Parents::Merge(more.to_vec()),
                 };
                 row.pinned = plan.pinned;
+                row.took = plan.took_seconds.map(Duration::from_secs);
                 row.record_type = RecordType::NAMES[plan.kind % 6].0;
             });
             if let Some(hours) = plan.used_hours_ago {
@@ -679,6 +762,16 @@ proptest! {
         let went: Vec<_> =
             removed.iter().map(|record| (record.usage.id, record.rule, record.freed_bytes)).collect();
         prop_assert_eq!(going, went);
+        // Whoever goes right after one that does not stand on it could have gone before.
+        for pair in judged.windows(2) {
+            let (first, second) = (&pair[0], &pair[1]);
+            if first.fate == second.fate
+                && matches!(first.fate, Fate::Goes { .. })
+                && !first.usage.parents.contains(&second.usage.id)
+            {
+                prop_assert!(first.score <= second.score, "{:?} before {:?}", first, second);
+            }
+        }
 
         let staying: BTreeSet<_> = rig.ids().into_iter().collect();
         let gone: BTreeSet<_> = removed.iter().map(|record| record.usage.id).collect();

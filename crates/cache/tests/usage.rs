@@ -288,6 +288,38 @@ fn a76_an_upper_is_measured_only_when_asked() {
 }
 
 #[test]
+fn an_upper_is_walked_only_if_it_was_mounted_since_the_last_time() {
+    let rig = Rig::new();
+    let made = mutable(&rig, &retained());
+    let id = made.id();
+    made.release().unwrap();
+    let measured = rig.row(id).size_bytes;
+    let upper = std::fs::read_dir(rig.root().join("active")).unwrap().next().unwrap().unwrap().path().join("fs/g");
+    std::fs::write(upper, vec![b'x'; 50_000]).unwrap();
+    assert_eq!(rig.row(id).size_bytes, measured, "nobody mounted it");
+    let held = rig.cache.get_mutable(id, &retained()).unwrap();
+    let mounted = held.mount(Attach::Detached).unwrap();
+    let active = rig.store.snapshots();
+    let mut actives = Vec::new();
+    active
+        .scan_actives(|info| {
+            actives.push(info.id);
+            std::ops::ControlFlow::Continue(())
+        })
+        .unwrap();
+    let size = || active.measure(actives[0]).unwrap().size_bytes;
+    let first = size();
+    assert!(first >= measured + 50_000, "{measured}, then {first}");
+    std::fs::write(fd_path(&mounted.root()).join("h"), vec![b'x'; 50_000]).unwrap();
+    assert!(size() >= first + 50_000, "it is mounted, and so it is walked again");
+    mounted.unmount().unwrap();
+    held.release().unwrap();
+    let last = rig.row(id).size_bytes;
+    assert!(last >= first + 50_000, "{first}, then {last}");
+    assert!(!active.active(actives[0]).unwrap().changed);
+}
+
+#[test]
 fn b13_what_cannot_be_measured_keeps_its_last_size_and_the_others_are_told() {
     let rig = Rig::new();
     let fine = rig.record(1, 10, Parents::None);

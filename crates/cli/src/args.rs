@@ -12,6 +12,7 @@ use plies_engine::exec::{ExecutorChoice, ResourceLimit};
 use plies_oci::{Platform, Reference};
 
 use crate::commands::search_path;
+use crate::config::Space;
 use crate::output;
 use crate::progress;
 
@@ -155,6 +156,9 @@ pub(crate) enum Command {
         /// Only say what would go
         #[arg(long)]
         dry_run: bool,
+        /// Trust no count: follow everything that holds something, and put wrong counts right
+        #[arg(long, conflicts_with = "dry_run")]
+        full: bool,
         /// Also give back what the catalogue's file has too much
         #[arg(long, conflicts_with = "dry_run")]
         compact: bool,
@@ -329,15 +333,15 @@ pub(crate) struct Prune {
     /// Only records that were not used for so long: 90s, 48h, 7d
     #[arg(long, value_name = "DURATION", value_parser = duration)]
     pub(crate) keep_duration: Option<Duration>,
-    /// Leave at least so much of the cache: 500MB, 2GiB
-    #[arg(long, visible_alias = "keep-storage", value_name = "SIZE", value_parser = size)]
-    pub(crate) reserved_space: Option<u64>,
+    /// Leave at least so much of the cache: 500MB, 2GiB, 10% (of the file system)
+    #[arg(long, visible_alias = "keep-storage", value_name = "SIZE")]
+    pub(crate) reserved_space: Option<Space>,
     /// Remove only what is over this size
-    #[arg(long, value_name = "SIZE", value_parser = size)]
-    pub(crate) max_used_space: Option<u64>,
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) max_used_space: Option<Space>,
     /// Remove only as much as is needed to have so much free on the file system
-    #[arg(long, value_name = "SIZE", value_parser = size)]
-    pub(crate) min_free_space: Option<u64>,
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) min_free_space: Option<Space>,
     /// Only say what would go, and why the rest stays
     #[arg(long)]
     pub(crate) dry_run: bool,
@@ -356,10 +360,6 @@ fn filter(text: &str) -> Result<String, std::convert::Infallible> {
 
 fn duration(text: &str) -> Result<Duration, String> {
     plies_engine::parse_duration(text).ok_or_else(|| "expected a duration such as 90s, 48h or 7d".into())
-}
-
-fn size(text: &str) -> Result<u64, String> {
-    plies_engine::parse_bytes(text).ok_or_else(|| "expected a size such as 500MB or 2GiB".into())
 }
 
 fn memory(text: &str) -> Result<u64, String> {

@@ -14,15 +14,15 @@ use plies_engine::build::{BuildRequest, Entitlement, RunOptions};
 use plies_engine::dockerfile::Warning;
 use plies_engine::exec::Cancel;
 use plies_engine::{
-    DriverKind, Engine, EngineOptions, Input, Migrate, Migrated, Output, PruneOptions, PullRequest, RemovedImage,
-    RunRequest, SaveFormat, SpaceTotals, TreeNode, WhyNode,
+    DriverKind, Engine, EngineOptions, GcMode, Input, Migrate, Migrated, Output, PolicyRow, PruneOptions, PullRequest,
+    RemovedImage, RunRequest, SaveFormat, SpaceTotals, TreeNode, WhyNode,
 };
 use serde::Serialize;
 use serde_json::json;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use crate::args::{self, Command, Global, Ply, Ref};
-use crate::config;
+use crate::config::{self, Space};
 use crate::format::{self, Column};
 use crate::layers;
 use crate::output;
@@ -260,8 +260,12 @@ fn with_engine(engine: &Engine, global: &Global, command: Command, cancel: &Canc
             return Ok(damaged_code(damaged));
         }
         Command::Prune(prune) => return run_prune(engine, json, prune, cancel),
-        Command::Gc { dry_run, compact } => {
-            let report = engine.gc(dry_run)?;
+        Command::Gc { dry_run, full, compact } => {
+            let report = engine.gc(match (dry_run, full) {
+                (true, _) => GcMode::DryRun,
+                (false, true) => GcMode::Full,
+                (false, false) => GcMode::Run,
+            })?;
             if compact {
                 engine.compact_at_close();
             }
@@ -272,6 +276,9 @@ fn with_engine(engine: &Engine, global: &Global, command: Command, cancel: &Canc
             for gone in &report.removed {
                 say(&format!("{verb} {} {}  {}", gone.kind, gone.id, format::size(gone.size_bytes)))?;
             }
+            if let Some(count) = report.repaired_count.filter(|count| *count > 0) {
+                say(&format!("Put right: {count} counts"))?;
+            }
             say(&format!("Total: {}", format::size(report.total_bytes)))?;
         }
         Command::Info => {
@@ -281,6 +288,9 @@ fn with_engine(engine: &Engine, global: &Global, command: Command, cancel: &Canc
             }
             for (key, value) in info.lines().into_iter().chain([("disk", format::size(info.total_bytes))]) {
                 say(&format!("{:<22}{}", format!("{key}:"), format::safe(&value)))?;
+            }
+            for (at, rule) in (1..).zip(&info.policy) {
+                say(&format!("{:<22}{}", format!("gc rule {at}:"), format::safe(&policy(rule))))?;
             }
         }
         Command::Completions { .. } | Command::Man { .. } | Command::Migrate { .. } => {
@@ -306,13 +316,15 @@ fn run_pull(engine: &Engine, json: bool, style: Style, pull: args::Pull, cancel:
 }
 
 fn run_prune(engine: &Engine, json: bool, prune: args::Prune, cancel: &Cancel) -> anyhow::Result<ExitCode> {
+    let disk_bytes = engine.disk_bytes()?;
+    let bytes = |space: Option<Space>| space.map_or(0, |space| space.of(disk_bytes));
     let rule = PruneOptions {
         all: prune.all,
         filters: prune.filter,
         keep_duration: prune.keep_duration.unwrap_or_default(),
-        reserved_space_bytes: prune.reserved_space.unwrap_or(0),
-        max_used_space_bytes: prune.max_used_space.unwrap_or(0),
-        min_free_space_bytes: prune.min_free_space.unwrap_or(0),
+        reserved_space_bytes: bytes(prune.reserved_space),
+        max_used_space_bytes: bytes(prune.max_used_space),
+        min_free_space_bytes: bytes(prune.min_free_space),
     };
     // A script that asks for it means it; a person may have mistyped.
     if !prune.dry_run && !prune.force && io::stdin().is_terminal() {
@@ -327,12 +339,19 @@ fn run_prune(engine: &Engine, json: bool, prune: args::Prune, cancel: &Cancel) -
     if json {
         return print_json(&done);
     }
-    let columns = [Column::Left("ID"), Column::Right("SIZE"), Column::Left("FATE"), Column::Left("DESCRIPTION")];
+    let columns = [
+        Column::Left("ID"),
+        Column::Right("SIZE"),
+        Column::Right(if prune.dry_run { "SCORE" } else { "" }),
+        Column::Left("FATE"),
+        Column::Left("DESCRIPTION"),
+    ];
     let gone = if prune.dry_run { "would go" } else { "removed" };
     let rows = done.records.iter().map(|record| {
         vec![
             format::short_id(&record.id).to_owned(),
             format::size(record.size_bytes),
+            record.score.map_or_else(String::new, |score| format!("{score:.2}")),
             record.stays.map_or_else(|| gone.to_owned(), |why| format!("stays: {why}")),
             format::safe(&record.description),
         ]
@@ -341,6 +360,20 @@ fn run_prune(engine: &Engine, json: bool, prune: args::Prune, cancel: &Cancel) -
     let verb = if prune.dry_run { "Would free" } else { "Freed" };
     say(&format!("{verb} {} of {} records", format::size(done.freed_bytes), done.removed_count))?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// A rule of the policy, in a line.
+fn policy(rule: &PolicyRow) -> String {
+    let size = |name: &str, bytes: u64| (bytes != 0).then(|| format!("{name} {}", format::size(bytes)));
+    let parts = [
+        Some(if rule.all { "all records" } else { "records" }.to_owned()),
+        (!rule.filters.is_empty()).then(|| format!("matching {}", rule.filters.join(" or "))),
+        (rule.keep_duration_seconds != 0).then(|| format!("unused for {} h", rule.keep_duration_seconds / 3600)),
+        size("reserved", rule.reserved_space_bytes),
+        size("at most", rule.max_used_space_bytes),
+        size("free", rule.min_free_space_bytes),
+    ];
+    parts.into_iter().flatten().collect::<Vec<_>>().join(", ")
 }
 
 fn run_build(engine: &Engine, global: &Global, build: args::Build, cancel: &Cancel) -> anyhow::Result<ExitCode> {
@@ -659,7 +692,7 @@ fn damaged_code(count: usize) -> ExitCode {
 
 /// Frees the space of what was removed. That has happened and was told: space that stays taken is no failure of it.
 pub(crate) fn collect(engine: &Engine) {
-    if let Err(error) = engine.gc(false) {
+    if let Err(error) = engine.gc(GcMode::Run) {
         eprintln!(
             "ply: warning: space is not freed yet (ply gc): {}",
             format::safe(&format!("{:#}", anyhow::Error::new(error)))
@@ -691,8 +724,9 @@ fn draw(node: &TreeNode, first: &str, rest: &str, out: &mut String) {
 }
 
 fn open(global: &Global, use_reserve: bool) -> anyhow::Result<Engine> {
-    let options = EngineOptions { use_reserve, ..engine_options(global)? };
-    Ok(Engine::open(&root(global)?, options)?)
+    let root = root(global)?;
+    let options = EngineOptions { use_reserve, ..engine_options(global, &root)? };
+    Ok(Engine::open(&root, options)?)
 }
 
 fn root(global: &Global) -> anyhow::Result<PathBuf> {
@@ -703,7 +737,10 @@ fn root(global: &Global) -> anyhow::Result<PathBuf> {
     })
 }
 
-fn engine_options(global: &Global) -> anyhow::Result<EngineOptions> {
+fn engine_options(global: &Global, root: &Path) -> anyhow::Result<EngineOptions> {
+    let disk_bytes = plies_engine::disk_bytes(root)
+        .with_context(|| format!("look how large the file system of {} is", root.display()))?;
+    let (registry, policy) = config::load(global.config.as_deref(), disk_bytes)?;
     Ok(EngineOptions {
         driver: match global.driver {
             args::Driver::Auto => DriverKind::Auto,
@@ -713,7 +750,8 @@ fn engine_options(global: &Global) -> anyhow::Result<EngineOptions> {
         use_reserve: false,
         wait: !global.no_wait,
         on_wait: Box::new(|holder| eprintln!("ply: waiting for {holder}")),
-        registry: config::registries(global.config.as_deref())?,
+        registry,
+        policy,
         command: std::env::args().take(2).collect::<Vec<_>>().join(" "),
         migrate: Migrate::default(),
         progress: Arc::new(plies_engine::progress::Silent),
@@ -723,8 +761,8 @@ fn engine_options(global: &Global) -> anyhow::Result<EngineOptions> {
 
 /// Asked for by name, so it takes as long as it takes.
 fn run_migrate(global: &Global, dry_run: bool) -> anyhow::Result<ExitCode> {
-    let (root, options) = (root(global)?, engine_options(global)?);
-    let plan = Engine::migration_plan(&root, options)?;
+    let root = root(global)?;
+    let plan = Engine::migration_plan(&root, engine_options(global, &root)?)?;
     if global.json && (dry_run || plan.steps.is_empty()) {
         return print_json(&plan);
     }
@@ -741,7 +779,7 @@ fn run_migrate(global: &Global, dry_run: bool) -> anyhow::Result<ExitCode> {
     }
     let style = if global.quiet { Style::Quiet } else { Style::Auto };
     let options =
-        EngineOptions { migrate: Migrate::Always, progress: style.renderer().into(), ..engine_options(global)? };
+        EngineOptions { migrate: Migrate::Always, progress: style.renderer().into(), ..engine_options(global, &root)? };
     let engine = Engine::open(&root, options)?;
     if let Some(migrated) = engine.migrated() {
         if global.json {

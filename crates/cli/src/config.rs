@@ -10,6 +10,15 @@
 //! ca = ["/etc/ssl/example.pem"]      # trust these as well
 //! keypair = { cert = "me.pem", key = "me.key" }   # who we are
 //! token-hosts = ["sso.example.org"]  # may get its credentials
+//!
+//! [gc]                               # what keeps the build cache small; docs/space.md
+//! enabled = true
+//! max-used-space = "50GB"            # also reserved-space, min-free-space: the caps of the default rules
+//!
+//! [[gc.policy]]                      # rules of one's own, one after the other, instead of the default ones
+//! filters = ["type==source.local"]
+//! keep-duration = "48h"
+//! max-used-space = "5%"              # of the file system; also all = true
 //! ```
 //!
 //! Certificates are also looked for where docker looks: in `/etc/docker/certs.d/HOST`, for other users than root in
@@ -17,8 +26,10 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 
 use anyhow::Context as _;
+use plies_engine::PruneOptions;
 use plies_engine::registry::{ClientOptions, Credentials, HostConfig, Proxies, RetryPolicy};
 use serde::Deserialize;
 
@@ -38,13 +49,138 @@ const CONFIG_BYTES_MAX: u64 = 1 << 20;
 #[serde(default, deny_unknown_fields)]
 struct Config {
     registry: BTreeMap<String, HostConfig>,
+    gc: Gc,
 }
 
-/// What the client of registries is to know.
-pub(crate) fn registries(file: Option<&Path>) -> anyhow::Result<ClientOptions> {
+/// How the build cache is kept. Keys are BuildKit's; its spelling is understood too.
+#[derive(Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
+struct Gc {
+    enabled: Option<bool>,
+    #[serde(alias = "reservedSpace")]
+    reserved_space: Option<Space>,
+    #[serde(alias = "maxUsedSpace")]
+    max_used_space: Option<Space>,
+    #[serde(alias = "minFreeSpace")]
+    min_free_space: Option<Space>,
+    #[serde(alias = "gcpolicy")]
+    policy: Vec<Rule>,
+}
+
+/// One rule.
+#[derive(Debug, Default, Clone, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
+struct Rule {
+    all: bool,
+    filters: Vec<String>,
+    #[serde(alias = "keepDuration")]
+    keep_duration: Option<Period>,
+    #[serde(alias = "reservedSpace")]
+    reserved_space: Option<Space>,
+    #[serde(alias = "maxUsedSpace")]
+    max_used_space: Option<Space>,
+    #[serde(alias = "minFreeSpace")]
+    min_free_space: Option<Space>,
+}
+
+/// A size, or a part of the file system.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub(crate) enum Space {
+    Bytes(u64),
+    Percent(u64),
+}
+
+impl Space {
+    /// In bytes, on a file system of this size.
+    pub(crate) fn of(self, disk_bytes: u64) -> u64 {
+        match self {
+            Self::Bytes(bytes) => bytes,
+            Self::Percent(percent) => disk_bytes / 100 * percent,
+        }
+    }
+}
+
+impl FromStr for Space {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let percent = |text: &str| text.parse().ok().filter(|percent| *percent <= 100).map(Self::Percent);
+        let space = match text.strip_suffix('%') {
+            Some(number) => percent(number),
+            None => plies_engine::parse_bytes(text).map(Self::Bytes),
+        };
+        space.ok_or("expected a size such as 500MB or 2GiB, or a part of the file system such as 20%")
+    }
+}
+
+impl TryFrom<String> for Space {
+    type Error = &'static str;
+
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        text.parse()
+    }
+}
+
+/// A duration as people write it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+struct Period(std::time::Duration);
+
+impl TryFrom<String> for Period {
+    type Error = &'static str;
+
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        plies_engine::parse_duration(&text).map(Self).ok_or("expected a duration such as 90s, 48h or 7d")
+    }
+}
+
+impl Gc {
+    fn rules(&self, disk_bytes: u64) -> anyhow::Result<Vec<PruneOptions>> {
+        if self.enabled == Some(false) {
+            return Ok(Vec::new());
+        }
+        let own_caps = [self.reserved_space, self.max_used_space, self.min_free_space];
+        anyhow::ensure!(
+            self.policy.is_empty() || own_caps == [None; 3],
+            "the caps in [gc] are those of the default rules: with [[gc.policy]], put them there"
+        );
+        let of = |space: Option<Space>, or: u64| space.map_or(or, |space| space.of(disk_bytes));
+        if !self.policy.is_empty() {
+            let rule = |rule: &Rule| PruneOptions {
+                all: rule.all,
+                filters: rule.filters.clone(),
+                keep_duration: rule.keep_duration.map_or_else(Default::default, |period| period.0),
+                reserved_space_bytes: of(rule.reserved_space, 0),
+                max_used_space_bytes: of(rule.max_used_space, 0),
+                min_free_space_bytes: of(rule.min_free_space, 0),
+            };
+            let rules: Vec<PruneOptions> = self.policy.iter().map(rule).collect();
+            rules.iter().try_for_each(PruneOptions::check)?;
+            return Ok(rules);
+        }
+        let mut rules = PruneOptions::default_policy(disk_bytes);
+        for rule in rules.iter_mut().filter(|rule| rule.filters.is_empty()) {
+            rule.reserved_space_bytes = of(self.reserved_space, rule.reserved_space_bytes);
+            rule.max_used_space_bytes = of(self.max_used_space, rule.max_used_space_bytes);
+            rule.min_free_space_bytes = of(self.min_free_space, rule.min_free_space_bytes);
+        }
+        Ok(rules)
+    }
+}
+
+/// What the client of registries is to know, and the rules that the build cache is kept by on a file system of this
+/// size.
+pub(crate) fn load(file: Option<&Path>, disk_bytes: u64) -> anyhow::Result<(ClientOptions, Vec<PruneOptions>)> {
+    let config = read(file)?;
+    let rules = config.gc.rules(disk_bytes).context("[gc] of the config file is not valid")?;
+    Ok((registries(config.registry), rules))
+}
+
+fn registries(hosts: BTreeMap<String, HostConfig>) -> ClientOptions {
     let var = |names: [&str; 2]| names.iter().find_map(|name| std::env::var(name).ok()).filter(|text| !text.is_empty());
-    Ok(ClientOptions {
-        hosts: read(file)?.registry,
+    ClientOptions {
+        hosts,
         certificate_dirs: certificate_dir().into_iter().collect(),
         credentials: Credentials { file: credentials(), search_path: search_path() },
         // As curl: HTTP_PROXY in capitals could come from a request's header, where ply runs as a CGI program.
@@ -54,7 +190,7 @@ pub(crate) fn registries(file: Option<&Path>) -> anyhow::Result<ClientOptions> {
             none_for: var(["no_proxy", "NO_PROXY"]).unwrap_or_default(),
         },
         retry: RetryPolicy::default(),
-    })
+    }
 }
 
 fn read(file: Option<&Path>) -> anyhow::Result<Config> {
@@ -125,5 +261,41 @@ mod tests {
             assert!(error.contains("config.toml"), "{error}");
         }
         assert!(read(Some(&dir.path().join("missing"))).is_err(), "one that was named must be there");
+    }
+
+    #[test]
+    fn rules_are_read_and_their_sizes_may_be_parts_of_the_file_system() {
+        const DISK: u64 = 40_000_000_000;
+        let rules = |text: &str| toml::from_str::<Config>(text).map_err(anyhow::Error::from)?.gc.rules(DISK);
+        assert_eq!(rules("").unwrap(), PruneOptions::default_policy(DISK));
+        assert_eq!(rules("[gc]\nenabled = false").unwrap(), []);
+        let mut expected = PruneOptions::default_policy(DISK);
+        expected[1..].iter_mut().for_each(|rule| rule.max_used_space_bytes = 2_000_000_000);
+        assert_eq!(rules("[gc]\nmax-used-space = \"5%\"").unwrap(), expected, "the first rule has a cap of its own");
+        let own = "[[gc.policy]]\nfilters = [\"type==source.local\"]\nkeepDuration = \"2d\"\nreserved-space = \"1GB\"\n\
+                   [[gc.policy]]\nall = true\nmaxUsedSpace = \"25%\"\nmin-free-space = \"2GiB\"";
+        let first = PruneOptions {
+            filters: vec!["type==source.local".into()],
+            keep_duration: std::time::Duration::from_secs(2 * 86_400),
+            reserved_space_bytes: 1_000_000_000,
+            ..PruneOptions::default()
+        };
+        let second = PruneOptions {
+            all: true,
+            max_used_space_bytes: 10_000_000_000,
+            min_free_space_bytes: 2 << 30,
+            ..PruneOptions::default()
+        };
+        assert_eq!(rules(own).unwrap(), [first, second]);
+        for (bad, word) in [
+            ("[gc]\nmax-used-space = \"101%\"", "expected a size"),
+            ("[gc]\nmax-used = \"1GB\"", "unknown field"),
+            ("[gc]\nmax-used-space = \"1GB\"\n[[gc.policy]]\nall = true", "put them there"),
+            ("[[gc.policy]]\nkeep-duration = \"long\"", "expected a duration"),
+            ("[[gc.policy]]\nfilters = [\"type=x\"]", "filter"),
+        ] {
+            let error = format!("{:#}", rules(bad).unwrap_err());
+            assert!(error.contains(word), "{bad}: {error}");
+        }
     }
 }

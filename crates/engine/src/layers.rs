@@ -213,14 +213,15 @@ impl Engine {
         let read = stream.by_ref().take(HEAD_BYTES).read_to_end(&mut head);
         read.map_err(|source| LayersError::Read { path, source })?;
         let compression = compress::detect(&head);
-        self.with_lease("layer register", |lease| {
+        let registered = self.with_lease("layer register", |lease| {
             let stream = io::Cursor::new(head).chain(stream);
             let transfer = self.transfer(lease, progress, cancel);
             let layer = layers.register(stream, compression, parent, &transfer)?;
             // The reference goes when it is dropped; what is held stays.
             layers.hold(&layer, USER)?;
             Ok(layer.info().clone().into())
-        })
+        });
+        self.keep_policy_after(registered, cancel)
     }
 
     /// All registered layers, by chain ID.

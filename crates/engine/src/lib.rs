@@ -11,7 +11,7 @@
 //! run.rs        run, mount, umount         records.rs  `ply ref`
 //! space.rs      du, tree, gc, info       why.rs      what keeps something
 //! turns.rs      what several requests want at once is done by one
-//! prune.rs      what goes from the build cache
+//! prune.rs      what goes from the build cache     policy.rs  the same at all times, by rules
 //! dockerfile/ context/ exec/   the parts of a build that need no store
 //! ```
 //!
@@ -29,6 +29,7 @@ pub mod exec;
 mod images;
 mod layers;
 mod load;
+mod policy;
 mod prune;
 mod pull;
 mod push;
@@ -49,8 +50,8 @@ pub use plies_cache::{PruneOptions, parse_bytes, parse_duration};
 use plies_oci::{BlobDigest, ErrorKind};
 use plies_registry::ClientOptions;
 use plies_store::{
-    Cancel, CatalogueError, GcMode, Holder, Lease, LeaseOptions, OpenError, OpenOptions, Stamp, Store, Transfer,
-    WaitPolicy, Warn,
+    Cancel, CatalogueError, Holder, Lease, LeaseOptions, OpenError, OpenOptions, Stamp, Store, Transfer, WaitPolicy,
+    Warn,
 };
 
 pub use archive::{ArchiveError, Input};
@@ -60,16 +61,19 @@ pub use load::{LoadError, LoadedImage, MovedName};
 pub use plies_image::Removed as RemovedImage;
 pub use plies_registry as registry;
 pub use plies_store::{
-    Canceled, DriverKind, IdMapError, IdMaps, IdRange, Migrate, Migrated, MigrationPlan, Packing, TransferError,
-    progress,
+    Canceled, DriverKind, GcMode, IdMapError, IdMaps, IdRange, Migrate, Migrated, MigrationPlan, Packing,
+    TransferError, progress,
 };
+pub use policy::disk_bytes;
 pub use prune::{PruneError, PruneRow, PruneSummary};
 pub use pull::{PullRequest, PulledImage};
 pub use push::{PushError, PushedImage};
 pub use records::{RecordSummary, RecordsError};
 pub use run::{RunError, RunRequest};
 pub use save::{ManifestOptions, Output, SaveError, SaveFormat};
-pub use space::{GcSummary, Info, RecordSpace, RecordTotals, SpaceError, SpaceReport, SpaceRow, SpaceTotals, TreeNode};
+pub use space::{
+    GcSummary, Info, PolicyRow, RecordSpace, RecordTotals, SpaceError, SpaceReport, SpaceRow, SpaceTotals, TreeNode,
+};
 use turns::Turns;
 pub use why::WhyNode;
 
@@ -91,6 +95,8 @@ pub struct EngineOptions {
     pub progress: Arc<dyn progress::Progress + Send>,
     /// What is known of registries.
     pub registry: ClientOptions,
+    /// The rules that the build cache is kept by, one after the other; none: it grows until somebody prunes it.
+    pub policy: Vec<PruneOptions>,
     /// Told of errors that no caller is there to get.
     pub warn: Warn,
 }
@@ -128,18 +134,25 @@ impl EngineError {
 }
 
 /// An open store, ready for requests.
-#[derive(Debug)]
 pub struct Engine {
     store: Store,
     cache: Manager,
     limits: Limits,
     registry: ClientOptions,
+    policy: policy::Policy,
+    warn: Warn,
     /// Caches that steps use, of all builds that run in this process.
     cache_mounts: build::CacheMounts,
     /// Steps that are worked on, of all builds that run in this process.
     steps: Turns<CacheKey>,
     /// Blobs that are fetched for images, by all requests of this process.
     fetches: Turns<BlobDigest>,
+}
+
+impl std::fmt::Debug for Engine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Engine").field("store", &self.store).finish_non_exhaustive()
+    }
 }
 
 impl Engine {
@@ -163,10 +176,12 @@ impl Engine {
         let store = Store::open(root, store_options, wait)?;
         let limits = Limits::default();
         let checker: Option<Arc<dyn SharedChecker>> = Some(Arc::new(prune::ImageChecker::new(store.clone())));
-        let cache_options = ManagerOptions { limits: limits.clone(), checker, warn: options.warn };
+        let warn = options.warn;
+        let cache_options = ManagerOptions { limits: limits.clone(), checker, warn: Arc::clone(&warn) };
         let cache = Manager::open(store.clone(), cache_options)?;
         let (cache_mounts, steps, fetches) = Default::default();
-        Ok(Self { store, cache, limits, registry: options.registry, cache_mounts, steps, fetches })
+        let (registry, policy) = (options.registry, policy::Policy::new(options.policy));
+        Ok(Self { store, cache, limits, registry, policy, warn, cache_mounts, steps, fetches })
     }
 
     /// What opening the store at `root` would migrate; changes nothing.
@@ -235,7 +250,10 @@ impl Engine {
         match done {
             Ok(_) => lease.release()?,
             // The error to tell is the first one; what could not be removed now goes with the next collection.
-            Err(_) => drop(lease.release().map(|()| self.store.gc(GcMode::Run))),
+            Err(_) => {
+                drop(lease.release().map(|()| self.store.gc(GcMode::Run)));
+                self.policy.forget();
+            }
         }
         done
     }

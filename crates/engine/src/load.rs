@@ -376,6 +376,17 @@ impl Engine {
         progress: &dyn Progress,
         cancel: &Cancel,
     ) -> Result<Vec<LoadedImage>, LoadError> {
+        let loaded = self.load_held(input, tag, progress, cancel);
+        self.keep_policy_after(loaded, cancel)
+    }
+
+    fn load_held(
+        &self,
+        input: &Input,
+        tag: Option<&str>,
+        progress: &dyn Progress,
+        cancel: &Cancel,
+    ) -> Result<Vec<LoadedImage>, LoadError> {
         let tag = tag.map(plain_name).transpose()?;
         let archive = Archive::open(input, self.store().run_dir(), self.limits(), cancel)?;
         let path = archive.path().display().to_string();

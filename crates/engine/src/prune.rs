@@ -1,6 +1,8 @@
 //! `ply prune`: what goes from the build cache, and why the rest stays.
 
 use std::collections::HashSet;
+use std::io;
+use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -26,6 +28,29 @@ pub enum PruneError {
     /// What is mounted.
     #[error(transparent)]
     Mounts(#[from] Box<RunError>),
+    /// What there is.
+    #[error("add up what is stored")]
+    Catalogue(#[from] CatalogueError),
+    /// How full the file system is.
+    #[error("stat the file system of {}", root.display())]
+    FileSystem {
+        /// The state directory.
+        root: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// What is in use alone is more than the cache may take.
+    #[error(
+        "what is in use takes {in_use_bytes} bytes of the build cache, which may take {limit_bytes}: raise \
+         max-used-space in [gc] of the config file, or end what else is using it"
+    )]
+    OverLimit {
+        /// What is in use.
+        in_use_bytes: u64,
+        /// What the policy allows.
+        limit_bytes: u64,
+    },
 }
 
 impl PruneError {
@@ -34,6 +59,9 @@ impl PruneError {
         match self {
             Self::Cache(source) => source.kind(),
             Self::Mounts(source) => source.kind(),
+            Self::Catalogue(source) => source.kind(),
+            Self::FileSystem { .. } => ErrorKind::Unavailable,
+            Self::OverLimit { .. } => ErrorKind::Limit,
         }
     }
 }
@@ -49,6 +77,9 @@ pub struct PruneRow {
     pub size_bytes: u64,
     /// What no record keeps any more once it is gone.
     pub freed_bytes: u64,
+    /// The lowest goes first; `None` if it is not its turn that decides.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub score: Option<f64>,
     /// Why it stays; `None`: it goes.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub stays: Option<&'static str>,
@@ -81,13 +112,14 @@ impl Engine {
                     Fate::Goes { .. } => None,
                     Fate::Stays(reason) => Some(why(reason)),
                 };
-                records.push(row(&judged.usage, judged.freed_bytes, stays));
+                records.push(PruneRow { score: judged.score, ..row(&judged.usage, judged.freed_bytes, stays) });
             };
             let report = controller.prune_dry_run(rules, &mut judged, cancel)?;
             return Ok(PruneSummary { records, removed_count: report.removed_count, freed_bytes: report.freed_bytes });
         }
         let mut removed = |gone: &PrunedRecord| records.push(row(&gone.usage, gone.freed_bytes, None));
         let report = controller.prune(rules, &mut removed, cancel)?;
+        self.policy.forget();
         let freed_bytes = report.collected.map_or(0, |collected| collected.freed_bytes);
         Ok(PruneSummary { records, removed_count: report.removed_count, freed_bytes })
     }
@@ -99,6 +131,7 @@ fn row(usage: &plies_cache::RecordUsage, freed_bytes: u64, stays: Option<&'stati
         description: usage.description.clone(),
         size_bytes: usage.size_bytes,
         freed_bytes,
+        score: None,
         stays,
     }
 }

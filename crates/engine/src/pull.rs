@@ -234,7 +234,8 @@ impl Engine {
         let pulled = self.with_lease(&format!("pull {reference}"), |lease| {
             self.pull_held(&reference, request, lease, progress, cancel)
         });
-        pulled.map_err(|error: LoadError| if cancel.is_canceled() { Canceled.into() } else { error })
+        let pulled = pulled.map_err(|error: LoadError| if cancel.is_canceled() { Canceled.into() } else { error });
+        self.keep_policy_after(pulled, cancel)
     }
 
     fn pull_held(

@@ -431,8 +431,21 @@ impl Engine {
         Ok(())
     }
 
+    /// The uppers that are mounted by a process that has ended since, and may be written to at any time.
+    pub(crate) fn mounted_uppers(&self) -> Result<Vec<ActiveId>, CatalogueError> {
+        let mounts = self.store().read(|rows| rows.all(&MOUNTS))?;
+        let upper = |what| match what {
+            Mount::Record(active) | Mount::Scratch(active) => Some(active),
+            Mount::View(_) => None,
+        };
+        Ok(mounts.into_iter().filter_map(|(_, row)| upper(row.what)).collect())
+    }
+
     fn forget_mount(&self, key: &Vec<u8>) -> Result<(), RunError> {
         self.store().write(|tx| {
+            if let Some(MountRow { what: Mount::Record(active), .. }) = tx.get(&MOUNTS, key)? {
+                tx.mark_changed(active)?;
+            }
             tx.remove(&MOUNTS, key)?;
             tx.unhold_all(&owner(key))
         })?;

@@ -1,10 +1,10 @@
 //! `ply du`, `ply tree`, `ply gc`, `ply info`: what there is and what it costs. Sums of rows; nothing here walks a tree
-//! but those of writable layers and cache mounts, which change without anybody saying so.
+//! but uppers that were mounted for writing since they were last measured.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ops::ControlFlow;
 
-use plies_cache::{CacheError, RecordUsage, UsageOptions};
+use plies_cache::{CacheError, PruneOptions, RecordUsage, UsageOptions};
 use plies_image::LayerStoreError;
 use plies_oci::ErrorKind;
 use plies_store::{
@@ -133,6 +133,8 @@ pub struct RecordSpace {
     pub last_used: Option<String>,
     /// Uses since it was made.
     pub usage_count: u64,
+    /// How long it took to make; `None` if nobody saw it.
+    pub took_seconds: Option<f64>,
     /// What it is.
     pub description: String,
     /// What is wrong with it, if it is damaged.
@@ -157,6 +159,7 @@ impl From<RecordUsage> for RecordSpace {
             created: usage.created_at.map(crate::rfc3339),
             last_used: usage.last_used_at.map(crate::rfc3339),
             usage_count: usage.usage_count,
+            took_seconds: usage.took.map(|took| took.as_secs_f64()),
             description: usage.description,
             error: usage.error,
         }
@@ -239,6 +242,9 @@ pub struct GcSummary {
     pub removed: Vec<GcRow>,
     /// The bytes of all that went.
     pub total_bytes: u64,
+    /// Counts that were wrong and were put right; `None` if nobody looked.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub repaired_count: Option<u64>,
 }
 
 /// One thing that was collected.
@@ -269,10 +275,42 @@ pub struct Info {
     pub layers_count: usize,
     /// What everything takes on disk.
     pub total_bytes: u64,
+    /// The rules that the build cache is kept by.
+    pub policy: Vec<PolicyRow>,
+}
+
+/// A rule of the policy; sizes of 0 are no limits.
+#[derive(Debug, Clone, Serialize)]
+pub struct PolicyRow {
+    /// Also internal records, frontends, and what an image has as well.
+    pub all: bool,
+    /// Only records that match one of these.
+    pub filters: Vec<String>,
+    /// Only what was not used for so long.
+    pub keep_duration_seconds: u64,
+    /// Never less than this is left.
+    pub reserved_space_bytes: u64,
+    /// No more than this is used.
+    pub max_used_space_bytes: u64,
+    /// So much of the file system stays free.
+    pub min_free_space_bytes: u64,
+}
+
+impl From<&PruneOptions> for PolicyRow {
+    fn from(rule: &PruneOptions) -> Self {
+        Self {
+            all: rule.all,
+            filters: rule.filters.clone(),
+            keep_duration_seconds: rule.keep_duration.as_secs(),
+            reserved_space_bytes: rule.reserved_space_bytes,
+            max_used_space_bytes: rule.max_used_space_bytes,
+            min_free_space_bytes: rule.min_free_space_bytes,
+        }
+    }
 }
 
 impl Info {
-    /// All but the bytes as a table.
+    /// All but the bytes and the policy as a table.
     pub fn lines(&self) -> Vec<(&'static str, String)> {
         vec![
             ("version", self.version.into()),
@@ -340,10 +378,20 @@ impl Engine {
     /// # Errors
     /// [`SpaceError`].
     pub fn usage_totals(&self) -> Result<SpaceTotals, SpaceError> {
-        for info in self.actives()? {
-            self.active_bytes(&info);
-        }
+        self.measure_changed()?;
         self.totals()
+    }
+
+    /// Measures the uppers that somebody may have written to since the last time.
+    fn measure_changed(&self) -> Result<(), SpaceError> {
+        let mounted = self.mounted_uppers()?;
+        if !mounted.is_empty() {
+            self.store().write_lazily(|tx| mounted.iter().try_for_each(|active| tx.mark_changed(*active)))?;
+        }
+        for info in self.actives()?.iter().filter(|info| info.changed) {
+            self.active_bytes(info);
+        }
+        Ok(())
     }
 
     /// The totals, of uppers as last measured.
@@ -370,6 +418,7 @@ impl Engine {
     /// # Errors
     /// [`SpaceError`].
     pub fn usage(&self, filters: &[String]) -> Result<SpaceReport, SpaceError> {
+        self.measure_changed()?;
         let options = UsageOptions { filters: filters.to_vec(), ..UsageOptions::default() };
         let mut records = Vec::new();
         let totals = self.cache.controller().scan_usage(&options, &mut |usage| records.push(usage.into()))?;
@@ -567,15 +616,17 @@ impl Engine {
         Ok(nodes)
     }
 
-    /// Removes what nothing holds, or says what it would remove.
+    /// Removes what nothing holds, or says what it would remove; with [`GcMode::Full`], by following everything that
+    /// holds something instead of trusting the counts.
     ///
     /// # Errors
     /// [`SpaceError`].
-    pub fn gc(&self, dry_run: bool) -> Result<GcSummary, SpaceError> {
+    pub fn gc(&self, mode: GcMode) -> Result<GcSummary, SpaceError> {
         self.forget_dead_mounts()?;
         // References of processes that were killed end here.
         self.layer_store()?;
-        let report = self.store().gc(if dry_run { GcMode::DryRun } else { GcMode::Run })?;
+        let report = self.store().gc(mode)?;
+        self.policy.forget();
         let collected = report.collected.into_iter().map(|one| {
             let (kind, id) = match one.resource {
                 Resource::Blob(digest) => ("blob", digest.to_string()),
@@ -592,7 +643,7 @@ impl Engine {
         });
         let removed: Vec<GcRow> = collected.chain(ingests).collect();
         let total_bytes = removed.iter().map(|row| row.size_bytes).sum();
-        Ok(GcSummary { removed, total_bytes })
+        Ok(GcSummary { removed, total_bytes, repaired_count: (mode == GcMode::Full).then_some(report.repaired_count) })
     }
 
     /// Asks for the catalogue's file to be made as small as what is in it when the engine closes.
@@ -615,6 +666,7 @@ impl Engine {
             records_count: self.cache().count()?,
             layers_count: usize::try_from(layers).unwrap_or(usize::MAX),
             total_bytes: usage.iter().map(|row| row.size_bytes).sum(),
+            policy: self.policy.rules().iter().map(PolicyRow::from).collect(),
         })
     }
 }

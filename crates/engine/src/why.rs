@@ -281,3 +281,49 @@ impl Known<'_> {
         Ok((node("record", id.to_string(), row.description, Some(root)), by))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use plies_store::{Expected, LeaseOptions};
+
+    use super::*;
+    use crate::{DriverKind, EngineOptions};
+
+    #[test]
+    fn work_that_is_going_on_keeps_what_it_made_and_nothing_does_afterwards() {
+        let dir = tempfile::tempdir().unwrap();
+        let options = EngineOptions {
+            driver: DriverKind::Auto,
+            use_reserve: false,
+            wait: false,
+            on_wait: Box::new(|_| ()),
+            command: "test".into(),
+            registry: Default::default(),
+            policy: Vec::new(),
+            warn: Arc::new(|error| panic!("{error}")),
+        };
+        let engine = Engine::open(&dir.path().join("store"), options).unwrap();
+        let lease = engine.store().lease(LeaseOptions::process("pull a:1")).unwrap();
+        let ingest = engine.store().content().ingest_unnamed().unwrap();
+        let blob = ingest.commit(Expected::anything(), &lease).unwrap().to_string();
+
+        let why = engine.why(&blob).unwrap();
+        let by: Vec<_> = why.by.iter().map(|by| (by.kind, by.label.as_str(), by.root.as_deref())).collect();
+        assert_eq!(by, [("lease", "pull a:1", Some("until the process that has it ends"))]);
+        assert!(why.kept && why.note.is_none(), "{why:?}");
+        engine.remove_dangling_images().unwrap();
+        engine.gc(crate::GcMode::Run).unwrap();
+        assert!(engine.why(&blob).unwrap().kept, "a collection takes nothing from running work");
+        engine.gc(crate::GcMode::Full).unwrap();
+        assert!(engine.why(&blob).unwrap().kept, "and neither does a full one");
+
+        lease.release().unwrap();
+        let why = engine.why(&blob).unwrap();
+        assert_eq!((why.kept, why.by.len(), why.root.as_deref()), (false, 0, None));
+        assert_eq!(why.note.as_deref(), Some("nothing: the next gc takes it"));
+        engine.gc(crate::GcMode::Run).unwrap();
+        assert!(matches!(engine.why(&blob), Err(SpaceError::Target(RunError::NotFound { .. }))));
+    }
+}

@@ -571,7 +571,14 @@ mod tests {
                 tx.put_snapshot(id, &row).map(drop)
             }
             Resource::Active(id) => {
-                let row = ActiveRow { base: None, volatile: false, created: tx.now(), usage: None, sealed: None };
+                let row = ActiveRow {
+                    base: None,
+                    volatile: false,
+                    created: tx.now(),
+                    usage: None,
+                    sealed: None,
+                    changed: true,
+                };
                 tx.put_active(id, &row)
             }
         }

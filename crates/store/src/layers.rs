@@ -492,23 +492,32 @@ impl FinishedStage {
 
     /// What the directory costs besides the tree, with a sidecar of about this text that is not written yet.
     fn beside(&self, sidecar: &[u8]) -> Result<StoredUsage, FileError> {
-        let dir = &self.stage.dir;
-        let meta = fs::symlink_metadata(dir).at("stat", dir)?;
-        let block_bytes = meta.blksize().max(1);
-        let mut beside = StoredUsage {
-            size_bytes: meta.blocks() * STAT_BLOCK_BYTES + (sidecar.len() as u64).next_multiple_of(block_bytes),
-            inodes: 2,
-            content_bytes: sidecar.len() as u64,
-        };
-        for name in [INDEX, TAR_SPLIT].iter().take(1 + usize::from(self.stage.tar_split)) {
-            let path = dir.join(name);
-            let meta = fs::symlink_metadata(&path).at("stat", &path)?;
-            beside.size_bytes += meta.blocks() * STAT_BLOCK_BYTES;
-            beside.inodes += 1;
-            beside.content_bytes += meta.len();
-        }
+        let (dir, length) = (&self.stage.dir, sidecar.len() as u64);
+        let block_bytes = fs::symlink_metadata(dir).at("stat", dir)?.blksize().max(1);
+        let mut beside = beside(dir, &[], self.stage.tar_split)?;
+        beside.size_bytes += length.next_multiple_of(block_bytes);
+        beside.inodes += 1;
+        beside.content_bytes += length;
         Ok(beside)
     }
+}
+
+/// What a published layer's directory costs besides the tree.
+pub(crate) fn beside_of(store: &Store, id: LayerId, row: &LayerRow) -> Result<StoredUsage, FileError> {
+    beside(&layer_dir(store, id), &[SIDECAR], row.tar_split)
+}
+
+/// What a layer's directory costs with its index, its tar-split if it has one, and these files.
+fn beside(dir: &Path, files: &[&str], tar_split: bool) -> Result<StoredUsage, FileError> {
+    let mut beside = StoredUsage::default();
+    let names = files.iter().chain(&[INDEX]).chain(tar_split.then_some(&TAR_SPLIT));
+    for path in names.map(|name| dir.join(name)).chain([dir.to_owned()]) {
+        let meta = fs::symlink_metadata(&path).at("stat", &path)?;
+        beside.size_bytes += meta.blocks() * STAT_BLOCK_BYTES;
+        beside.inodes += 1;
+        beside.content_bytes += if meta.is_file() { meta.len() } else { 0 };
+    }
+    Ok(beside)
 }
 
 /// Publishes stages; `and_then` runs in the same transaction, with the ids in order, and must make

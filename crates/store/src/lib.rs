@@ -250,6 +250,14 @@ impl Store {
         usage::usage(self)
     }
 
+    /// The bytes of all blobs, layers' trees and uppers, of the last as last measured: three rows.
+    ///
+    /// # Errors
+    /// [`CatalogueError`].
+    pub fn stored_bytes(&self) -> Result<u64, CatalogueError> {
+        usage::stored_bytes(self)
+    }
+
     /// What lies below the root and belongs to nobody, with its bytes on disk: what a crash left until the next open, and
     /// what others have put there. What is just being published may be among it.
     ///

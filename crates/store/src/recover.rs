@@ -170,10 +170,10 @@ pub(crate) fn put_back(store: &Store, id: ActiveId, layer: LayerId) -> Result<()
 }
 
 /// Volatile uppers of earlier sessions: nothing says that their files are whole. Their rows go when
-/// nothing holds them, and are refused until then.
+/// nothing holds them, and are refused until then. The others may have been written to by whoever was killed.
 fn remove_stale_uppers(store: &Store) -> Result<(), RecoverError> {
-    let stale: Vec<(ActiveId, ActiveRow)> =
-        store.read(|tx| tx.all(&ACTIVES))?.into_iter().filter(|(_, row)| row.volatile).collect();
+    let actives: Vec<(ActiveId, ActiveRow)> = store.read(|tx| tx.all(&ACTIVES))?;
+    let (stale, kept): (Vec<_>, Vec<_>) = actives.into_iter().partition(|(_, row)| row.volatile);
     for (id, _) in &stale {
         tree::remove(&store.inner.paths.active.join(id.to_string()))?;
     }
@@ -181,6 +181,9 @@ fn remove_stale_uppers(store: &Store) -> Result<(), RecoverError> {
         store.write(|tx| {
             stale.iter().try_for_each(|(id, row)| tx.put_active(*id, &ActiveRow { usage: None, ..row.clone() }))
         })?;
+    }
+    if kept.iter().any(|(_, row)| !row.changed) {
+        store.write(|tx| kept.iter().try_for_each(|(id, _)| tx.mark_changed(*id)))?;
     }
     Ok(())
 }

@@ -201,12 +201,14 @@ pub struct ActiveInfo {
     pub usage: Option<Usage>,
     /// What it was sealed as, if it was.
     pub sealed: Option<LayerId>,
+    /// Whether somebody may have written to it since it was measured.
+    pub changed: bool,
 }
 
 impl ActiveInfo {
     fn new(id: ActiveId, row: ActiveRow) -> Self {
-        let ActiveRow { base, volatile, created, usage, sealed } = row;
-        Self { id, base, volatile, created, usage: usage.map(Into::into), sealed }
+        let ActiveRow { base, volatile, created, usage, sealed, changed } = row;
+        Self { id, base, volatile, created, usage: usage.map(Into::into), sealed, changed }
     }
 }
 
@@ -346,7 +348,7 @@ impl<'a> Snapshots<'a> {
                 rustix::fs::syncfs(dir).at("sync", &upper.dir)?;
             }
             let put = |tx: &mut Tx<'_>| {
-                let row = ActiveRow { base, volatile, created: tx.now(), usage: None, sealed: None };
+                let row = ActiveRow { base, volatile, created: tx.now(), usage: None, sealed: None, changed: true };
                 tx.put_active(id, &row)?;
                 if let Some(base) = base {
                     tx.add_edge(id, base)?;
@@ -454,6 +456,9 @@ impl<'a> Snapshots<'a> {
         let claim = Claim::take(self.store, id)?;
         let hold = Hold::take(self.store, id.into())?;
         let row = self.usable(id)?;
+        if !row.changed {
+            self.store.write_lazily(|tx| tx.mark_changed(id))?;
+        }
         let lowers = self.lowers(row.base)?;
         let scratch = self.scratch()?;
         let upper = self.claimed_upper(id, &row, &lowers)?;
@@ -639,24 +644,40 @@ impl<'a> Snapshots<'a> {
         Ok(*made.first().expect("because one stage makes one layer"))
     }
 
-    /// Walks the upper directory, says what it costs and writes it down for [`Store::usage`].
+    /// What the upper directory costs, written down for [`Store::usage`]. It is walked only if somebody may have written
+    /// to it since the last time, and again and again while it is mounted.
     ///
     /// # Errors
     /// [`SnapshotError::NotFound`]; [`SnapshotError::File`] also if somebody is removing files from
     /// it meanwhile.
     pub fn measure(&self, id: ActiveId) -> Result<Usage, SnapshotError> {
         let row = self.usable(id)?;
-        let upper = self.upper_of(id, row.volatile);
-        let usage = match row.volatile && !self.is_made(&upper)? {
-            true => Usage::default(),
-            false => tree::measure(tree::open_own(&upper.tree())?).at("measure", upper.tree())?,
+        if let (false, Some(usage)) = (row.changed, row.usage) {
+            return Ok(usage.into());
+        }
+        let put = |change: &dyn Fn(&mut ActiveRow)| {
+            self.store.write_lazily(|tx| {
+                let mut row = tx.get(&ACTIVES, &id)?.ok_or(SnapshotError::NotFound { what: id.into() })?;
+                change(&mut row);
+                Ok::<_, SnapshotError>(tx.put_active(id, &row)?)
+            })
         };
-        self.store.write_lazily(|tx| {
-            let mut row = tx.get(&ACTIVES, &id)?.ok_or(SnapshotError::NotFound { what: id.into() })?;
-            row.usage = Some(StoredUsage::from(usage));
-            Ok::<_, SnapshotError>(tx.put_active(id, &row)?)
-        })?;
-        Ok(usage)
+        // Before the walk: who mounts it meanwhile marks it again.
+        if !self.store.inner.mounted.lock().unwrap_or_else(PoisonError::into_inner).contains(&id) {
+            put(&|row| row.changed = false)?;
+        }
+        let upper = self.upper_of(id, row.volatile);
+        let walk = || match row.volatile && !self.is_made(&upper)? {
+            true => Ok(Usage::default()),
+            false => Ok::<_, SnapshotError>(tree::measure(tree::open_own(&upper.tree())?).at("measure", upper.tree())?),
+        };
+        match walk() {
+            Ok(usage) => put(&|row| row.usage = Some(StoredUsage::from(usage))).map(|()| usage),
+            Err(error) => {
+                put(&|row| row.changed = true)?;
+                Err(error)
+            }
+        }
     }
 
     /// What was written to an active, path by path and sorted. It may be mounted meanwhile; what is written while the

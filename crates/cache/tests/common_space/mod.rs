@@ -165,6 +165,7 @@ pub fn blank() -> RecordRow {
         blob_chain_id: None,
         image_refs: Vec::new(),
         snapshot: None,
+        took: None,
     }
 }
 

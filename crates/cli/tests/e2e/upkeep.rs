@@ -1,6 +1,6 @@
 //! Space, full disks, broken stores, and what is printed about hostile names.
 
-use std::{fs, path::Path, process::Command};
+use std::{ffi::OsString, fs, path::Path, process::Command};
 
 use plies_testkit::{
     args,
@@ -80,6 +80,58 @@ fn du_adds_up_and_is_what_the_disk_says() {
     assert_eq!((filtered["records"].as_array().unwrap().len(), &filtered["rows"]), (1, &json!([])), "{filtered:#}");
     assert_eq!(filtered["records"][0]["id"], json!(record));
     ply.fails(1, args!["du", "--filter", "a==\"b"]);
+}
+
+#[test]
+fn the_policy_holds_whenever_bytes_are_added() {
+    let Some(ply) = store() else { return };
+    let capped = |size: &str| {
+        let text = format!("[[gc.policy]]\nall = true\nmax-used-space = \"{size}\"\n");
+        ply.scratch().file("gc.toml", text).into_os_string()
+    };
+    let with = |size: &str, more: &[OsString]| [args!["--config", capped(size)], more].concat();
+    let records = || {
+        let records = ply.json(args!["ref", "ls"]);
+        records.as_array().unwrap().iter().map(|row| row["id"].as_str().unwrap().to_owned()).collect::<Vec<_>>()
+    };
+    let context = Context::new(&ply, "FROM scratch\nCOPY f /f\n");
+    let build = |seed: u32| {
+        context.file("f", noise(3_000_000, seed));
+        ply.ok(&with("4MB", &context.args(&[])));
+        // What an image has as well is the image's.
+        ply.ok(args!["rmi", "built"]);
+        records()
+    };
+    let first = build(1);
+    assert_eq!((first.len(), build(1)), (1, first.clone()), "the cap is kept, and what was built is there");
+    let second = build(2);
+    assert!(second.len() == 1 && second != first, "{first:?} made room for {second:?}");
+    let info = ply.ok(&with("4MB", args!["info"])).stdout;
+    assert!(info.contains("gc rule 1:") && info.contains("all records, at most 4"), "{info}");
+
+    // Two steps of one image are in use at once: then there is nothing that could go.
+    context.file("g", noise(3_000_000, 3));
+    context.file("Dockerfile", "FROM scratch\nCOPY f /f\nCOPY g /g\n");
+    let ran = ply.fails(1, &with("4MB", &context.args(&[])));
+    assert!(ran.stderr.contains("max-used-space") && ran.stderr.contains("COPY g /g"), "{ran}");
+    assert_eq!(ply.json(args!["images"]), json!([]));
+    assert_eq!(records(), second, "what the failed build had made is over the cap");
+    ply.ok(&with("8MB", &context.args(&[])));
+    ply.ok(args!["rmi", "built"]);
+    assert_eq!(records().len(), 2);
+
+    // A load adds bytes, too.
+    let path = Image::new("localhost/small:1").layer(&[Member::file("f", "x")], Packing::Gzip);
+    let path = path.write_oci_tar(&ply.scratch().join("small.tar"));
+    ply.ok(&with("8MB", args!["load", "-i", path]));
+    assert_eq!(records().len(), 2, "there is room for all");
+    ply.ok(&with("4MB", args!["load", "-i", path]));
+    assert_eq!(records(), second);
+    let off = ply.scratch().file("off.toml", "[gc]\nenabled = false\n");
+    ply.ok(args!["--config", off, "load", "-i", path]);
+    ply.fails(1, args!["--config", ply.scratch().file("bad.toml", "[gc]\nmax-used-space = \"4 apples\"\n"), "info"]);
+    assert_eq!(ply.json(args!["gc", "--full"])["repaired_count"], 0);
+    ply.fails(2, args!["gc", "--full", "--dry-run"]);
 }
 
 #[test]

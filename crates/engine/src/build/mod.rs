@@ -276,9 +276,10 @@ impl Engine {
         let names = request.names.iter().map(|name| plain_name(name)).collect::<Result<Vec<Reference>, _>>()?;
         let (file, bytes) = read_dockerfile(request)?;
         let dockerfile = dockerfile::parse(&file, &bytes)?;
-        self.with_lease(&format!("build {}", request.context.display()), |lease| {
+        let built = self.with_lease(&format!("build {}", request.context.display()), |lease| {
             self.build_held(request, &dockerfile, &names, lease, progress, cancel)
-        })
+        });
+        self.keep_policy_after(built, cancel)
     }
 
     /// What `docker build --check` says about a Dockerfile: nothing is built, and a base image that is not here is taken

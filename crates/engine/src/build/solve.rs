@@ -16,7 +16,8 @@ use plies_archive::tar::EntryPath;
 use plies_archive::{ApplyStyle, NewOwner, UnpackError, compress, unpack};
 use plies_cache::contenthash::inroot;
 use plies_cache::{
-    Accessor, CacheError, CacheKey, Changes, ImmutableRef, KeyBuilder, Parents, RecordOptions, RecordRow, State, Value,
+    Accessor, CacheError, CacheKey, Changes, ImmutableRef, KeyBuilder, MutableRef, Parents, RecordOptions, RecordRow,
+    State, Value,
 };
 use plies_oci::{BlobDigest, Compression, DiffId, ErrorKind, limits};
 use plies_registry::{self as registry, Client};
@@ -38,7 +39,9 @@ use crate::exec::{
     self, Access, Cancel, ExecError, Executor, MountSource, Network, Step, StepMount, Streams, User, UserError,
     resolve_user,
 };
+use crate::policy::Moment;
 use crate::progress::{self, Outcome, Progress, Stream, Task, Watched};
+use crate::prune::PruneError;
 use crate::records::RecordsError;
 use crate::run::RunError;
 use crate::{Canceled, Engine};
@@ -184,6 +187,9 @@ pub enum SolveError {
     /// The catalogue failed.
     #[error("read or change the catalogue")]
     Catalogue(#[from] CatalogueError),
+    /// The build cache cannot be kept as the policy says.
+    #[error(transparent)]
+    Policy(#[from] Box<PruneError>),
     /// The caller asked to stop.
     #[error(transparent)]
     Canceled(#[from] Canceled),
@@ -212,6 +218,7 @@ impl SolveError {
             Self::Snapshot(source) => source.kind(),
             Self::Layer(source) => source.kind(),
             Self::Catalogue(source) => source.kind(),
+            Self::Policy(source) => source.kind(),
             Self::Canceled(source) => source.kind(),
         }
     }
@@ -702,7 +709,7 @@ impl Solver<'_> {
         if let Some(expected) = checksum.as_ref().filter(|expected| **expected != actual) {
             return Err(RemoteError::Checksum { what: url.clone(), expected: expected.clone(), actual }.into());
         }
-        let tree = record.seal(&[], Some(&index))?;
+        let tree = self.sealed(record, &[], Some(&index))?;
         let values = [(HTTP_CHECKSUM, Some(actual)), (HTTP_ETAG, etag), (HTTP_MODIFIED, last_modified)];
         let values =
             values.into_iter().map(|(key, value)| (key.to_owned(), value.map(|value| Value { value, index: None })));
@@ -786,7 +793,7 @@ impl Solver<'_> {
         let unmounted = mounted.unmount();
         copied?;
         unmounted?;
-        let tree = record.seal(&[], Some(&key))?;
+        let tree = self.sealed(record, &[], Some(&key))?;
         Ok((self.alone(tree, &commit)?, Outcome::Done))
     }
 
@@ -854,12 +861,24 @@ impl Solver<'_> {
         // Why the step failed says more than that its tree was still in use then.
         let Made { on_the_way, changing } = worked?;
         unmounted?;
-        let tree = record.seal(&on_the_way, (!changing).then_some(&key))?;
+        let tree = self.sealed(record, &on_the_way, (!changing).then_some(&key))?;
         if !changing {
             inputs.keep(&self.cache, tree.id(), &vertex.name)?;
             self.made.lock().unwrap_or_else(PoisonError::into_inner).insert(key, tree.clone());
         }
         Ok((self.solved(base, key, tree)?, Outcome::Done))
+    }
+
+    /// Makes what a step wrote its record, and room for it if the policy asks for that.
+    fn sealed(
+        &self,
+        record: MutableRef,
+        on_the_way: &[EntryPath],
+        key: Option<&CacheKey>,
+    ) -> Result<ImmutableRef, SolveError> {
+        let tree = record.seal(on_the_way, key)?;
+        self.engine.keep_policy(Moment::Added, self.cancel).map_err(Box::new)?;
+        Ok(tree)
     }
 
     /// Whether a record was made on top of this very base.

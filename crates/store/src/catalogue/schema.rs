@@ -15,7 +15,7 @@
 //! layers_by_chain   chain ID, layer          -> ()         those that need the layers below
 //! snapshots         snapshot                 -> layers, fix-up, created
 //! squashes          digest of a layer list   -> layer      bottoms of deep stacks
-//! actives           active                   -> base, volatile, created, usage, sealed
+//! actives           active                   -> base, volatile, created, usage, sealed, changed
 //! sealing           active                   -> layer      a persistent upper on its way into a layer
 //! trash             resource                 -> size       rows are gone, bytes yet to go
 //! totals            kind                     -> count, size, inodes
@@ -97,7 +97,7 @@ pub(crate) enum LayerKind {
 }
 
 /// A published layer.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Eq, Serialize, Deserialize)]
 pub(crate) struct LayerRow {
     pub(crate) kind: LayerKind,
     pub(crate) diff_id: Option<DiffId>,
@@ -108,9 +108,18 @@ pub(crate) struct LayerRow {
     /// Whether a tar-split lies beside it.
     pub(crate) tar_split: bool,
     /// What its directory costs besides the tree: itself, the index, the sidecar, the tar-split. Nothing of layers of
-    /// version 1, of which nobody knows.
+    /// version 1, until [`crate::usage`] has looked.
     #[serde(default)]
     pub(crate) beside: StoredUsage,
+}
+
+/// What lies beside a layer is no part of what it is: the sidecar of one of version 1 never tells.
+impl PartialEq for LayerRow {
+    fn eq(&self, other: &Self) -> bool {
+        let Self { kind, diff_id, chain_id, usage, created, tar_split, beside: _ } = other;
+        (self.kind, self.diff_id, self.chain_id) == (*kind, *diff_id, *chain_id)
+            && (self.usage, self.created, self.tar_split) == (*usage, *created, *tar_split)
+    }
 }
 
 /// A layer of version 1.
@@ -187,10 +196,28 @@ pub(crate) struct ActiveRow {
     pub(crate) usage: Option<StoredUsage>,
     /// What became of it. Its bytes are that layer now, and the row goes when nobody holds it.
     pub(crate) sealed: Option<LayerId>,
+    /// Somebody may have written to it since it was measured, or never was it.
+    pub(crate) changed: bool,
+}
+
+/// An upper directory of version 1.
+#[derive(Deserialize)]
+struct ActiveRow1 {
+    base: Option<SnapshotId>,
+    volatile: bool,
+    created: Stamp,
+    usage: Option<StoredUsage>,
+    sealed: Option<LayerId>,
 }
 
 impl Row for ActiveRow {
-    const VERSION: u8 = 1;
+    const VERSION: u8 = 2;
+
+    fn upgrade(version: u8, body: &[u8]) -> Option<Self> {
+        (version == 1).then_some(())?;
+        let (ActiveRow1 { base, volatile, created, usage, sealed }, rest) = postcard::take_from_bytes(body).ok()?;
+        rest.is_empty().then_some(Self { base, volatile, created, usage, sealed, changed: true })
+    }
 }
 
 impl Row for LayerId {
@@ -379,6 +406,18 @@ impl Tx<'_> {
             self.put(&LOOSE, &id.into(), &())?;
         }
         self.count(Kind::Actives, Some(row.total()), before.map(|before| before.total()))
+    }
+
+    /// Notes that an upper may be written to by somebody whom this process does not see, or was: its size is no longer
+    /// known. Nothing if there is no such upper.
+    ///
+    /// # Errors
+    /// [`CatalogueError`].
+    pub fn mark_changed(&mut self, id: ActiveId) -> Result<(), CatalogueError> {
+        match self.get(&ACTIVES, &id)? {
+            Some(row) if !row.changed => self.put_active(id, &ActiveRow { changed: true, ..row }),
+            _ => Ok(()),
+        }
     }
 
     /// Moves one resource's row to the trash, with its edges and whatever else names it; what they
