@@ -22,6 +22,9 @@ use crate::lock::{Holder, LockFailure, StoreLock, WaitPolicy};
 use crate::recover::{self, RecoverError};
 use crate::{ActiveId, Stamp, Store, reserve, tree};
 
+/// The file that says that `content/` is an image layout (image-spec, `image-layout.md`).
+pub(crate) const OCI_LAYOUT: &[u8] = br#"{"imageLayoutVersion":"1.0.0"}"#;
+
 /// Tells the time. Injected, since nothing below the engine reads clocks.
 pub type Clock = Arc<dyn Fn() -> SystemTime + Send + Sync>;
 
@@ -115,6 +118,13 @@ pub enum OpenError {
         /// The newest known.
         supported: u64,
     },
+    /// Making a new catalogue out of the data.
+    #[error("make a new catalogue")]
+    Rebuild {
+        /// Why not.
+        #[source]
+        source: Box<crate::CheckError>,
+    },
     /// An earlier version wrote it, and there is no way from there to here.
     #[error("the store has schema {found}, which is too old to migrate")]
     TooOld {
@@ -156,6 +166,7 @@ impl OpenError {
             Self::TooNew { .. } | Self::TooOld { .. } => ErrorKind::FailedPrecondition,
             Self::CatalogueMissing { .. } | Self::Corrupt { .. } => ErrorKind::DataLoss,
             Self::Driver { .. } => ErrorKind::Unavailable,
+            Self::Rebuild { source } => source.kind(),
             Self::File(error) => error.kind(),
             Self::Catalogue(error) => error.kind(),
         }
@@ -193,10 +204,12 @@ pub(crate) struct Paths {
     pub(crate) active: PathBuf,
     pub(crate) mounts: PathBuf,
     pub(crate) run: PathBuf,
+    /// What a repair put aside; made when it is needed.
+    pub(crate) lost: PathBuf,
 }
 
 impl Paths {
-    fn below(root: &Path) -> Self {
+    pub(crate) fn below(root: &Path) -> Self {
         Self {
             catalog: root.join("catalog"),
             content: root.join("content"),
@@ -207,10 +220,11 @@ impl Paths {
             active: root.join("active"),
             mounts: root.join("mounts"),
             run: root.join("run"),
+            lost: root.join("lost"),
         }
     }
 
-    fn create(&self) -> Result<(), FileError> {
+    pub(crate) fn create(&self) -> Result<(), FileError> {
         for dir in
             [&self.blobs, &self.ingest, &self.layers, &self.stage, &self.active, &self.mounts, &self.run, &self.catalog]
         {
@@ -218,7 +232,7 @@ impl Paths {
         }
         let layout = self.content.join("oci-layout");
         if !layout.try_exists().at("stat", &layout)? {
-            fs::write(&layout, br#"{"imageLayoutVersion":"1.0.0"}"#).at("write", &layout)?;
+            fs::write(&layout, OCI_LAYOUT).at("write", &layout)?;
         }
         Ok(())
     }

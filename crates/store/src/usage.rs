@@ -206,7 +206,7 @@ pub(crate) fn orphans(store: &Store) -> Result<Vec<(PathBuf, Usage)>, UsageError
         found.extend(entries(dir)?.into_iter().filter(|path| !is_known(path)));
         Ok(())
     };
-    strangers(root, &["catalog", "content", "layers", "active", "mounts", "run"])?;
+    strangers(root, &["catalog", "content", "layers", "active", "mounts", "run", "lost"])?;
     strangers(&paths.catalog, &["lock", "plies.redb", RESERVE])?;
     strangers(&paths.content, &["oci-layout", "blobs", "ingest"])?;
     strangers(&root.join("content/blobs"), &["sha256"])?;
