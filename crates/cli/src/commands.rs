@@ -54,6 +54,9 @@ pub(crate) fn run(args: Ply) -> anyhow::Result<ExitCode> {
     // Until the store is ours an interrupt simply ends the wait; opening survives it.
     let removes =
         matches!(command, Command::Prune(_) | Command::Gc { .. } | Command::Rmi { .. } | Command::Ref(Ref::Rm { .. }));
+    if let Command::Fsck(fsck) = command {
+        return crate::fsck::run(&global, &fsck);
+    }
     let engine = open(&global, removes)?;
     let cancel = cancel_on_signals()?;
     let code = with_engine(&engine, &global, command, &cancel)?;
@@ -271,7 +274,9 @@ fn with_engine(engine: &Engine, global: &Global, command: Command, cancel: &Canc
                 say(&format!("{:<22}{}", format!("{key}:"), format::safe(&value)))?;
             }
         }
-        Command::Completions { .. } | Command::Man { .. } => unreachable!("because they need no store and ran before"),
+        Command::Fsck(_) | Command::Completions { .. } | Command::Man { .. } => {
+            unreachable!("because they ran before")
+        }
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -687,6 +692,12 @@ fn draw(node: &TreeNode, first: &str, rest: &str, out: &mut String) {
 }
 
 fn open(global: &Global, use_reserve: bool) -> anyhow::Result<Engine> {
+    let (root, options) = place(global, use_reserve)?;
+    Ok(Engine::open(&root, options)?)
+}
+
+/// Where the store is, and how it is opened.
+pub(crate) fn place(global: &Global, use_reserve: bool) -> anyhow::Result<(PathBuf, EngineOptions)> {
     let root = match &global.root {
         Some(root) => root.clone(),
         None if rustix::process::geteuid().is_root() => PathBuf::from(SYSTEM_ROOT),
@@ -705,7 +716,7 @@ fn open(global: &Global, use_reserve: bool) -> anyhow::Result<Engine> {
         command: std::env::args().take(2).collect::<Vec<_>>().join(" "),
         warn: Arc::new(|error| eprintln!("ply: warning: {error}")),
     };
-    Ok(Engine::open(&absolute(&root)?, options)?)
+    Ok((absolute(&root)?, options))
 }
 
 /// The XDG base directory specification's place for data.
@@ -729,7 +740,7 @@ pub(crate) fn search_path() -> Vec<PathBuf> {
 
 /// The first SIGINT, SIGTERM or SIGHUP (its terminal is gone) asks to stop, so that nothing is left half-made; a second
 /// one kills.
-fn cancel_on_signals() -> anyhow::Result<Cancel> {
+pub(crate) fn cancel_on_signals() -> anyhow::Result<Cancel> {
     let cancel = Cancel::new();
     // Under nohup(1) the end of the terminal is no reason to stop.
     let hangup = (!is_ignored(SIGHUP)).then_some(SIGHUP);

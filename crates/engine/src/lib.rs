@@ -10,7 +10,7 @@
 //! build/        Dockerfile -> graph -> solve -> image
 //! run.rs        run, mount, umount         records.rs  `ply ref`
 //! space.rs      du, tree, gc, info       why.rs      what keeps something
-//! prune.rs      what goes from the build cache
+//! prune.rs      what goes from the build cache         fsck.rs    check and repair
 //! dockerfile/ context/ exec/   the parts of a build that need no store
 //! ```
 //!
@@ -24,6 +24,7 @@ pub mod build;
 pub mod context;
 pub mod dockerfile;
 pub mod exec;
+mod fsck;
 mod images;
 mod layers;
 mod load;
@@ -51,6 +52,7 @@ use plies_store::{
 };
 
 pub use archive::{ArchiveError, Input};
+pub use fsck::{FsckDepth, FsckError, FsckFinding, FsckReport, FsckRequest, RebuiltSummary};
 pub use images::{HistoryLine, ImageDetails, ImageSummary, ImagesError, familiar};
 pub use layers::{ChangeSummary, LayerDetails, LayerSummary, LayersError, RemovedLayerSummary, RwSummary};
 pub use load::{LoadError, LoadedImage, MovedName};
@@ -130,22 +132,29 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// Opens the store at `root`, making it if there is none.
-    ///
-    /// # Errors
-    /// [`EngineError`].
-    pub fn open(root: &Path, mut options: EngineOptions) -> Result<Self, EngineError> {
-        let store_options = OpenOptions {
-            command: options.command,
+    fn store_options(options: &EngineOptions) -> OpenOptions {
+        OpenOptions {
+            command: options.command.clone(),
             driver: options.driver,
             use_reserve: options.use_reserve,
             // Steps that outlived their `ply` use mounts and files that are about to go.
             before_recovery: Arc::new(exec::end_leftovers),
             warn: Arc::clone(&options.warn),
             ..OpenOptions::new(Arc::new(SystemTime::now))
-        };
-        let wait = if options.wait { WaitPolicy::Wait(&mut *options.on_wait) } else { WaitPolicy::Fail };
-        let store = Store::open(root, store_options, wait)?;
+        }
+    }
+
+    fn wait_policy(options: &mut EngineOptions) -> WaitPolicy<'_> {
+        if options.wait { WaitPolicy::Wait(&mut *options.on_wait) } else { WaitPolicy::Fail }
+    }
+
+    /// Opens the store at `root`, making it if there is none.
+    ///
+    /// # Errors
+    /// [`EngineError`].
+    pub fn open(root: &Path, mut options: EngineOptions) -> Result<Self, EngineError> {
+        let store_options = Self::store_options(&options);
+        let store = Store::open(root, store_options, Self::wait_policy(&mut options))?;
         let limits = Limits::default();
         let checker: Option<Arc<dyn SharedChecker>> = Some(Arc::new(prune::ImageChecker::new(store.clone())));
         let cache_options = ManagerOptions { limits: limits.clone(), checker, warn: options.warn };

@@ -259,6 +259,14 @@ impl Store {
         fsck::check(self, options)
     }
 
+    /// Removes what repairs have put aside: how many bytes that were.
+    ///
+    /// # Errors
+    /// [`FileError`].
+    pub fn empty_lost(&self) -> Result<u64, FileError> {
+        fsck::empty_lost(self)
+    }
+
     /// Makes a new catalogue for the store at `root`, out of what can still be read of the old one, the layers' directories
     /// and the blobs. The old one is kept as `lost/<name>/plies.redb`. What was adopted is held by
     /// [`fsck::rebuild_owner`]; counts and indexes are missing, so a repair must follow. A kill leaves the old catalogue or the

@@ -99,7 +99,7 @@ pub enum OpenError {
         root: PathBuf,
     },
     /// There is data, but the catalogue that says what it is has gone.
-    #[error("{} holds data but no catalogue", root.display())]
+    #[error("{} holds data but no catalogue: `ply fsck --rebuild` makes one of the data", root.display())]
     CatalogueMissing {
         /// Where.
         root: PathBuf,
@@ -132,7 +132,7 @@ pub enum OpenError {
         found: u64,
     },
     /// The catalogue is not a database that we wrote.
-    #[error("the catalogue {} is corrupt", path.display())]
+    #[error("the catalogue {} is corrupt: `ply fsck --rebuild` makes a new one of what is left", path.display())]
     Corrupt {
         /// The file.
         path: PathBuf,

@@ -47,6 +47,8 @@ pub enum UsageKind {
     Scratch,
     /// What lies below the root and is nobody's.
     Orphans,
+    /// What a repair put aside.
+    Lost,
 }
 
 /// What all things of one kind cost.
@@ -166,6 +168,7 @@ pub(crate) fn usage(store: &Store) -> Result<Vec<UsageRow>, UsageError> {
     add(UsageKind::Directories, directories);
     let scratch = [&paths.stage, &paths.mounts, &paths.run].map(|dir| tree_size(dir));
     add(UsageKind::Scratch, scratch.into_iter().collect::<Result<_, _>>()?);
+    add(UsageKind::Lost, if paths.lost.is_dir() { vec![tree_size(&paths.lost)?] } else { vec![] });
     add(UsageKind::Orphans, orphans(store)?.into_iter().map(|(_, usage)| usage).collect());
     rows.sort_unstable_by_key(|row| row.kind);
     Ok(rows)

@@ -91,7 +91,7 @@ impl Open {
         std::mem::replace(&mut self.lease, fresh).release().unwrap();
         self.store().gc(GcMode::Run).unwrap();
         let mut findings = self.store().check(&CheckOptions::deep()).unwrap();
-        self.store().read(|rows| plies_image::check(rows, &mut findings)).unwrap();
+        self.store().read(|rows| plies_image::check(self.store(), rows, &mut findings)).unwrap();
         assert!(findings.found.is_empty(), "{:#?}", findings.found);
     }
 

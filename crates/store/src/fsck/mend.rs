@@ -19,7 +19,7 @@ use crate::open::{OCI_LAYOUT, make_dir, sync_dir};
 use crate::progress::{Outcome, Silent, Task};
 use crate::{
     LayerError, LayerId, Lease, LeaseOptions, Resource, SnapshotError, SnapshotId, Snapshots, Store, Transfer,
-    TransferError,
+    TransferError, tree,
 };
 
 /// Rows that one transaction changes at most: a closure has all of them in memory.
@@ -415,6 +415,17 @@ impl<'a> Mender<'a> {
         file.write_all(text.as_bytes()).and_then(|()| file.sync_all()).at("write", &path)?;
         Ok(sync_dir(&self.lost)?)
     }
+}
+
+/// Removes what repairs have put aside.
+pub(crate) fn empty_lost(store: &Store) -> Result<u64, FileError> {
+    let lost = &store.inner.paths.lost;
+    if !lost.try_exists().at("stat", lost)? {
+        return Ok(0);
+    }
+    let usage = tree::measure(tree::open_own(lost)?).at("measure", lost)?;
+    tree::remove(lost)?;
+    Ok(usage.size_bytes)
 }
 
 fn rank(resource: Resource) -> u8 {

@@ -20,10 +20,14 @@ use std::path::PathBuf;
 
 pub(crate) use check::check;
 pub use check::{CheckError, CheckOptions, Depth, Sample};
+pub(crate) use mend::empty_lost;
 pub use mend::{MendError, Mender};
 pub(crate) use rebuild::rebuild;
 pub use rebuild::{Rebuilt, rebuild_owner};
 
+use plies_oci::BlobDigest;
+
+use crate::catalogue::schema::BLOBS;
 use crate::catalogue::{CatalogueError, Key, Row, Rows, Table, Tx};
 use crate::{LayerId, LeaseId, Owner, Resource};
 
@@ -208,6 +212,12 @@ impl Findings {
         table: &Table<K, V>,
     ) -> Result<Vec<(K, V)>, CatalogueError> {
         self.rows(rows, table, |_, changes| Remedy::Drop(changes))
+    }
+
+    /// Notes a blob whose bytes somebody else has seen to be wrong.
+    pub fn damaged_blob(&mut self, digest: BlobDigest, what: &str) {
+        let otherwise = vec![Change::remove(&BLOBS, &digest)];
+        self.add("blob-damaged", Resource::from(digest), what, Remedy::Restore { resource: digest.into(), otherwise });
     }
 
     fn unreadable(&mut self, table: &'static str, key: &[u8], error: &CatalogueError, remedy: Remedy) {
