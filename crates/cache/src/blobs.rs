@@ -459,7 +459,10 @@ impl Inner {
                         }
                     })?;
                 }
-                made.entry(part.record).or_default().push(own);
+                // One that is there twice has its chain once.
+                if !part.whole || !made.contains_key(&part.record) {
+                    made.entry(part.record).or_default().push(own);
+                }
             }
             set_chains(tx, id, &made)
         })?)

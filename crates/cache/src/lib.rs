@@ -23,6 +23,7 @@
 //! - No lock rule waits: what is locked is an error at once, which names the holder.
 
 mod blobs;
+mod check;
 mod checksum;
 mod compose;
 pub mod contenthash;
@@ -42,6 +43,7 @@ mod usage;
 mod uses;
 
 pub use blobs::{CREATED_AT, LayerFormat, REMOTES_MAX, Remote, RemoteOptions, StoreProvider};
+pub use check::check;
 pub use error::{CacheError, Holder};
 pub use filter::{FilterRow, Filters, parse_bytes, parse_duration};
 pub use id::RecordId;

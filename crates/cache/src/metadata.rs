@@ -29,7 +29,10 @@
 //! | `cache.deleted` | none: a record goes in one transaction |
 //! | `_external` | [`Accessor::external`] |
 
-use plies_store::{CatalogueError, Row, Rows, Stamp, Table, Tx};
+use std::collections::{BTreeMap, BTreeSet};
+
+use plies_store::fsck::{Change, Findings, Remedy};
+use plies_store::{CatalogueError, ReadTx, Row, Rows, Stamp, Table, Tx};
 use serde::{Deserialize, Serialize};
 
 use crate::record::{self, RECORDS, State};
@@ -265,4 +268,34 @@ pub(crate) fn forget(tx: &mut Tx<'_>, id: RecordId) -> Result<(), CatalogueError
         tx.remove(&EXTERNAL, &key)?;
     }
     Ok(())
+}
+
+/// Values and bytes are those of records that exist, and values are found by their indexes.
+pub(crate) fn check(rows: &ReadTx, known: &BTreeSet<RecordId>, findings: &mut Findings) -> Result<(), CatalogueError> {
+    let mut index: BTreeMap<(String, RecordId), u64> = BTreeMap::new();
+    for ((id, key), row) in findings.rows_or_drop(rows, &VALUES)? {
+        if !known.contains(&id) {
+            let remedy = Remedy::Rewrite(vec![Change::remove(&VALUES, &(id, key.clone()))]);
+            findings.add(
+                "values-stray",
+                format!("record {id}"),
+                format!("has a value {key} and does not exist"),
+                remedy,
+            );
+        } else if let Some(by) = row.index {
+            *index.entry((by, id)).or_default() += 1;
+        }
+    }
+    for ((id, key), _) in findings.rows_or_drop(rows, &EXTERNAL)? {
+        if !known.contains(&id) {
+            let remedy = Remedy::Rewrite(vec![Change::remove(&EXTERNAL, &(id, key.clone()))]);
+            findings.add(
+                "external-stray",
+                format!("record {id}"),
+                format!("has bytes {key} and does not exist"),
+                remedy,
+            );
+        }
+    }
+    findings.compare(rows, "index-wrong", &INDEX, index)
 }

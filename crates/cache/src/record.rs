@@ -224,7 +224,7 @@ impl RecordRow {
         self.image_refs.drain(..surplus);
     }
 
-    fn resources(&self) -> BTreeSet<Resource> {
+    pub(crate) fn resources(&self) -> BTreeSet<Resource> {
         let own: Option<Resource> = match &self.state {
             State::Mutable { active, .. } | State::Shared { active, .. } => Some((*active).into()),
             State::Sealed { layer } => layer.map(Into::into),
@@ -289,7 +289,7 @@ impl Row for UseRow {
     const VERSION: u8 = 1;
 }
 
-#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct IdRow(pub(crate) RecordId);
 
 impl Row for IdRow {

@@ -11,10 +11,11 @@
 //! A key from which no links lead to a result is dead, and the links to it with it. They go with the results that made
 //! them so.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use plies_oci::BlobDigest;
-use plies_store::{CatalogueError, Row, Rows, Stamp, Table, Tx};
+use plies_store::fsck::{Change, Findings, Remedy};
+use plies_store::{CatalogueError, ReadTx, Row, Rows, Stamp, Table, Tx};
 use serde::{Deserialize, Serialize};
 
 use crate::record::{self, RECORDS};
@@ -275,4 +276,33 @@ pub(crate) fn is_old(rows: &impl Rows) -> Result<bool, CatalogueError> {
         std::ops::ControlFlow::Break(())
     })?;
     Ok(found)
+}
+
+/// Results are records that exist, and both directions of results and of links say the same.
+pub(crate) fn check(rows: &ReadTx, known: &BTreeSet<RecordId>, findings: &mut Findings) -> Result<(), CatalogueError> {
+    let mut result_of = BTreeMap::new();
+    for ((key, id), _) in findings.rows_or_drop(rows, &RESULTS)? {
+        if known.contains(&id) {
+            result_of.insert((id, key), ());
+        } else {
+            let remedy = Remedy::Rewrite(vec![Change::remove(&RESULTS, &(key, id))]);
+            findings.add(
+                "results-stray",
+                format!("record {id}"),
+                format!("is a result of {key} and does not exist"),
+                remedy,
+            );
+        }
+    }
+    findings.compare(rows, "result-of-wrong", &RESULT_OF, result_of)?;
+    let mut links = BTreeMap::new();
+    for ((to, from, id), LinkRow(link)) in findings.rows_or_drop(rows, &BACK_LINKS)? {
+        if link.id() == id {
+            links.insert((from, id, to), ());
+        } else {
+            let remedy = Remedy::Rewrite(vec![Change::remove(&BACK_LINKS, &(to, from, id))]);
+            findings.add("link-wrong", format!("key {to}"), "has a link under another link's digest", remedy);
+        }
+    }
+    findings.compare(rows, "links-wrong", &LINKS, links)
 }

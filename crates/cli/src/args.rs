@@ -169,6 +169,10 @@ pub(crate) enum Command {
         #[arg(long)]
         dry_run: bool,
     },
+    /// Look for damage, and repair it
+    ///
+    /// Exits with 0 if nothing is wrong or all was repaired, with 1 if something is left, with 2 if it could not look.
+    Fsck(Fsck),
     /// Say what this store is
     Info,
     /// Print completions for a shell
@@ -181,6 +185,34 @@ pub(crate) enum Command {
         /// Into this directory
         dir: PathBuf,
     },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Fsck {
+    /// Only the store's directories against its rows
+    #[arg(long, conflicts_with_all = ["read_data", "rebuild"])]
+    pub(crate) quick: bool,
+    /// Also read blobs and layers: all of them, or another part of them each time
+    #[arg(long, value_name = "N%", num_args = 0..=1, require_equals = true, default_missing_value = "100%", value_parser = percent)]
+    pub(crate) read_data: Option<u8>,
+    /// Put right what can be put right; what has to go is kept in lost/ below the root
+    #[arg(long)]
+    pub(crate) repair: bool,
+    /// With --repair: only say what it would do
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+    /// Make a new catalogue of what is left of the old one and of the data, then repair
+    #[arg(long, conflicts_with = "dry_run")]
+    pub(crate) rebuild: bool,
+    /// Remove what repairs have put into lost/, and do nothing else
+    #[arg(long, conflicts_with_all = ["quick", "read_data", "repair", "rebuild", "dry_run"])]
+    pub(crate) empty_lost: bool,
+}
+
+/// `10%` or `10`: 1 to 100.
+fn percent(text: &str) -> Result<u8, String> {
+    let number = text.strip_suffix('%').unwrap_or(text).parse();
+    number.ok().filter(|number| (1..=100).contains(number)).ok_or_else(|| "a share of 1% to 100% is wanted".to_owned())
 }
 
 #[derive(Debug, Args)]

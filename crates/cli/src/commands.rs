@@ -57,6 +57,7 @@ pub(crate) fn run(args: Ply) -> anyhow::Result<ExitCode> {
         matches!(command, Command::Prune(_) | Command::Gc { .. } | Command::Rmi { .. } | Command::Ref(Ref::Rm { .. }));
     let engine = match command {
         Command::Migrate { dry_run } => return run_migrate(&global, dry_run),
+        Command::Fsck(fsck) => return crate::fsck::run(&global, &fsck),
         _ => open(&global, removes)?,
     };
     if let Some(migrated) = engine.migrated() {
@@ -293,7 +294,7 @@ fn with_engine(engine: &Engine, global: &Global, command: Command, cancel: &Canc
                 say(&format!("{:<22}{}", format!("gc rule {at}:"), format::safe(&policy(rule))))?;
             }
         }
-        Command::Completions { .. } | Command::Man { .. } | Command::Migrate { .. } => {
+        Command::Fsck(_) | Command::Migrate { .. } | Command::Completions { .. } | Command::Man { .. } => {
             unreachable!("because they ran before")
         }
     }
@@ -724,30 +725,27 @@ fn draw(node: &TreeNode, first: &str, rest: &str, out: &mut String) {
 }
 
 fn open(global: &Global, use_reserve: bool) -> anyhow::Result<Engine> {
-    let root = root(global)?;
-    let options = EngineOptions { use_reserve, ..engine_options(global, &root)? };
+    let (root, options) = place(global, use_reserve)?;
     Ok(Engine::open(&root, options)?)
 }
 
-fn root(global: &Global) -> anyhow::Result<PathBuf> {
-    absolute(&match &global.root {
+/// Where the store is, and how it is opened.
+pub(crate) fn place(global: &Global, use_reserve: bool) -> anyhow::Result<(PathBuf, EngineOptions)> {
+    let root = absolute(&match &global.root {
         Some(root) => root.clone(),
         None if rustix::process::geteuid().is_root() => PathBuf::from(SYSTEM_ROOT),
         None => user_root()?,
-    })
-}
-
-fn engine_options(global: &Global, root: &Path) -> anyhow::Result<EngineOptions> {
-    let disk_bytes = plies_engine::disk_bytes(root)
+    })?;
+    let disk_bytes = plies_engine::disk_bytes(&root)
         .with_context(|| format!("look how large the file system of {} is", root.display()))?;
     let (registry, policy) = config::load(global.config.as_deref(), disk_bytes)?;
-    Ok(EngineOptions {
+    let options = EngineOptions {
         driver: match global.driver {
             args::Driver::Auto => DriverKind::Auto,
             args::Driver::Overlay => DriverKind::Overlay,
             args::Driver::Native => DriverKind::Native,
         },
-        use_reserve: false,
+        use_reserve,
         wait: !global.no_wait,
         on_wait: Box::new(|holder| eprintln!("ply: waiting for {holder}")),
         registry,
@@ -756,13 +754,14 @@ fn engine_options(global: &Global, root: &Path) -> anyhow::Result<EngineOptions>
         migrate: Migrate::default(),
         progress: Arc::new(plies_engine::progress::Silent),
         warn: Arc::new(|error| eprintln!("ply: warning: {error}")),
-    })
+    };
+    Ok((root, options))
 }
 
 /// Asked for by name, so it takes as long as it takes.
 fn run_migrate(global: &Global, dry_run: bool) -> anyhow::Result<ExitCode> {
-    let root = root(global)?;
-    let plan = Engine::migration_plan(&root, engine_options(global, &root)?)?;
+    let (root, options) = place(global, false)?;
+    let plan = Engine::migration_plan(&root, options)?;
     if global.json && (dry_run || plan.steps.is_empty()) {
         return print_json(&plan);
     }
@@ -778,8 +777,8 @@ fn run_migrate(global: &Global, dry_run: bool) -> anyhow::Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     let style = if global.quiet { Style::Quiet } else { Style::Auto };
-    let options =
-        EngineOptions { migrate: Migrate::Always, progress: style.renderer().into(), ..engine_options(global, &root)? };
+    let (_, options) = place(global, false)?;
+    let options = EngineOptions { migrate: Migrate::Always, progress: style.renderer().into(), ..options };
     let engine = Engine::open(&root, options)?;
     if let Some(migrated) = engine.migrated() {
         if global.json {
@@ -818,7 +817,7 @@ pub(crate) fn search_path() -> Vec<PathBuf> {
 
 /// The first SIGINT, SIGTERM or SIGHUP (its terminal is gone) asks to stop, so that nothing is left half-made; a second
 /// one kills.
-fn cancel_on_signals() -> anyhow::Result<Cancel> {
+pub(crate) fn cancel_on_signals() -> anyhow::Result<Cancel> {
     let cancel = Cancel::new();
     // Under nohup(1) the end of the terminal is no reason to stop.
     let hangup = (!is_ignored(SIGHUP)).then_some(SIGHUP);

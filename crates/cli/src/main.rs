@@ -7,6 +7,7 @@ mod args;
 mod commands;
 mod config;
 mod format;
+mod fsck;
 mod layers;
 mod output;
 mod progress;

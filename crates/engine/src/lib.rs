@@ -12,6 +12,7 @@
 //! space.rs      du, tree, gc, info       why.rs      what keeps something
 //! turns.rs      what several requests want at once is done by one
 //! prune.rs      what goes from the build cache     policy.rs  the same at all times, by rules
+//! fsck.rs       check and repair
 //! dockerfile/ context/ exec/   the parts of a build that need no store
 //! ```
 //!
@@ -26,6 +27,7 @@ pub mod build;
 pub mod context;
 pub mod dockerfile;
 pub mod exec;
+mod fsck;
 mod images;
 mod layers;
 mod load;
@@ -55,6 +57,7 @@ use plies_store::{
 };
 
 pub use archive::{ArchiveError, Input};
+pub use fsck::{FsckDepth, FsckError, FsckFinding, FsckReport, FsckRequest, RebuiltSummary};
 pub use images::{HistoryLine, ImageDetails, ImageSummary, ImagesError, familiar};
 pub use layers::{ChangeSummary, LayerDetails, LayerSummary, LayersError, RemovedLayerSummary, RwSummary};
 pub use load::{LoadError, LoadedImage, MovedName};
@@ -156,24 +159,31 @@ impl std::fmt::Debug for Engine {
 }
 
 impl Engine {
+    fn store_options(options: &EngineOptions) -> OpenOptions {
+        OpenOptions {
+            command: options.command.clone(),
+            driver: options.driver,
+            use_reserve: options.use_reserve,
+            migrate: options.migrate,
+            progress: Arc::clone(&options.progress),
+            // Steps that outlived their `ply` use mounts and files that are about to go.
+            before_recovery: Arc::new(exec::end_leftovers),
+            warn: Arc::clone(&options.warn),
+            ..OpenOptions::new(Arc::new(SystemTime::now))
+        }
+    }
+
+    fn wait_policy(options: &mut EngineOptions) -> WaitPolicy<'_> {
+        if options.wait { WaitPolicy::Wait(&mut *options.on_wait) } else { WaitPolicy::Fail }
+    }
+
     /// Opens the store at `root`, making it if there is none.
     ///
     /// # Errors
     /// [`EngineError`].
     pub fn open(root: &Path, mut options: EngineOptions) -> Result<Self, EngineError> {
-        let store_options = OpenOptions {
-            command: options.command,
-            driver: options.driver,
-            use_reserve: options.use_reserve,
-            migrate: options.migrate,
-            progress: options.progress,
-            // Steps that outlived their `ply` use mounts and files that are about to go.
-            before_recovery: Arc::new(exec::end_leftovers),
-            warn: Arc::clone(&options.warn),
-            ..OpenOptions::new(Arc::new(SystemTime::now))
-        };
-        let wait = if options.wait { WaitPolicy::Wait(&mut *options.on_wait) } else { WaitPolicy::Fail };
-        let store = Store::open(root, store_options, wait)?;
+        let store_options = Self::store_options(&options);
+        let store = Store::open(root, store_options, Self::wait_policy(&mut options))?;
         let limits = Limits::default();
         let checker: Option<Arc<dyn SharedChecker>> = Some(Arc::new(prune::ImageChecker::new(store.clone())));
         let warn = options.warn;
@@ -189,9 +199,8 @@ impl Engine {
     /// # Errors
     /// [`EngineError::Open`].
     pub fn migration_plan(root: &Path, mut options: EngineOptions) -> Result<MigrationPlan, EngineError> {
-        let store_options = OpenOptions { command: options.command, ..OpenOptions::new(Arc::new(SystemTime::now)) };
-        let wait = if options.wait { WaitPolicy::Wait(&mut *options.on_wait) } else { WaitPolicy::Fail };
-        Ok(plies_store::migration_plan(root, &store_options, wait)?)
+        let store_options = Self::store_options(&options);
+        Ok(plies_store::migration_plan(root, &store_options, Self::wait_policy(&mut options))?)
     }
 
     /// What was migrated when the store was opened, if anything was.

@@ -17,8 +17,9 @@ use plies_oci::{
     BlobDigest, ChainId, Compression, Descriptor, DiffId, ErrorKind, ImageId, Manifest, MediaType, Platform, Reference,
 };
 use plies_registry::{BlobReader, Client, Fetched, RegistryError, Repository};
+use plies_store::fsck::{Findings, Remedy};
 use plies_store::{
-    Cancel, CancelGuard, Canceled, CatalogueError, LayerSource, Lease, Origin, Rows, Table, TransferError, Tx,
+    Cancel, CancelGuard, Canceled, CatalogueError, LayerSource, Lease, Origin, ReadTx, Rows, Table, TransferError, Tx,
 };
 use serde::Serialize;
 
@@ -486,6 +487,11 @@ pub(crate) fn add_sources(
         }
     }
     Ok(())
+}
+
+/// Checks the table of this module: memory, of which only what cannot be read is wrong.
+pub(crate) fn check(rows: &ReadTx, findings: &mut Findings) -> Result<(), CatalogueError> {
+    findings.rows(rows, &SOURCES, |_, changes| Remedy::Rewrite(changes)).map(drop)
 }
 
 /// The repositories that had a blob, the one that was seen last first.

@@ -3,6 +3,7 @@
 //! A mount outlives the process that made it, so what it shows is held in the store under the owner `mount:<path>`,
 //! until `ply umount`, or until gc sees that nothing is mounted there any more (after a restart of the machine).
 
+use std::collections::{BTreeMap, HashSet};
 use std::ffi::OsString;
 use std::io;
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
@@ -12,9 +13,10 @@ use std::path::{Path, PathBuf};
 use plies_cache::{CacheError, RecordOptions, State};
 use plies_image::{Found, ImageError};
 use plies_oci::ErrorKind;
+use plies_store::fsck::{Change, Findings, Remedy};
 use plies_store::{
-    ActiveId, ActiveOptions, Attach, CatalogueError, GcMode, Lease, MountOptions, Mounted, Owner, Row, Rows as _,
-    SnapshotError, SnapshotId, Table,
+    ActiveId, ActiveOptions, Attach, CatalogueError, GcMode, Lease, MountOptions, Mounted, Owner, Resource, Row,
+    Rows as _, SnapshotError, SnapshotId, Table,
 };
 use serde::{Deserialize, Serialize};
 
@@ -340,7 +342,7 @@ impl Engine {
 
     /// Where an active is mounted by a process that has ended since.
     pub(crate) fn mounted_on(&self, active: ActiveId) -> Result<Option<PathBuf>, RunError> {
-        for (key, row) in self.store().read(|rows| rows.all(&MOUNTS))? {
+        for (key, row) in self.store().read(|rows| rows.readable(&MOUNTS))? {
             let dir = PathBuf::from(OsString::from_vec(key));
             if row.what == Mount::Record(active) && !is_over(&dir, &row, &Place::here()?) {
                 return Ok(Some(dir));
@@ -423,7 +425,7 @@ impl Engine {
     /// Forgets mounts that are not there any more, as after a restart of the machine.
     pub(crate) fn forget_dead_mounts(&self) -> Result<(), RunError> {
         let here = Place::here()?;
-        for (key, row) in self.store().read(|rows| rows.all(&MOUNTS))? {
+        for (key, row) in self.store().read(|rows| rows.readable(&MOUNTS))? {
             if is_over(Path::new(&OsString::from_vec(key.clone())), &row, &here) {
                 self.forget_mount(&key)?;
             }
@@ -439,6 +441,41 @@ impl Engine {
             Mount::View(_) => None,
         };
         Ok(mounts.into_iter().filter_map(|(_, row)| upper(row.what)).collect())
+    }
+
+    /// Holds the mounts that are written down against those that there are, and against what they show.
+    pub(crate) fn check_mounts(&self, findings: &mut Findings) -> Result<(), RunError> {
+        let here = Place::here()?;
+        self.store().read(|rows| {
+            let mut should: BTreeMap<Owner, Vec<Resource>> = BTreeMap::new();
+            for (key, row) in findings.rows_or_drop(rows, &MOUNTS)? {
+                let dir = PathBuf::from(OsString::from_vec(key.clone()));
+                let subject = format!("mount {}", dir.display());
+                let forget = vec![Change::remove(&MOUNTS, &key)];
+                let shown: Resource = match row.what {
+                    Mount::View(snapshot) => snapshot.into(),
+                    Mount::Record(active) | Mount::Scratch(active) => active.into(),
+                };
+                if is_over(&dir, &row, &here) {
+                    findings.add("mount-gone", subject, "is written down and not mounted", Remedy::Rewrite(forget));
+                } else if !rows.has(shown)? {
+                    let remedy = Remedy::Restore { resource: shown, otherwise: forget };
+                    findings.add(
+                        "mount-target-missing",
+                        subject,
+                        format!("shows {shown}, which is not in the store"),
+                        remedy,
+                    );
+                } else {
+                    should.insert(owner(&key), vec![shown]);
+                }
+            }
+            // Of one that goes, its hold goes with the next round.
+            let going: HashSet<Owner> = rows.readable(&MOUNTS)?.into_iter().map(|(key, _)| owner(&key)).collect();
+            let may = |owner: &Owner, _| going.contains(owner) && !should.contains_key(owner);
+            findings.compare_holds(rows, "mount-hold-wrong", "mount", &should, may)
+        })?;
+        Ok(())
     }
 
     fn forget_mount(&self, key: &Vec<u8>) -> Result<(), RunError> {

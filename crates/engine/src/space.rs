@@ -368,6 +368,7 @@ fn kind_name(kind: UsageKind) -> &'static str {
         UsageKind::Directories => "directories",
         UsageKind::Scratch => "scratch",
         UsageKind::Orphans => "orphans",
+        UsageKind::Lost => "lost",
     }
 }
 

@@ -30,9 +30,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::layerstore::{ChainLayer, hold_chain, layers_of, put_chain, unhold_chain};
 
-const IMAGES: Table<ImageId, ImageRow> = Table::new("image.images");
-const CHILDREN: Table<(ImageId, ImageId), ()> = Table::new("image.children");
-const NAMES: Table<String, NameRow> = Table::new("image.names");
+pub(crate) const IMAGES: Table<ImageId, ImageRow> = Table::new("image.images");
+pub(crate) const CHILDREN: Table<(ImageId, ImageId), ()> = Table::new("image.children");
+pub(crate) const NAMES: Table<String, NameRow> = Table::new("image.names");
 
 /// Hex digits that an ID must be given with at least, so that a short name is not taken for one.
 const ID_PREFIX_DIGITS_MIN: usize = 2;
@@ -269,7 +269,7 @@ pub enum Removed {
     Image(ImageId),
 }
 
-fn owner(id: &ImageId) -> Owner {
+pub(crate) fn owner(id: &ImageId) -> Owner {
     Owner::new("image", id)
 }
 

@@ -9,9 +9,11 @@
 //! Nothing here knows the build cache. There are no locks: whoever changes something does so in the transaction that he
 //! is given, or in one of his own.
 
+mod check;
 pub mod history_cache;
 mod images;
 mod layerstore;
 
+pub use check::check;
 pub use images::*;
 pub use layerstore::*;

@@ -151,9 +151,24 @@ impl Sidecar {
         fs::write(&path, Self::encode(row)).at("write", path)
     }
 
+    /// Writes it anew, durably; there is always one that is whole.
+    pub(crate) fn replace(dir: &Path, row: &LayerRow) -> Result<(), FileError> {
+        let (new, path) = (dir.join("layer.json.new"), dir.join(SIDECAR));
+        let mut file = File::create(&new).at("create", &new)?;
+        file.write_all(&Self::encode(row)).and_then(|()| file.sync_all()).at("write", &new)?;
+        fs::rename(&new, &path).at("rename", &new)?;
+        sync_dir(dir)
+    }
+
     fn encode(row: &LayerRow) -> Vec<u8> {
         serde_json::to_vec_pretty(&Self { version: SIDECAR_VERSION, row: row.clone() })
             .expect("because rows are plain data, which JSON always encodes")
+    }
+
+    /// Whether it says what the row says. It may know a diff ID that a crash kept from the row.
+    pub(crate) fn says(&self, row: &LayerRow) -> bool {
+        let diff_id = row.diff_id.or(self.row.diff_id);
+        self.row == LayerRow { diff_id, ..row.clone() }
     }
 
     /// `None` if it is not there or not ours.
@@ -312,12 +327,7 @@ impl<'a> Layers<'a> {
             None => row.diff_id = Some(diff_id),
         }
         // Bytes before rows: a sidecar that knows more than the row is right all the same.
-        let dir = layer_dir(self.store, id);
-        let (new, path) = (dir.join("layer.json.new"), dir.join(SIDECAR));
-        let mut file = File::create(&new).at("create", &new)?;
-        file.write_all(&Sidecar::encode(&row)).and_then(|()| file.sync_all()).at("write", &new)?;
-        fs::rename(&new, &path).at("rename", &new)?;
-        sync_dir(&dir)?;
+        Sidecar::replace(&layer_dir(self.store, id), &row)?;
         self.store.write(|tx| {
             let mut row = tx.get(&LAYERS, &id)?.ok_or(LayerError::NotFound { layer: id })?;
             match row.diff_id {
@@ -476,6 +486,47 @@ pub struct FinishedStage {
 }
 
 impl FinishedStage {
+    /// Its tree.
+    pub(crate) fn root(&self) -> BorrowedFd<'_> {
+        self.stage.root()
+    }
+
+    /// What is known of it.
+    pub(crate) fn contents(&self) -> &LayerContents {
+        &self.contents
+    }
+
+    /// Makes it the directory of a layer that is there, and leaves what was there in its place at `aside`, which does not
+    /// exist and lies on the same file system. Durable when it returns; a crash leaves one or the other. The row that goes
+    /// with it is returned, and is the caller's to put.
+    pub(crate) fn replace(
+        mut self,
+        store: &Store,
+        id: LayerId,
+        before: &LayerRow,
+        aside: &Path,
+    ) -> Result<LayerRow, FileError> {
+        let index = self.stage.dir.join(INDEX);
+        fs::write(&index, self.contents.index.encode()).at("write", index)?;
+        let row = self.row(before.kind, before.created)?;
+        let row = LayerRow { diff_id: before.diff_id.or(row.diff_id), chain_id: before.chain_id, ..row };
+        Sidecar::write(&self.stage.dir, &row)?;
+        let layers = tree::open_own(&store.inner.paths.layers)?;
+        rustix::fs::syncfs(&layers).at("sync", &store.inner.paths.layers)?;
+        let target = layer_dir(store, id);
+        if target.try_exists().at("stat", &target)? {
+            fs::rename(&self.stage.dir, aside).at("rename", &self.stage.dir)?;
+            self.stage.keep();
+            use rustix::fs::{CWD, RenameFlags, renameat_with};
+            renameat_with(CWD, aside, CWD, &target, RenameFlags::EXCHANGE).at("exchange", &target)?;
+        } else {
+            fs::rename(&self.stage.dir, &target).at("rename", &self.stage.dir)?;
+            self.stage.keep();
+        }
+        rustix::fs::fsync(&layers).at("sync directory", &store.inner.paths.layers)?;
+        Ok(row)
+    }
+
     fn row(&self, kind: LayerKind, created: Stamp) -> Result<LayerRow, FileError> {
         let mut row = LayerRow {
             kind,

@@ -224,6 +224,11 @@ impl Tx<'_> {
         self.remove_ref(&EDGES, &(from, to), to)
     }
 
+    /// A lease holds `resource` no longer, whether or not there is such a lease.
+    pub(crate) fn let_go(&mut self, lease: LeaseId, resource: Resource) -> Result<(), CatalogueError> {
+        self.remove_ref(&LEASE_HOLDS, &(lease, resource), resource).map(drop)
+    }
+
     fn must_exist(&self, resource: Resource) -> Result<(), CatalogueError> {
         if exists(self, resource)? { Ok(()) } else { Err(CatalogueError::NoSuchResource { resource }) }
     }

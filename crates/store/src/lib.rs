@@ -44,12 +44,12 @@
 
 mod cancel;
 mod catalogue;
-mod check;
 mod content;
 mod difference;
 mod driver;
 mod error;
 mod fixup;
+pub mod fsck;
 mod gc;
 mod id;
 mod idmap;
@@ -75,13 +75,13 @@ use std::sync::Arc;
 pub use cancel::{Cancel, CancelGuard, Canceled, canceled_inside};
 use catalogue::Urgency;
 pub use catalogue::{CatalogueError, Key, KeyReader, PrefixOf, ReadTx, Row, Rows, Table, Tx};
-pub use check::{CheckError, CheckOptions, CheckReport, Problem};
 pub use content::{
     Blob, BlobError, BlobInfo, CommitError, Content, Expected, Ingest, IngestError, IngestRef, IngestStatus,
 };
 pub use difference::DifferenceError;
 pub use driver::{DriverKind, OverlayMethod};
 pub use error::FileError;
+pub use fsck::{CheckError, CheckOptions, Depth, Finding, Findings};
 pub use gc::{Collected, GcError, GcMode, GcReport};
 pub use id::{ActiveId, IdError, LayerId, LeaseId, Owner, Resource, SnapshotId, Stamp};
 pub use idmap::{IdMapError, IdMaps, IdRange};
@@ -203,7 +203,7 @@ impl Store {
     /// # Errors
     /// [`CatalogueError`].
     pub fn leases(&self) -> Result<Vec<LeaseInfo>, CatalogueError> {
-        let rows = self.read(|tx| tx.all(&catalogue::schema::LEASES))?;
+        let rows = self.read(|tx| tx.readable(&catalogue::schema::LEASES))?;
         let info = |(id, row): (LeaseId, catalogue::schema::LeaseRow)| LeaseInfo {
             id,
             label: row.label,
@@ -271,9 +271,34 @@ impl Store {
     /// this process: what is half done looks broken.
     ///
     /// # Errors
-    /// [`CheckError`] if it could not look. What it found wrong is in the report.
-    pub fn check(&self, options: CheckOptions) -> Result<CheckReport, CheckError> {
-        check::check(self, options)
+    /// [`CheckError`] if it could not look. What it found wrong is in the findings.
+    pub fn check(&self, options: &CheckOptions<'_>) -> Result<Findings, CheckError> {
+        fsck::check(self, options)
+    }
+
+    /// Removes what repairs have put aside: how many bytes that were.
+    ///
+    /// # Errors
+    /// [`FileError`].
+    pub fn empty_lost(&self) -> Result<u64, FileError> {
+        fsck::empty_lost(self)
+    }
+
+    /// Makes a new catalogue for the store at `root`, out of what can still be read of the old one, the layers' directories
+    /// and the blobs. The old one is kept as `lost/<name>/plies.redb`. What was adopted is held by
+    /// [`fsck::rebuild_owner`]; counts and indexes are missing, so a repair must follow. A kill leaves the old catalogue or the
+    /// new one.
+    ///
+    /// # Errors
+    /// [`OpenError`]; then the old catalogue is as it was.
+    pub fn rebuild(
+        root: &Path,
+        options: &OpenOptions,
+        check: &CheckOptions<'_>,
+        wait: WaitPolicy<'_>,
+        name: &str,
+    ) -> Result<fsck::Rebuilt, OpenError> {
+        fsck::rebuild(root, options, check, wait, name)
     }
 
     /// Ends the session: marks the store as cleanly stopped. Dropping the last clone does so too,

@@ -24,6 +24,9 @@ use crate::progress::{Progress, Silent};
 use crate::recover::{self, RecoverError};
 use crate::{ActiveId, Stamp, Store, reserve, tree};
 
+/// The file that says that `content/` is an image layout (image-spec, `image-layout.md`).
+pub(crate) const OCI_LAYOUT: &[u8] = br#"{"imageLayoutVersion":"1.0.0"}"#;
+
 /// Tells the time. Injected, since nothing below the engine reads clocks.
 pub type Clock = Arc<dyn Fn() -> SystemTime + Send + Sync>;
 
@@ -104,7 +107,7 @@ pub enum OpenError {
         root: PathBuf,
     },
     /// There is data, but the catalogue that says what it is has gone.
-    #[error("{} holds data but no catalogue", root.display())]
+    #[error("{} holds data but no catalogue: `ply fsck --rebuild` makes one of the data", root.display())]
     CatalogueMissing {
         /// Where.
         root: PathBuf,
@@ -136,6 +139,13 @@ pub enum OpenError {
         /// The size of its catalogue.
         catalogue_bytes: u64,
     },
+    /// Making a new catalogue out of the data.
+    #[error("make a new catalogue")]
+    Rebuild {
+        /// Why not.
+        #[source]
+        source: Box<crate::CheckError>,
+    },
     /// An earlier version wrote it, and there is no way from there to here.
     #[error("the store has schema {found}, which is too old to migrate")]
     TooOld {
@@ -143,7 +153,7 @@ pub enum OpenError {
         found: u64,
     },
     /// The catalogue is not a database that we wrote.
-    #[error("the catalogue {} is corrupt", path.display())]
+    #[error("the catalogue {} is corrupt: `ply fsck --rebuild` makes a new one of what is left", path.display())]
     Corrupt {
         /// The file.
         path: PathBuf,
@@ -177,6 +187,7 @@ impl OpenError {
             Self::TooNew { .. } | Self::TooOld { .. } | Self::NotMigrated { .. } => ErrorKind::FailedPrecondition,
             Self::CatalogueMissing { .. } | Self::Corrupt { .. } => ErrorKind::DataLoss,
             Self::Driver { .. } => ErrorKind::Unavailable,
+            Self::Rebuild { source } => source.kind(),
             Self::File(error) => error.kind(),
             Self::Catalogue(error) => error.kind(),
         }
@@ -214,6 +225,8 @@ pub(crate) struct Paths {
     pub(crate) active: PathBuf,
     pub(crate) mounts: PathBuf,
     pub(crate) run: PathBuf,
+    /// What a repair put aside; made when it is needed.
+    pub(crate) lost: PathBuf,
 }
 
 impl Paths {
@@ -228,10 +241,11 @@ impl Paths {
             active: root.join("active"),
             mounts: root.join("mounts"),
             run: root.join("run"),
+            lost: root.join("lost"),
         }
     }
 
-    fn create(&self) -> Result<(), FileError> {
+    pub(crate) fn create(&self) -> Result<(), FileError> {
         for dir in
             [&self.blobs, &self.ingest, &self.layers, &self.stage, &self.active, &self.mounts, &self.run, &self.catalog]
         {
@@ -239,7 +253,7 @@ impl Paths {
         }
         let layout = self.content.join("oci-layout");
         if !layout.try_exists().at("stat", &layout)? {
-            fs::write(&layout, br#"{"imageLayoutVersion":"1.0.0"}"#).at("write", &layout)?;
+            fs::write(&layout, OCI_LAYOUT).at("write", &layout)?;
         }
         Ok(())
     }

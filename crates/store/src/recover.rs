@@ -3,7 +3,8 @@
 //! Always, and at no cost if there is nothing to do: leases of processes that are gone, their
 //! mounts and stages, persistent uppers that were being sealed, bytes whose rows were deleted. After
 //! an unclean stop (a marker says so), also: bytes that never got a row, found by reading the
-//! directories once. Every step can be interrupted and done again.
+//! directories once. Every step can be interrupted and done again. A row that cannot be read is nobody's here: a store must
+//! open for a check to find it.
 
 use std::fs;
 use std::io;
@@ -52,7 +53,7 @@ impl From<GcError> for RecoverError {
 pub(crate) fn at_open(store: &Store) -> Result<(), RecoverError> {
     let paths = &store.inner.paths;
     unmount_stale(&paths.mounts)?;
-    for id in store.read(|tx| tx.all(&SEALING))?.into_iter().map(|(id, _)| id) {
+    for id in store.read(|tx| tx.readable(&SEALING))?.into_iter().map(|(id, _)| id) {
         unseal(store, id)?;
     }
     for scratch in [&paths.stage, &paths.run, &paths.mounts] {
@@ -72,7 +73,8 @@ pub(crate) fn at_open(store: &Store) -> Result<(), RecoverError> {
         // What was found is gone: a clean session may begin.
         store.write(|tx| tx.put(&META, &META_CLEAN.to_owned(), &1).map(drop))?;
     }
-    let trash: Vec<Resource> = store.read(|tx| tx.all(&TRASH))?.into_iter().map(|(resource, _)| resource).collect();
+    let trash: Vec<Resource> =
+        store.read(|tx| tx.readable(&TRASH))?.into_iter().map(|(resource, _)| resource).collect();
     if !trash.is_empty() {
         gc::remove_bytes(store, &trash)?;
     }
@@ -133,7 +135,7 @@ fn unescape(field: &[u8]) -> Vec<u8> {
 
 /// Leases without expiry belong to the process that owns the store, and that is us now.
 fn drop_process_leases(store: &Store) -> Result<(), CatalogueError> {
-    let leases = store.read(|tx| tx.all(&LEASES))?;
+    let leases = store.read(|tx| tx.readable(&LEASES))?;
     let dead: Vec<LeaseId> = leases.into_iter().filter(|(_, row)| row.expires.is_none()).map(|(id, _)| id).collect();
     if dead.is_empty() {
         return Ok(());
@@ -172,7 +174,7 @@ pub(crate) fn put_back(store: &Store, id: ActiveId, layer: LayerId) -> Result<()
 /// Volatile uppers of earlier sessions: nothing says that their files are whole. Their rows go when
 /// nothing holds them, and are refused until then. The others may have been written to by whoever was killed.
 fn remove_stale_uppers(store: &Store) -> Result<(), RecoverError> {
-    let actives: Vec<(ActiveId, ActiveRow)> = store.read(|tx| tx.all(&ACTIVES))?;
+    let actives: Vec<(ActiveId, ActiveRow)> = store.read(|tx| tx.readable(&ACTIVES))?;
     let (stale, kept): (Vec<_>, Vec<_>) = actives.into_iter().partition(|(_, row)| row.volatile);
     for (id, _) in &stale {
         tree::remove(&store.inner.paths.active.join(id.to_string()))?;

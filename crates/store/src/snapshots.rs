@@ -236,7 +236,7 @@ fn list_digest(layers: &[LayerId]) -> BlobDigest {
 
 /// The first half of the list's digest. Two lists with the same half take 2^64 tries of somebody who
 /// chooses layer ids, which nobody outside does.
-fn snapshot_id(layers: &[LayerId]) -> SnapshotId {
+pub(crate) fn snapshot_id(layers: &[LayerId]) -> SnapshotId {
     let digest = list_digest(layers);
     SnapshotId::from_bytes(*digest.as_bytes().first_chunk().expect("because 16 is less than 32"))
 }
@@ -266,7 +266,7 @@ impl<'a> Snapshots<'a> {
             })
         });
         found?;
-        match self.fix_up(&list)? {
+        match self.fix_up_of(&list)? {
             Some(stage) => {
                 layers::publish::<SnapshotError>(self.store, vec![stage], LayerKind::FixUp, |tx, made| {
                     put_snapshot(tx, id, &list, made.first().copied())?;
@@ -281,7 +281,8 @@ impl<'a> Snapshots<'a> {
         Ok(id)
     }
 
-    fn fix_up(&self, list: &[LayerId]) -> Result<Option<layers::FinishedStage>, SnapshotError> {
+    /// The fix-up layer of a list, if it needs one, as a stage.
+    pub(crate) fn fix_up_of(&self, list: &[LayerId]) -> Result<Option<layers::FinishedStage>, SnapshotError> {
         let index = |id: &LayerId| Ok((*id, layers::read_index(self.store, *id)?));
         let stack = list.iter().map(index).collect::<Result<Vec<(LayerId, DirIndex)>, SnapshotError>>()?;
         if stack.iter().all(|(_, index)| index.implied().len() == 0) {
@@ -299,6 +300,11 @@ impl<'a> Snapshots<'a> {
         fixup::build(&fix, stage.root()).at("make directories", stage.tree())?;
         let usage = tree::measure(stage.root()).at("measure", stage.tree())?;
         Ok(Some(stage.finish(LayerContents { usage, ..LayerContents::default() })))
+    }
+
+    /// The ID that the snapshot of these layers has, whether or not it is here.
+    pub fn id_of(layers: &[LayerId]) -> SnapshotId {
+        snapshot_id(&without_repetitions(layers))
     }
 
     /// What the catalogue knows of it.
@@ -415,14 +421,11 @@ impl<'a> Snapshots<'a> {
     /// # Errors
     /// [`SnapshotError::Catalogue`].
     pub fn stale_actives(&self) -> Result<Vec<ActiveId>, SnapshotError> {
-        let mut stale = Vec::new();
-        self.scan_actives(|info| {
-            if info.volatile && info.sealed.is_none() && !self.store.inner.is_of_this_session(*info.id.as_bytes()) {
-                stale.push(info.id);
-            }
-            ControlFlow::Continue(())
-        })?;
-        Ok(stale)
+        let rows: Vec<(ActiveId, ActiveRow)> = self.store.read(|tx| tx.readable(&ACTIVES))?;
+        let is_stale = |id: ActiveId, row: &ActiveRow| {
+            row.volatile && row.sealed.is_none() && !self.store.inner.is_of_this_session(*id.as_bytes())
+        };
+        Ok(rows.into_iter().filter(|(id, row)| is_stale(*id, row)).map(|(id, _)| id).collect())
     }
 
     /// Calls `visit` for every active, in the order of their ids, until it breaks.
@@ -608,6 +611,21 @@ impl<'a> Snapshots<'a> {
                 Err(error)
             }
         }
+    }
+
+    /// Seals a volatile active into a stage that nobody sees yet.
+    pub(crate) fn seal_to_stage(
+        &self,
+        id: ActiveId,
+        known: LayerContents,
+    ) -> Result<layers::FinishedStage, SnapshotError> {
+        let _claim = Claim::take(self.store, id)?;
+        let row = self.usable(id)?;
+        let lowers = self.lowers(row.base)?;
+        let upper = self.claimed_upper(id, &row, &lowers)?;
+        let stage = Stage::without_tree(self.store)?;
+        let contents = self.seal_upper(&stage, &lowers, &upper, known)?;
+        Ok(stage.finish(contents))
     }
 
     /// Moves the upper into the stage and makes it canonical.

@@ -4,7 +4,7 @@
 //! parallel; each blob is read once, hashed, decompressed, unpacked and kept on the way. Nothing is visible until all
 //! of them are whole.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
 use std::fs::File;
 use std::io::{self, BufWriter, Read, Write};
@@ -27,10 +27,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::cancel::canceled_inside;
 use crate::catalogue::{CatalogueError, Row, Rows, Table, Tx};
+use crate::fsck::{Change, Findings, Remedy};
 use crate::progress::{Outcome, Progress, Task, Watched};
 use crate::{
     ActiveId, ActiveOptions, Attach, BlobError, Cancel, Canceled, CommitError, Expected, FinishedStage, Ingest,
-    IngestError, IngestRef, LayerContents, LayerError, LayerId, Lease, Mounted, SnapshotError, SnapshotId, Store,
+    IngestError, IngestRef, LayerContents, LayerError, LayerId, Lease, Mounted, Resource, SnapshotError, SnapshotId,
+    Store,
 };
 
 // Named for the crate that they began in. Which blobs hold a layer's tar, both ways, as we found it ourselves: memory,
@@ -50,7 +52,7 @@ struct LayerBlobRow {
     made_at_level: Option<i32>,
 }
 
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct DiffIdRow(DiffId);
 
 impl Row for LayerBlobRow {
@@ -74,6 +76,12 @@ const PIECE_BYTES: usize = 256 << 10;
 
 /// Pieces that are made before the first of them must be taken.
 const PIECES_AHEAD_MAX: usize = 4;
+
+/// Levels by which a lost gzip blob is tried to be made again: ours, then the others of the format.
+const GZIP_LEVELS: [Option<i32>; 4] = [None, Some(9), Some(6), Some(1)];
+
+/// The same of zstd: ours, then those that BuildKit's four speeds stand for.
+const ZSTD_LEVELS: [Option<i32>; 4] = [None, Some(1), Some(7), Some(11)];
 
 /// Threads that take in layers at once, at most: beyond that they wait for the disk, and each holds buffers and a
 /// decompressor's window.
@@ -741,25 +749,37 @@ impl Transfer<'_> {
         offer: &LayerSource<'_>,
         blob: &LayerBlob,
     ) -> Result<LayerId, TransferError> {
-        let Self { lease, cancel, .. } = *self;
-        if let Some(layer) = self.store().layers().hold_by_chain(offer.chain_id, lease)? {
+        if let Some(layer) = self.store().layers().hold_by_chain(offer.chain_id, self.lease)? {
             return Ok(layer);
         }
         // That a layer of this diff ID is here may be why the blob was not fetched.
-        if !lease.hold_if_present(blob.digest)? {
+        if !self.lease.hold_if_present(blob.digest)? {
             self.take_blob(offer)?;
         }
+        let active = self.unpack_into_active(below, offer.diff_id, blob)?;
+        let layer = self.store().snapshots().seal_for_chain(active, offer.diff_id, offer.chain_id, self.lease)?;
+        self.store().write(|tx| record_blob(tx, offer.diff_id, blob, layer))?;
+        Ok(layer)
+    }
+
+    /// Unpacks a blob that is here over the mounted tree of the layers `below`: an active that is to be sealed.
+    fn unpack_into_active(
+        &self,
+        below: &[LayerId],
+        diff_id: DiffId,
+        blob: &LayerBlob,
+    ) -> Result<ActiveId, TransferError> {
+        let Self { lease, cancel, .. } = *self;
         let snapshots = self.store().snapshots();
         let base = if below.is_empty() { None } else { Some(snapshots.ensure(below, lease)?) };
         let active = snapshots.prepare(base, lease, ActiveOptions { volatile: true })?;
         let mounted = snapshots.mount_active(active, Attach::Detached)?;
         let bytes = Watched { inner: self.store().content().open(blob.digest)?, task: None, cancel };
         let unpacked = unpack(bytes, blob.compression, mounted.root(), ApplyStyle::Merged, self.limits, None);
-        checked(offer, unpacked)?;
+        let open = |_| Err(io::ErrorKind::NotFound.into());
+        checked(&blob_source(blob, diff_id, Box::new(open)), unpacked)?;
         mounted.unmount()?;
-        let layer = snapshots.seal_for_chain(active, offer.diff_id, offer.chain_id, lease)?;
-        self.store().write(|tx| record_blob(tx, offer.diff_id, blob, layer))?;
-        Ok(layer)
+        Ok(active)
     }
 
     /// Takes in one layer from a stream that comes by once, to stand on the layers `below`, which end the chain `parent`:
@@ -1023,11 +1043,7 @@ impl Transfer<'_> {
             let mut decoder = compress::Decoder::new(bytes, blob.compression, self.limits).map_err(broken)?;
             return io::copy(&mut decoder, tar).map(drop).map_err(broken);
         }
-        let layer = layer.ok_or(TransferError::Gone { diff_id })?;
-        match self.store().layers().tar_split(layer)? {
-            Some(recording) => self.assemble(layer, recording, tar),
-            None => self.write_canonical_tar(layer, tar),
-        }
+        self.write_tree(layer.ok_or(TransferError::Gone { diff_id })?, tar)
     }
 
     fn assemble(&self, layer: LayerId, recording: impl Read, tar: &mut impl Write) -> Result<(), TransferError> {
@@ -1110,6 +1126,135 @@ impl Transfer<'_> {
         })?;
         task.end(Outcome::Done);
         Ok(blob)
+    }
+
+    /// Whether the tree of a layer gives the tar of `diff_id` back. One that was unpacked over the layers below it is believed.
+    pub(crate) fn tree_is(&self, layer: LayerId, diff_id: DiffId, needs_base: bool) -> Result<bool, TransferError> {
+        if needs_base || self.tree_diff_id(layer)? == diff_id {
+            return Ok(true);
+        }
+        if self.store().layers().tar_split(layer)?.is_some() {
+            return Ok(false);
+        }
+        // Of an archive that no recording gives back: what its blob unpacks to now is what it unpacked to then.
+        let mut tree = HashingWriter::new(self.nowhere());
+        self.write_canonical_tar(layer, &mut tree)?;
+        let Some(stage) = self.restage(layer, diff_id)? else { return Ok(false) };
+        let mut again = HashingWriter::new(self.nowhere());
+        let (root, index) = (stage.root(), &stage.contents().index);
+        let failed = |source: DiffError| TransferError::Diff { layer, source };
+        let mut tar = tar::Writer::new(&mut again);
+        layer_to_tar(root, index, &mut tar).map_err(failed)?;
+        tar.finish().map_err(|source| failed(source.into()))?;
+        Ok(tree.finish().1.sha256 == again.finish().1.sha256)
+    }
+
+    /// The digest of the tar that a layer's own files make, whatever blobs there are of it.
+    fn tree_diff_id(&self, layer: LayerId) -> Result<DiffId, TransferError> {
+        let mut tar = HashingWriter::new(self.nowhere());
+        self.write_tree(layer, &mut tar)?;
+        Ok(DiffId::from_bytes(tar.finish().1.sha256))
+    }
+
+    fn nowhere(&self) -> Watched<'_, io::Sink> {
+        Watched { inner: io::sink(), task: None, cancel: self.cancel }
+    }
+
+    /// Unpacks a layer again, from one of its blobs or else from what its own tree and recording still give: a stage with the
+    /// right diff ID, or nothing if there is no such source.
+    pub(crate) fn restage(&self, layer: LayerId, diff_id: DiffId) -> Result<Option<FinishedStage>, TransferError> {
+        let tried = |made: Result<Option<FinishedStage>, TransferError>| match made {
+            Err(error @ TransferError::Canceled(_)) => Err(error),
+            // A source that does not give the layer is none.
+            other => Ok(other.ok().flatten()),
+        };
+        for blob in self.blobs_of(diff_id)? {
+            let bytes = self.store().content().open(blob.digest);
+            let made = bytes.map_err(Into::into).and_then(|bytes| self.restage_from(Box::new(bytes), &blob, diff_id));
+            if let Some(stage) = tried(made)? {
+                return Ok(Some(stage));
+            }
+        }
+        let own = || -> Result<Option<FinishedStage>, TransferError> {
+            if self.store().layers().tar_split(layer)?.is_none() {
+                return Ok(None);
+            }
+            let mut spool = BufWriter::new(self.scratch_file()?);
+            self.write_tree(layer, &mut spool)?;
+            let file = spool.into_inner().map_err(|error| scratch("write")(error.into_error()))?;
+            let size_bytes = file.metadata().map_err(scratch("stat"))?.len();
+            let digest = BlobDigest::from_bytes(*diff_id.as_bytes());
+            let plain = LayerBlob { digest, size_bytes, compression: Compression::None };
+            self.restage_from(Box::new(FromStart { file, offset: 0 }), &plain, diff_id)
+        };
+        tried(own())
+    }
+
+    /// As [`Transfer::restage`], for a layer that completes a chain and needs the layers below it.
+    pub(crate) fn restage_over(
+        &self,
+        below: &[LayerId],
+        diff_id: DiffId,
+        chain_id: ChainId,
+    ) -> Result<Option<FinishedStage>, TransferError> {
+        let Some(blob) = self.blobs_of(diff_id)?.first().copied() else { return Ok(None) };
+        let active = self.unpack_into_active(below, diff_id, &blob)?;
+        let known = LayerContents { diff_id: Some(diff_id), chain_id: Some(chain_id), ..LayerContents::default() };
+        Ok(Some(self.store().snapshots().seal_to_stage(active, known)?))
+    }
+
+    fn restage_from(
+        &self,
+        bytes: Box<dyn Read + Send + '_>,
+        blob: &LayerBlob,
+        diff_id: DiffId,
+    ) -> Result<Option<FinishedStage>, TransferError> {
+        let open = |_| Err(io::ErrorKind::NotFound.into());
+        let offer = blob_source(blob, diff_id, Box::new(open));
+        let blob = Watched { inner: bytes, task: None, cancel: self.cancel };
+        match self.unpack_alone(&mut Tee { blob, ingest: None, kept_bytes: 0, broken: false }, &offer)? {
+            WorkedLayer::Staged(stage) => Ok(Some(*stage)),
+            WorkedLayer::Here(_) | WorkedLayer::NeedsBase => Ok(None),
+        }
+    }
+
+    /// Makes the bytes of a blob again from its layer: the file, if they have its digest. The way in which it was compressed
+    /// is not known, so the formats' own levels are tried.
+    pub(crate) fn remake_blob(&self, digest: BlobDigest) -> Result<Option<File>, TransferError> {
+        let Some(diff_id) = self.store().read(|rows| diff_id_of_blob(rows, digest))? else { return Ok(None) };
+        let rows = self.store().read(|rows| blobs_of_diff_id(rows, diff_id))?;
+        let Some(blob) = rows.into_iter().find(|blob| blob.digest == digest) else { return Ok(None) };
+        let Some(layer) = self.store().layers().hold_by_diff_id(diff_id, self.lease)? else { return Ok(None) };
+        let levels: &[Option<i32>] = match blob.compression {
+            Compression::None => &[None],
+            // The default first: it is what `ply` itself writes.
+            Compression::Gzip => &GZIP_LEVELS,
+            Compression::Zstd => &ZSTD_LEVELS,
+        };
+        for level in levels {
+            let broken = |source| self.reading(&digest.to_string(), source);
+            let file = HashingWriter::new(BufWriter::new(self.scratch_file()?));
+            let mut encoder =
+                compress::Encoder::with_level(file, blob.compression, *level, threads()).map_err(broken)?;
+            let mut tar = HashingWriter::new(Watched { inner: &mut encoder, task: None, cancel: self.cancel });
+            self.write_tree(layer, &mut tar)?;
+            if DiffId::from_bytes(tar.finish().1.sha256) != diff_id {
+                return Ok(None);
+            }
+            let (file, hashed) = encoder.finish().map_err(broken)?.finish();
+            if BlobDigest::from_bytes(hashed.sha256) == digest {
+                return Ok(Some(file.into_inner().map_err(|error| scratch("write")(error.into_error()))?));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Makes the tar of a layer from its own files.
+    fn write_tree(&self, layer: LayerId, tar: &mut impl Write) -> Result<(), TransferError> {
+        match self.store().layers().tar_split(layer)? {
+            Some(recording) => self.assemble(layer, recording, tar),
+            None => self.write_canonical_tar(layer, tar),
+        }
     }
 
     fn reading(&self, digest: &str, source: io::Error) -> TransferError {
@@ -1240,9 +1385,35 @@ pub fn blobs_of_diff_id(rows: &impl Rows, diff_id: DiffId) -> Result<Vec<LayerBl
     Ok(rows.into_iter().map(blob).collect())
 }
 
+/// Compares the two tables of what is known of blobs with each other: a blob has one diff ID, and is listed under it.
+pub(crate) fn check_blobs_of_layers(rows: &impl Rows, findings: &mut Findings) -> Result<(), CatalogueError> {
+    let listed = findings.rows(rows, &BLOBS_OF_DIFF, |_, changes| Remedy::Rewrite(changes))?;
+    let mut diffs: BTreeMap<BlobDigest, DiffIdRow> = BTreeMap::new();
+    for ((diff_id, digest), _) in listed {
+        match diffs.get(&digest).map(|row| row.0) {
+            Some(other) => {
+                // Both were hashed here, they say, and one of them lies: to know neither is safe.
+                let what = format!("is listed under {diff_id} and {other}");
+                let changes =
+                    [diff_id, other].map(|diff_id| Change::remove(&BLOBS_OF_DIFF, &(diff_id, digest))).to_vec();
+                findings.add("blob-diff-ambiguous", Resource::from(digest), what, Remedy::Rewrite(changes));
+            }
+            None => drop(diffs.insert(digest, DiffIdRow(diff_id))),
+        }
+    }
+    findings.compare(rows, "blob-diff-wrong", &DIFF_OF_BLOB, diffs)
+}
+
 /// Leaves an ingest for a later try, unless there is nothing in it.
 fn keep_if_any(ingest: Ingest) -> Result<(), IngestError> {
     if ingest.offset_bytes() == 0 { ingest.abort() } else { Ok(()) }
+}
+
+/// A blob that is here, as something that is offered.
+fn blob_source<'a>(blob: &LayerBlob, diff_id: DiffId, open: OpenBlob<'a>) -> LayerSource<'a> {
+    let LayerBlob { digest, size_bytes, compression } = *blob;
+    let chain_id = ChainId::extend(None, diff_id);
+    LayerSource { digest: Some(digest), size_bytes, compression, diff_id, chain_id, origin: Origin::Near, open }
 }
 
 fn read_error(offer: &LayerSource<'_>, source: io::Error) -> TransferError {

@@ -49,6 +49,8 @@ pub enum UsageKind {
     Scratch,
     /// What lies below the root and is nobody's.
     Orphans,
+    /// What a repair put aside.
+    Lost,
 }
 
 /// What all things of one kind cost.
@@ -207,6 +209,7 @@ pub(crate) fn usage(store: &Store) -> Result<Vec<UsageRow>, UsageError> {
     add(UsageKind::Directories, directories);
     let scratch = [&paths.stage, &paths.mounts, &paths.run].map(|dir| tree_size(dir));
     add(UsageKind::Scratch, scratch.into_iter().collect::<Result<_, _>>()?);
+    add(UsageKind::Lost, if paths.lost.is_dir() { vec![tree_size(&paths.lost)?] } else { vec![] });
     add(UsageKind::Orphans, orphans(store)?.into_iter().map(|(_, usage)| usage).collect());
     rows.sort_unstable_by_key(|row| row.kind);
     Ok(rows)
@@ -247,7 +250,7 @@ pub(crate) fn orphans(store: &Store) -> Result<Vec<(PathBuf, Usage)>, UsageError
         found.extend(entries(dir)?.into_iter().filter(|path| !is_known(path)));
         Ok(())
     };
-    strangers(root, &["catalog", "content", "layers", "active", "mounts", "run"])?;
+    strangers(root, &["catalog", "content", "layers", "active", "mounts", "run", "lost"])?;
     strangers(&paths.catalog, &["lock", "plies.redb", RESERVE])?;
     let kept = kept_catalogues(paths)?;
     strangers(&paths.content, &["oci-layout", "blobs", "ingest"])?;

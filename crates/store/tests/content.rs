@@ -216,11 +216,10 @@ fn check_reads_what_the_catalogue_cannot_know() {
     fs::remove_file(blob_file(&rig, digest)).unwrap();
     fs::write(blob_file(&rig, digest), b"SAME SIZE").unwrap();
     fs::write(rig.root().join("content/blobs/sha256/stray"), b"").unwrap();
-    let report = store.check(plies_store::CheckOptions { read_data: true }).unwrap();
-    let texts: Vec<String> = report.problems.iter().map(ToString::to_string).collect();
-    assert_eq!(texts.len(), 2, "{texts:?}");
-    assert!(texts[0].contains("hash to"), "{texts:?}");
-    assert!(texts[1].contains("stray has no row"), "{texts:?}");
+    let found = store.check(&plies_store::CheckOptions::deep()).unwrap().found;
+    let codes: Vec<&str> = found.iter().map(|finding| finding.code).collect();
+    assert_eq!(codes, ["blob-mode-wrong", "blob-damaged", "blob-unlisted"], "{found:#?}");
+    assert!(found[1].what.contains("hash to") && found[2].subject.ends_with("/stray"), "{found:#?}");
 }
 
 #[test]

@@ -7,6 +7,7 @@
 //! | [`tree`] | lists a directory with everything a layer can carry, and says how two differ |
 //! | [`scratch`] | a directory on a real disk that unmounts and removes what a test left in it |
 //! | [`ply`] | runs the binary on a store of its own |
+//! | [`catalogue`] | changes rows of a store behind its back |
 //! | [`kill`] | kills a process at its n-th mutating system call |
 //! | [`registry`] | registries on loopback: Debian's, and one in memory that does wrong on demand |
 //! | [`tools`] | the other programs, with their state kept inside a scratch directory |
@@ -14,6 +15,7 @@
 //! Nothing here knows the product's crates: an oracle that shares code with what it judges shares its
 //! mistakes too. Helpers panic with the whole story, since a test that cannot go on has failed.
 
+pub mod catalogue;
 pub mod image;
 pub mod kill;
 pub mod ply;

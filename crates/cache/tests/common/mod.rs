@@ -18,8 +18,8 @@ use plies_cache::{
 };
 use plies_oci::{BlobDigest, ChainId};
 use plies_store::{
-    ActiveId, Attach, Cancel, CheckOptions, DriverKind, OpenOptions, Owner, Resource, Row, Rows, Stamp, Store, Table,
-    WaitPolicy, held_by,
+    ActiveId, Attach, Cancel, CheckOptions, Depth, DriverKind, OpenOptions, Owner, Resource, Row, Rows, Stamp, Store,
+    Table, WaitPolicy, held_by,
 };
 use serde::{Deserialize, Serialize};
 use tempfile::TempDir;
@@ -464,8 +464,9 @@ pub fn assert_sound(cache: &Cache) {
 
 #[track_caller]
 pub fn assert_healthy(store: &Store) {
-    let report = store.check(CheckOptions { read_data: false }).unwrap();
-    assert!(report.problems.is_empty(), "{:#?}", report.problems);
+    let mut findings = store.check(&CheckOptions::new(Depth::Graph)).unwrap();
+    store.read(|rows| plies_cache::check(rows, &mut findings)).unwrap();
+    assert!(findings.found.is_empty(), "{:#?}", findings.found);
 }
 
 /// Nobody holds anything, and no lease of a request is left.

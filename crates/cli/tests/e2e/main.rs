@@ -14,6 +14,7 @@ mod common;
 mod crash;
 mod dockerfiles;
 mod export;
+mod fsck;
 mod layers;
 mod load;
 mod lock;

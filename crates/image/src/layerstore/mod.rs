@@ -38,28 +38,43 @@ use plies_store::{
 use serde::{Deserialize, Serialize};
 
 pub use rw::{InitLayer, NewRwLayer, RwInfo, RwRef};
+pub(crate) use rw::{RW_LAYERS, RW_REFS, RwRow, owner as rw_owner};
 
-const CHAINS: Table<ChainId, ChainRow> = Table::new("image.chains");
-const CHILDREN: Table<(ChainId, ChainId), ()> = Table::new("image.chain_children");
-const HOLDS: Table<(ChainId, String), u64> = Table::new("image.chain_holds");
-const REFS: Table<(ChainId, LeaseId), ()> = Table::new("image.chain_refs");
+pub(crate) const CHAINS: Table<ChainId, ChainRow> = Table::new("image.chains");
+pub(crate) const CHILDREN: Table<(ChainId, ChainId), ()> = Table::new("image.chain_children");
+pub(crate) const HOLDS: Table<(ChainId, String), u64> = Table::new("image.chain_holds");
+pub(crate) const REFS: Table<(ChainId, LeaseId), ()> = Table::new("image.chain_refs");
 
 /// Hex digits that a chain ID must be given with at least.
 const ID_PREFIX_DIGITS_MIN: usize = 2;
 
 /// What is kept of a registered layer.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-struct ChainRow {
-    diff_id: DiffId,
-    parent: Option<ChainId>,
-    layer: LayerId,
+pub(crate) struct ChainRow {
+    pub(crate) diff_id: DiffId,
+    pub(crate) parent: Option<ChainId>,
+    pub(crate) layer: LayerId,
     /// Layers in the chain, this one included.
-    depth: u32,
+    pub(crate) depth: u32,
     /// Bytes in files of this layer.
-    diff_bytes: u64,
+    pub(crate) diff_bytes: u64,
     /// Bytes in files of the whole chain.
-    chain_bytes: u64,
-    created: Stamp,
+    pub(crate) chain_bytes: u64,
+    pub(crate) created: Stamp,
+}
+
+impl ChainRow {
+    /// That of a layer, given with the bytes in its files, on the chain `below`.
+    pub(crate) fn on(
+        below: Option<(ChainId, &ChainRow)>,
+        diff_id: DiffId,
+        (layer, diff_bytes): (LayerId, u64),
+        created: Stamp,
+    ) -> Self {
+        let (depth, bytes) = below.map_or((0, 0), |(_, below)| (below.depth, below.chain_bytes));
+        let (parent, depth) = (below.map(|(parent, _)| parent), depth + 1);
+        Self { diff_id, parent, layer, depth, diff_bytes, chain_bytes: bytes + diff_bytes, created }
+    }
 }
 
 impl Row for ChainRow {
@@ -252,7 +267,7 @@ pub struct RemovedLayer {
     pub diff_bytes: u64,
 }
 
-fn owner(chain: &ChainId) -> Owner {
+pub(crate) fn owner(chain: &ChainId) -> Owner {
     Owner::new("chain", chain)
 }
 
@@ -291,15 +306,7 @@ fn put_layer(tx: &mut Tx<'_>, parent: Option<ChainId>, new: &ChainLayer) -> Resu
     }
     let below = parent.map(|parent| tx.get(&CHAINS, &parent)).transpose()?.flatten();
     assert_eq!(below.is_some(), parent.is_some(), "a parent stays as long as somebody counts on it");
-    let row = ChainRow {
-        diff_id: new.diff_id,
-        parent,
-        layer: new.layer,
-        depth: below.as_ref().map_or(0, |below| below.depth) + 1,
-        diff_bytes: new.content_bytes,
-        chain_bytes: below.as_ref().map_or(0, |below| below.chain_bytes) + new.content_bytes,
-        created: tx.now(),
-    };
+    let row = ChainRow::on(parent.zip(below.as_ref()), new.diff_id, (new.layer, new.content_bytes), tx.now());
     tx.hold(&owner(&chain), new.layer)?;
     tx.put(&CHAINS, &chain, &row)?;
     if let Some(parent) = parent {
@@ -388,7 +395,7 @@ impl LayerStore {
     pub fn open(store: &Store, options: LayerStoreOptions) -> Result<Self, LayerStoreError> {
         let living: HashSet<LeaseId> = store.leases()?.into_iter().map(|lease| lease.id).collect();
         let is_living = |lease: LeaseId| living.contains(&lease);
-        let refs: Vec<_> = store.read(|rows| rows.all(&REFS))?;
+        let refs: Vec<_> = store.read(|rows| rows.readable(&REFS))?;
         let stale: Vec<(ChainId, LeaseId)> =
             refs.into_iter().map(|(key, ())| key).filter(|(_, lease)| !is_living(*lease)).collect();
         if !stale.is_empty() {

@@ -13,21 +13,21 @@ use serde::{Deserialize, Serialize};
 
 use super::{LayerRef, LayerStore, LayerStoreError, RemovedLayer, hold_chain, layers_of, no_such_chain, unhold_chain};
 
-const RW_LAYERS: Table<String, RwRow> = Table::new("image.rw_layers");
-const RW_REFS: Table<(String, LeaseId), ()> = Table::new("image.rw_refs");
+pub(crate) const RW_LAYERS: Table<String, RwRow> = Table::new("image.rw_layers");
+pub(crate) const RW_REFS: Table<(String, LeaseId), ()> = Table::new("image.rw_refs");
 
 /// Characters of a name. It is a key and a part of holders' names, never a path.
 const NAME_CHARS_MAX: usize = 128;
 
 /// What is kept of a writable layer.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-struct RwRow {
-    parent: Option<ChainId>,
-    active: ActiveId,
-    init: Option<LayerId>,
-    label: Option<String>,
-    created: Stamp,
-    ids: Option<IdMaps>,
+pub(crate) struct RwRow {
+    pub(crate) parent: Option<ChainId>,
+    pub(crate) active: ActiveId,
+    pub(crate) init: Option<LayerId>,
+    pub(crate) label: Option<String>,
+    pub(crate) created: Stamp,
+    pub(crate) ids: Option<IdMaps>,
 }
 
 impl Row for RwRow {
@@ -106,7 +106,7 @@ impl RwInfo {
     }
 }
 
-fn owner(name: &str) -> Owner {
+pub(crate) fn owner(name: &str) -> Owner {
     Owner::new("rw", name)
 }
 
@@ -120,7 +120,7 @@ fn no_such_name(name: &str) -> LayerStoreError {
 }
 
 pub(super) fn drop_dead_refs(store: &Store, is_living: &dyn Fn(LeaseId) -> bool) -> Result<(), CatalogueError> {
-    let refs: Vec<_> = store.read(|rows| rows.all(&RW_REFS))?;
+    let refs: Vec<_> = store.read(|rows| rows.readable(&RW_REFS))?;
     let stale: Vec<_> = refs.into_iter().map(|(key, ())| key).filter(|(_, lease)| !is_living(*lease)).collect();
     if stale.is_empty() {
         return Ok(());

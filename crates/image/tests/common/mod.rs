@@ -90,8 +90,9 @@ impl Open {
         let fresh = self.store().lease(LeaseOptions::process("test")).unwrap();
         std::mem::replace(&mut self.lease, fresh).release().unwrap();
         self.store().gc(GcMode::Run).unwrap();
-        let report = self.store().check(CheckOptions { read_data: true }).unwrap();
-        assert!(report.problems.is_empty(), "{:#?}", report.problems);
+        let mut findings = self.store().check(&CheckOptions::deep()).unwrap();
+        self.store().read(|rows| plies_image::check(self.store(), rows, &mut findings)).unwrap();
+        assert!(findings.found.is_empty(), "{:#?}", findings.found);
     }
 
     /// How many layers and blobs there are.

@@ -28,6 +28,7 @@ use plies_oci::ErrorKind;
 
 pub(crate) use batch::{Catalogue, Urgency};
 pub use key::{Key, KeyReader, PrefixOf};
+pub(crate) use table::encode_row;
 pub use table::{ReadTx, Row, Rows, Table, Tx};
 
 /// Why a catalogue operation failed.

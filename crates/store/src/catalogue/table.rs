@@ -64,7 +64,7 @@ fn damaged(table: &'static str, key: &[u8], what: &'static str) -> CatalogueErro
     CatalogueError::Damaged { table, key: hex(key), what }
 }
 
-fn encode_row<V: Row>(row: &V) -> Vec<u8> {
+pub(crate) fn encode_row<V: Row>(row: &V) -> Vec<u8> {
     postcard::to_extend(row, vec![V::VERSION]).expect("because rows are plain data, which postcard always encodes")
 }
 
@@ -204,11 +204,26 @@ pub trait Rows: sealed::RawRows {
     where
         Self: Sized,
     {
+        self.scan_bytes(table, |_, key, row| visit(key, row))
+    }
+
+    /// As [`Rows::scan_each`], with the bytes of each key: what names a row that can't be read.
+    ///
+    /// # Errors
+    /// [`CatalogueError::Database`].
+    fn scan_bytes<K: Key, V: Row>(
+        &self,
+        table: &Table<K, V>,
+        mut visit: impl FnMut(&[u8], Option<K>, Result<V, CatalogueError>) -> ControlFlow<()>,
+    ) -> Result<(), CatalogueError>
+    where
+        Self: Sized,
+    {
         let name = table.name;
         self.raw_scan(name, (Bound::Unbounded, Bound::Unbounded), &mut |key, value| {
             Ok(match decode_key(name, key) {
-                Ok(decoded) => visit(Some(decoded), decode_row(name, key, value)),
-                Err(error) => visit(None, Err(error)),
+                Ok(decoded) => visit(key, Some(decoded), decode_row(name, key, value)),
+                Err(error) => visit(key, None, Err(error)),
             })
         })
     }
@@ -282,6 +297,23 @@ pub trait Rows: sealed::RawRows {
             Ok(ControlFlow::Continue(()))
         })?;
         Ok(keys)
+    }
+
+    /// All rows that can be read, in key order: for what goes on without the others, which a check finds. For tables known to
+    /// be small.
+    ///
+    /// # Errors
+    /// [`CatalogueError::Database`].
+    fn readable<K: Key, V: Row>(&self, table: &Table<K, V>) -> Result<Vec<(K, V)>, CatalogueError>
+    where
+        Self: Sized,
+    {
+        let mut rows = Vec::new();
+        self.scan_each(table, |key, row| {
+            rows.extend(key.zip(row.ok()));
+            ControlFlow::Continue(())
+        })?;
+        Ok(rows)
     }
 
     /// All rows in key order. For tables known to be small.
@@ -398,6 +430,19 @@ impl<'a> Tx<'a> {
             self.changes.set(table.name, key.to_bytes(), None);
         }
         Ok(before)
+    }
+
+    /// Puts the bytes of a row, or removes it. For repairs, which know rows of all crates by their bytes only.
+    pub(crate) fn set_raw(&mut self, table: &'static str, key: Vec<u8>, row: Option<Vec<u8>>) {
+        self.changes.set(table, key, row);
+    }
+
+    /// The bytes of a row.
+    ///
+    /// # Errors
+    /// [`CatalogueError::Database`].
+    pub(crate) fn get_raw(&self, table: &'static str, key: &[u8]) -> Result<Option<Vec<u8>>, CatalogueError> {
+        sealed::RawRows::raw_get(self, table, key)
     }
 
     /// Removes the row under `key` without decoding it; true if there was one.
