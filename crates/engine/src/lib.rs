@@ -9,6 +9,7 @@
 //! images.rs     list, inspect, history, tag, remove     layers.rs  `ply layer`
 //! build/        Dockerfile -> graph -> solve -> image
 //! run.rs        run, mount, umount         records.rs  `ply ref`
+//! import.rs     another program's state -> records and layers
 //! space.rs      du, tree, gc, info       why.rs      what keeps something
 //! prune.rs      what goes from the build cache
 //! dockerfile/ context/ exec/   the parts of a build that need no store
@@ -25,6 +26,7 @@ pub mod context;
 pub mod dockerfile;
 pub mod exec;
 mod images;
+mod import;
 mod layers;
 mod load;
 mod prune;
@@ -55,6 +57,7 @@ pub use images::{HistoryLine, ImageDetails, ImageSummary, ImagesError, familiar}
 pub use layers::{ChangeSummary, LayerDetails, LayerSummary, LayersError, RemovedLayerSummary, RwSummary};
 pub use load::{LoadError, LoadedImage, MovedName};
 pub use plies_image::Removed as RemovedImage;
+pub use plies_import::{ImportError, ImportOptions, ImportReport, ImportedItem, Outcome as ImportOutcome};
 pub use plies_registry as registry;
 pub use plies_store::{Canceled, DriverKind, IdMapError, IdMaps, IdRange, TransferError, progress};
 pub use prune::{PruneError, PruneRow, PruneSummary};

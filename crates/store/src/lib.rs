@@ -50,6 +50,7 @@ mod difference;
 mod driver;
 mod error;
 mod fixup;
+mod foreign;
 mod gc;
 mod id;
 mod idmap;
@@ -81,6 +82,7 @@ pub use content::{
 pub use difference::DifferenceError;
 pub use driver::{DriverKind, OverlayMethod};
 pub use error::FileError;
+pub use foreign::{ForeignTree, Taking};
 pub use gc::{Collected, GcError, GcMode, GcReport};
 pub use id::{ActiveId, IdError, LayerId, LeaseId, Owner, Resource, SnapshotId, Stamp};
 pub use idmap::{IdMapError, IdMaps, IdRange};

@@ -13,6 +13,7 @@ mod check;
 mod common;
 mod crash;
 mod dockerfiles;
+mod import;
 mod layers;
 mod load;
 mod lock;

@@ -65,6 +65,8 @@ pub(crate) struct CopyOp {
     pub(crate) excludes: Vec<String>,
     /// It stands on nothing, to be laid over whatever there is.
     pub(crate) link: bool,
+    /// What it will be laid over, if another builder would have put it right onto that, and its results may be here.
+    pub(crate) under: Option<VertexId>,
 }
 
 /// Files from one tree.
@@ -121,7 +123,8 @@ impl Op {
                 [*base].into_iter().chain(run.mounts.iter().filter_map(|mount| mount.from.and_then(vertex))).collect()
             }
             Self::Copy { base, copy } => {
-                [*base].into_iter().chain(copy.parts.iter().filter_map(|part| vertex(part.from))).collect()
+                let parts = copy.parts.iter().filter_map(|part| vertex(part.from));
+                [*base].into_iter().chain(copy.under).chain(parts).collect()
             }
             Self::Directory { base, .. } => vec![*base],
             Self::Merge { base, over } => vec![*base, *over],
@@ -261,6 +264,8 @@ pub(crate) struct Lower<'a> {
     pub(crate) no_cache_stages: &'a [String],
     /// Also the stages that the target does not need: for a check.
     pub(crate) all_stages: bool,
+    /// There are results of another builder, which may stand on something else than ours would.
+    pub(crate) has_imports: bool,
 }
 
 /// Lowers a Dockerfile up to a stage.
@@ -268,7 +273,7 @@ pub(crate) struct Lower<'a> {
 /// # Errors
 /// [`DockerfileError`] with the line whose expansion, stage or image is wrong.
 pub(crate) fn lower(what: &Lower<'_>, find_image: FindImage<'_>) -> Result<Plan, DockerfileError> {
-    let Lower { dockerfile, args, target, labels, platform, ignore, no_cache_stages, all_stages } = *what;
+    let Lower { dockerfile, args, target, labels, platform, ignore, no_cache_stages, all_stages, has_imports } = *what;
     let target_stage = dockerfile.target(target)?;
     let mut warnings = Vec::new();
     for stage in &dockerfile.stages {
@@ -299,6 +304,7 @@ pub(crate) fn lower(what: &Lower<'_>, find_image: FindImage<'_>) -> Result<Plan,
         platform,
         ignore,
         no_cache_stages,
+        has_imports,
         find_image,
         graph: Graph::default(),
         stages: vec![None; dockerfile.stages.len()],
@@ -446,6 +452,7 @@ struct Lowering<'a> {
     platform: &'a Platform,
     ignore: &'a Ignore,
     no_cache_stages: &'a [String],
+    has_imports: bool,
     find_image: FindImage<'a>,
     graph: Graph,
     stages: Vec<Option<Lowered>>,
@@ -909,6 +916,7 @@ impl<'a> Lowering<'a> {
             chmod: self.expand_option(current, at, &copy.chmod)?,
             excludes: self.expand_all(current, at, &copy.excludes)?,
             link: copy.link,
+            under: None,
         };
         Ok(self.place(current, instruction, op))
     }
@@ -975,16 +983,19 @@ impl<'a> Lowering<'a> {
             chmod: self.expand_option(current, at, &add.chmod)?,
             excludes: self.expand_all(current, at, &add.excludes)?,
             link: add.link,
+            under: None,
         };
         Ok(self.place(current, instruction, op))
     }
 
     /// Adds a copy: onto the tree so far, or with `--link` onto nothing, to be laid over the tree as a stack. The copy
     /// itself, whatever it is laid over.
-    fn place(&mut self, current: &mut Current, instruction: &Instruction, copy: CopyOp) -> VertexId {
+    fn place(&mut self, current: &mut Current, instruction: &Instruction, mut copy: CopyOp) -> VertexId {
         let (at, name) = (instruction.location, format!("{}{}", current.label, instruction.text));
         let base = current.lowered.vertex;
         if copy.link {
+            // BuildKit links no copy that changes modes.
+            copy.under = (self.has_imports && copy.chmod.is_some()).then_some(base);
             let scratch = self.graph.add(Op::Scratch, String::new(), at);
             let over = self.graph.add(Op::Copy { base: scratch, copy }, name, at);
             current.lowered.vertex = self.graph.add(Op::Merge { base, over }, String::new(), at);

@@ -13,6 +13,7 @@
 //! cache_from.rs  images that may have a step's result
 //! ```
 
+mod buildkit;
 mod cache_from;
 mod config;
 mod explain;
@@ -265,6 +266,7 @@ impl Engine {
                 ignore: &ignore,
                 no_cache_stages: &[],
                 all_stages: request.target.is_none(),
+                has_imports: false,
             };
             graph::lower(&what, &mut find_image).map_err(BuildError::from)
         })?;
@@ -293,6 +295,7 @@ impl Engine {
             self.base_image(name, &found, lease)
         };
         let ignore = ignore_of(request)?;
+        let has_imports = self.cache().has_links()?;
         let plan = graph::lower(
             &Lower {
                 dockerfile,
@@ -303,6 +306,7 @@ impl Engine {
                 ignore: &ignore,
                 no_cache_stages: &request.no_cache_stages,
                 all_stages: false,
+                has_imports,
             },
             &mut find_image,
         )?;
@@ -336,6 +340,7 @@ impl Engine {
             graph: &plan.graph,
             cache_from: &cache_from,
             explain: request.explain,
+            has_imports,
             cache: self.cache(),
             context: &context,
             executor: &*executor,
