@@ -14,6 +14,7 @@
 //! solver.rs     results and links of steps' keys                  key.rs     how keys are added up
 //! metadata.rs   what others keep with a record                    uses.rs    last uses, gathered
 //! record.rs     the rows, and all that changes together           live.rs    who holds what
+//! adopt.rs      records and keys that another program made
 //! ```
 //!
 //! # Invariants
@@ -22,6 +23,7 @@
 //! - What a mutable record holds of one session is gone with it, unless it is retained or was finalized.
 //! - No lock rule waits: what is locked is an error at once, which names the holder.
 
+mod adopt;
 mod blobs;
 mod check;
 mod checksum;
@@ -42,6 +44,7 @@ mod solver;
 mod usage;
 mod uses;
 
+pub use adopt::Adopted;
 pub use blobs::{CREATED_AT, LayerFormat, REMOTES_MAX, Remote, RemoteOptions, StoreProvider};
 pub use check::check;
 pub use error::{CacheError, Holder};

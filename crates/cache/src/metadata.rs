@@ -223,7 +223,12 @@ impl Accessor {
 }
 
 /// Sets a value or takes it away, and its index with it; true if there was one.
-fn put_value(tx: &mut Tx<'_>, id: RecordId, key: &str, value: Option<&Value>) -> Result<bool, CatalogueError> {
+pub(crate) fn put_value(
+    tx: &mut Tx<'_>,
+    id: RecordId,
+    key: &str,
+    value: Option<&Value>,
+) -> Result<bool, CatalogueError> {
     let key = (id, key.to_owned());
     let before = readable(tx.get(&VALUES, &key))?;
     if let Some(index) = before.as_ref().and_then(|before| before.index.clone()) {

@@ -136,10 +136,7 @@ impl Accessor {
     /// # Errors
     /// [`CacheError::Catalogue`].
     pub fn add_link(&self, from: &CacheKey, link: &Link, to: &CacheKey) -> Result<(), CacheError> {
-        Ok(self.inner.store.write(|tx| {
-            tx.put(&LINKS, &(*from, link.id(), *to), &())?;
-            tx.put(&BACK_LINKS, &(*to, *from, link.id()), &LinkRow(link.clone())).map(drop)
-        })?)
+        Ok(self.inner.store.write(|tx| put_link(tx, from, link, to))?)
     }
 
     /// Whether that is known.
@@ -189,6 +186,22 @@ pub(crate) fn put_result(tx: &mut Tx<'_>, key: &CacheKey, id: RecordId) -> Resul
     let row = ResultRow { created_at: tx.now() };
     tx.put(&RESULTS, &(*key, id), &row)?;
     tx.put(&RESULT_OF, &(id, *key), &()).map(drop)
+}
+
+pub(crate) fn put_link(tx: &mut Tx<'_>, from: &CacheKey, link: &Link, to: &CacheKey) -> Result<(), CatalogueError> {
+    tx.put(&LINKS, &(*from, link.id(), *to), &())?;
+    tx.put(&BACK_LINKS, &(*to, *from, link.id()), &LinkRow(link.clone())).map(drop)
+}
+
+/// Whether there is any link.
+pub(crate) fn has_links(rows: &impl Rows) -> Result<bool, CatalogueError> {
+    let mut found = false;
+    let lowest = (CacheKey::LOWEST, BlobDigest::from_bytes([0; 32]), CacheKey::LOWEST);
+    rows.scan_keys_from(&LINKS, &lowest, |_| {
+        found = true;
+        std::ops::ControlFlow::Break(())
+    })?;
+    Ok(found)
 }
 
 /// Takes the links to `key` away if it leads to no result any more, and those from it, and so on backwards.

@@ -151,6 +151,9 @@ pub(crate) enum Command {
     },
     /// Remove records of the build cache, and what nothing needs any more
     Prune(Prune),
+    /// Take over what another program keeps
+    #[command(subcommand)]
+    Import(Import),
     /// Remove what nothing refers to
     Gc {
         /// Only say what would go
@@ -226,6 +229,24 @@ pub(crate) struct Pull {
     /// Image name, with a tag or a digest
     #[arg(value_name = "NAME[:TAG|@DIGEST]", value_parser = reference)]
     pub(crate) image: String,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Import {
+    /// BuildKit's build cache: the state directory of its daemon, which must not run, or of one worker
+    Buildkit(ImportFrom),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ImportFrom {
+    /// Directory to read; it is never written to
+    pub(crate) path: PathBuf,
+    /// Only say what would come over
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+    /// Copy files instead of linking to them: for a directory on another file system
+    #[arg(long)]
+    pub(crate) copy: bool,
 }
 
 #[derive(Debug, Args)]

@@ -14,8 +14,8 @@ use plies_engine::build::{BuildRequest, Entitlement, RunOptions};
 use plies_engine::dockerfile::Warning;
 use plies_engine::exec::Cancel;
 use plies_engine::{
-    DriverKind, Engine, EngineOptions, GcMode, Input, Migrate, Migrated, Output, PolicyRow, PruneOptions, PullRequest,
-    RemovedImage, RunRequest, SaveFormat, SpaceTotals, TreeNode, WhyNode,
+    DriverKind, Engine, EngineOptions, GcMode, ImportOptions, ImportOutcome, Input, Migrate, Migrated, Output,
+    PolicyRow, PruneOptions, PullRequest, RemovedImage, RunRequest, SaveFormat, SpaceTotals, TreeNode, WhyNode,
 };
 use serde::Serialize;
 use serde_json::json;
@@ -261,6 +261,7 @@ fn with_engine(engine: &Engine, global: &Global, command: Command, cancel: &Canc
             return Ok(damaged_code(damaged));
         }
         Command::Prune(prune) => return run_prune(engine, json, prune, cancel),
+        Command::Import(args::Import::Buildkit(from)) => return run_import(engine, json, style, &from, cancel),
         Command::Gc { dry_run, full, compact } => {
             let report = engine.gc(match (dry_run, full) {
                 (true, _) => GcMode::DryRun,
@@ -314,6 +315,60 @@ fn run_pull(engine: &Engine, json: bool, style: Style, pull: args::Pull, cancel:
     say(&format!("{}: {name}", if pulled.up_to_date { "Image is up to date" } else { "Pulled image" }))?;
     say(&format!("Digest: {}", pulled.digest))?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Exit code 1 if anything could not be read.
+fn run_import(
+    engine: &Engine,
+    json: bool,
+    style: Style,
+    from: &args::ImportFrom,
+    cancel: &Cancel,
+) -> anyhow::Result<ExitCode> {
+    let options = ImportOptions { dry_run: from.dry_run, copy: from.copy };
+    let report = engine.import_buildkit(&from.path, options, &*style.renderer(), cancel)?;
+    let failed = report.count(ImportOutcome::Failed);
+    let code = if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+    for item in report.items.iter().filter(|item| item.outcome == ImportOutcome::Failed) {
+        let why = item.why.as_deref().unwrap_or_default();
+        eprintln!("ply: {} {} was left out: {}", item.kind, format::safe(&item.name), format::safe(why));
+    }
+    if json {
+        print_json(&report)?;
+        return Ok(code);
+    }
+    let columns = [Column::Left("RECORD"), Column::Right("SIZE"), Column::Left("FATE"), Column::Left("DESCRIPTION")];
+    let took = if report.dry_run { "would come" } else { "taken" };
+    let rows = report.items.iter().map(|item| {
+        let fate = match item.outcome {
+            ImportOutcome::Taken => took,
+            ImportOutcome::Here => "is here",
+            ImportOutcome::Left => "left",
+            ImportOutcome::Failed => "failed",
+        };
+        let fate = item.why.as_ref().map_or_else(|| fate.to_owned(), |why| format!("{fate}: {why}"));
+        vec![
+            format::safe(item.name.get(..12).unwrap_or(&item.name)),
+            format::size(item.size_bytes),
+            format::safe(&fate),
+            format::safe(&format::ellipsis(&item.description, CREATED_BY_WIDTH)),
+        ]
+    });
+    print(&format::table(&columns, rows))?;
+    let verb = if report.dry_run { "Would take" } else { "Took" };
+    let count = |outcome| report.count(outcome);
+    say(&format!(
+        "{verb} {} records with {} layers ({}), {} blobs ({}) and {} results of steps; {} were here, {} left, {failed} failed",
+        count(ImportOutcome::Taken),
+        report.layers_count,
+        format::size(report.layer_bytes),
+        report.blobs_count,
+        format::size(report.blob_bytes),
+        report.keys_count,
+        count(ImportOutcome::Here),
+        count(ImportOutcome::Left),
+    ))?;
+    Ok(code)
 }
 
 fn run_prune(engine: &Engine, json: bool, prune: args::Prune, cancel: &Cancel) -> anyhow::Result<ExitCode> {

@@ -9,6 +9,7 @@
 //! images.rs     list, inspect, history, tag, remove     layers.rs  `ply layer`
 //! build/        Dockerfile -> graph -> solve -> image
 //! run.rs        run, mount, umount         records.rs  `ply ref`
+//! import.rs     another program's state -> records and layers
 //! space.rs      du, tree, gc, info       why.rs      what keeps something
 //! turns.rs      what several requests want at once is done by one
 //! prune.rs      what goes from the build cache     policy.rs  the same at all times, by rules
@@ -29,6 +30,7 @@ pub mod dockerfile;
 pub mod exec;
 mod fsck;
 mod images;
+mod import;
 mod layers;
 mod load;
 mod policy;
@@ -62,6 +64,7 @@ pub use images::{HistoryLine, ImageDetails, ImageSummary, ImagesError, familiar}
 pub use layers::{ChangeSummary, LayerDetails, LayerSummary, LayersError, RemovedLayerSummary, RwSummary};
 pub use load::{LoadError, LoadedImage, MovedName};
 pub use plies_image::Removed as RemovedImage;
+pub use plies_import::{ImportError, ImportOptions, ImportReport, ImportedItem, Outcome as ImportOutcome};
 pub use plies_registry as registry;
 pub use plies_store::{
     Canceled, DriverKind, GcMode, IdMapError, IdMaps, IdRange, Migrate, Migrated, MigrationPlan, Packing,

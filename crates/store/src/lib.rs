@@ -49,6 +49,7 @@ mod difference;
 mod driver;
 mod error;
 mod fixup;
+mod foreign;
 pub mod fsck;
 mod gc;
 mod id;
@@ -81,6 +82,7 @@ pub use content::{
 pub use difference::DifferenceError;
 pub use driver::{DriverKind, OverlayMethod};
 pub use error::FileError;
+pub use foreign::{ForeignTree, Taking};
 pub use fsck::{CheckError, CheckOptions, Depth, Finding, Findings};
 pub use gc::{Collected, GcError, GcMode, GcReport};
 pub use id::{ActiveId, IdError, LayerId, LeaseId, Owner, Resource, SnapshotId, Stamp};

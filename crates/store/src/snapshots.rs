@@ -752,6 +752,27 @@ impl<'a> Snapshots<'a> {
         Ok(self.store.inner.paths.mounts.join(format!("{id:016x}")))
     }
 
+    pub(crate) fn store(&self) -> &'a Store {
+        self.store
+    }
+
+    /// Makes an upper directory that no mount uses a canonical layer over `base`, in place.
+    pub(crate) fn seal_over(
+        &self,
+        base: Option<SnapshotId>,
+        upper: BorrowedFd<'_>,
+    ) -> Result<plies_archive::Sealed, SnapshotError> {
+        let lowers = self.lowers(base)?;
+        if lowers.is_empty() {
+            return Ok(plies_archive::seal_upper(upper, None)?);
+        }
+        let scratch = self.scratch()?;
+        let below = self.store.inner.driver.view(&lowers, &scratch)?;
+        let sealed = plies_archive::seal_upper(upper, Some(below.root.as_fd()));
+        below.end(&scratch)?;
+        Ok(sealed?)
+    }
+
     /// The layers to mount for `base`: its own, its fix-up, and squashed at the bottom if they are
     /// more than the driver takes.
     fn lowers(&self, base: Option<SnapshotId>) -> Result<Vec<Lower>, SnapshotError> {

@@ -338,7 +338,7 @@ fn xattrs_of(
 }
 
 /// Calls with growing buffers up to 64 KiB, the kernel's limit for names and values (xattr(7)).
-fn grow(call: impl Fn(&mut [u8]) -> rustix::io::Result<usize>) -> rustix::io::Result<Vec<u8>> {
+pub(crate) fn grow(call: impl Fn(&mut [u8]) -> rustix::io::Result<usize>) -> rustix::io::Result<Vec<u8>> {
     let mut size = 256;
     loop {
         let mut buffer = vec![0; size];

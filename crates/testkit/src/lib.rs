@@ -2,6 +2,7 @@
 //!
 //! | module | role |
 //! |---|---|
+//! | [`bolt`] | writes database files of Go's bbolt library |
 //! | [`tar`] | writes layer tars byte by byte, sound ones and hostile ones |
 //! | [`image`] | puts layers into OCI layouts and docker archives, reads blobs back out of them |
 //! | [`tree`] | lists a directory with everything a layer can carry, and says how two differ |
@@ -15,6 +16,7 @@
 //! Nothing here knows the product's crates: an oracle that shares code with what it judges shares its
 //! mistakes too. Helpers panic with the whole story, since a test that cannot go on has failed.
 
+pub mod bolt;
 pub mod catalogue;
 pub mod image;
 pub mod kill;

@@ -15,6 +15,7 @@ mod crash;
 mod dockerfiles;
 mod export;
 mod fsck;
+mod import;
 mod layers;
 mod load;
 mod lock;

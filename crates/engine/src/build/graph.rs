@@ -76,6 +76,8 @@ pub(crate) struct CopyOp {
     pub(crate) excludes: Vec<String>,
     /// It stands on nothing, to be laid over whatever there is.
     pub(crate) link: bool,
+    /// What it will be laid over, if another builder would have put it right onto that, and its results may be here.
+    pub(crate) under: Option<VertexId>,
 }
 
 /// Files from one tree.
@@ -132,7 +134,8 @@ impl Op {
                 [*base].into_iter().chain(run.mounts.iter().filter_map(|mount| mount.from.and_then(vertex))).collect()
             }
             Self::Copy { base, copy } => {
-                [*base].into_iter().chain(copy.parts.iter().filter_map(|part| vertex(part.from))).collect()
+                let parts = copy.parts.iter().filter_map(|part| vertex(part.from));
+                [*base].into_iter().chain(copy.under).chain(parts).collect()
             }
             Self::Directory { base, .. } => vec![*base],
             Self::Merge { base, over } => vec![*base, *over],
@@ -285,6 +288,8 @@ pub(crate) struct Lower<'a> {
     pub(crate) all_stages: bool,
     /// What commands may ask for.
     pub(crate) allow: &'a [Entitlement],
+    /// There are results of another builder, which may stand on something else than ours would.
+    pub(crate) has_imports: bool,
 }
 
 /// Lowers a Dockerfile up to a stage.
@@ -292,7 +297,8 @@ pub(crate) struct Lower<'a> {
 /// # Errors
 /// [`DockerfileError`] with the line whose expansion, stage or image is wrong.
 pub(crate) fn lower(what: &Lower<'_>, find_image: FindImage<'_>) -> Result<Plan, DockerfileError> {
-    let Lower { dockerfile, args, target, labels, platform, ignore, no_cache_stages, all_stages, allow } = *what;
+    let Lower { dockerfile, args, target, labels, platform, ignore, no_cache_stages, all_stages, allow, has_imports } =
+        *what;
     let target_stage = dockerfile.target(target)?;
     let mut warnings = Vec::new();
     for stage in &dockerfile.stages {
@@ -324,6 +330,7 @@ pub(crate) fn lower(what: &Lower<'_>, find_image: FindImage<'_>) -> Result<Plan,
         ignore,
         no_cache_stages,
         allow,
+        has_imports,
         find_image,
         graph: Graph::default(),
         stages: vec![None; dockerfile.stages.len()],
@@ -472,6 +479,7 @@ struct Lowering<'a> {
     ignore: &'a Ignore,
     no_cache_stages: &'a [String],
     allow: &'a [Entitlement],
+    has_imports: bool,
     find_image: FindImage<'a>,
     graph: Graph,
     stages: Vec<Option<Lowered>>,
@@ -967,6 +975,7 @@ impl<'a> Lowering<'a> {
             chmod: self.expand_option(current, at, &copy.chmod)?,
             excludes: self.expand_all(current, at, &copy.excludes)?,
             link: copy.link,
+            under: None,
         };
         let verb = if copy.parents { "COPY --parents" } else { "COPY" };
         let text = told_copy(verb, &op, &sources, &told_dest);
@@ -1037,6 +1046,7 @@ impl<'a> Lowering<'a> {
             chmod: self.expand_option(current, at, &add.chmod)?,
             excludes: self.expand_all(current, at, &add.excludes)?,
             link: add.link,
+            under: None,
         };
         let text = told_copy("ADD", &op, &sources, &told_dest);
         Ok((self.place(current, instruction, op), text))
@@ -1044,10 +1054,12 @@ impl<'a> Lowering<'a> {
 
     /// Adds a copy: onto the tree so far, or with `--link` onto nothing, to be laid over the tree as a stack. The copy
     /// itself, whatever it is laid over.
-    fn place(&mut self, current: &mut Current, instruction: &Instruction, copy: CopyOp) -> VertexId {
+    fn place(&mut self, current: &mut Current, instruction: &Instruction, mut copy: CopyOp) -> VertexId {
         let (at, name) = (instruction.location, format!("{}{}", current.label, instruction.text));
         let base = current.lowered.vertex;
         if copy.link {
+            // BuildKit links no copy that changes modes.
+            copy.under = (self.has_imports && copy.chmod.is_some()).then_some(base);
             let scratch = self.graph.add(Op::Scratch, String::new(), at);
             let over = self.graph.add(Op::Copy { base: scratch, copy }, name, at);
             current.lowered.vertex = self.graph.add(Op::Merge { base, over }, String::new(), at);

@@ -14,6 +14,7 @@
 //! cache_from.rs  images that may have a step's result
 //! ```
 
+mod buildkit;
 mod cache_from;
 mod config;
 mod explain;
@@ -317,6 +318,7 @@ impl Engine {
                 no_cache_stages: &[],
                 all_stages: request.target.is_none(),
                 allow: &Entitlement::ALL,
+                has_imports: false,
             };
             graph::lower(&what, &mut find_image).map_err(BuildError::from)
         })?;
@@ -345,6 +347,7 @@ impl Engine {
             self.base_image(name, &found, lease)
         };
         let ignore = ignore_of(request)?;
+        let has_imports = self.cache().has_links()?;
         let mut plan = graph::lower(
             &Lower {
                 dockerfile,
@@ -356,6 +359,7 @@ impl Engine {
                 no_cache_stages: &request.no_cache_stages,
                 all_stages: false,
                 allow: &request.allow,
+                has_imports,
             },
             &mut find_image,
         )?;
@@ -392,6 +396,7 @@ impl Engine {
             graph: &plan.graph,
             cache_from: &cache_from,
             explain: request.explain,
+            has_imports,
             cache: self.cache(),
             context: &context,
             executor: &*executor,

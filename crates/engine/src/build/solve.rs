@@ -23,6 +23,7 @@ use plies_oci::{BlobDigest, Compression, DiffId, ErrorKind, limits};
 use plies_registry::{self as registry, Client};
 use plies_store::{Attach, CatalogueError, LayerError, LayerId, Mounted, SnapshotError, Stamp, canceled_inside};
 
+use super::buildkit::Asked;
 use super::cache_from::CacheFrom;
 use super::config::DEFAULT_PATH;
 use super::explain::Inputs;
@@ -367,6 +368,8 @@ pub(crate) struct Solver<'a> {
     pub(crate) client: &'a Client,
     /// Images that are asked for what the cache has not.
     pub(crate) cache_from: &'a CacheFrom,
+    /// There are results of another builder.
+    pub(crate) has_imports: bool,
     /// Say for every step where its result came from.
     pub(crate) explain: bool,
     /// How all commands are run.
@@ -377,6 +380,14 @@ pub(crate) struct Solver<'a> {
     pub(crate) ssh: &'a [SshAgent],
     /// What steps made in this build.
     pub(crate) made: Mutex<HashMap<CacheKey, ImmutableRef>>,
+}
+
+/// A step that is looked for, and done if it is not found.
+struct Wanted<'a> {
+    key: CacheKey,
+    inputs: Inputs,
+    /// Looks for it among the results of another builder; true with one that holds for all builds.
+    imported: Box<dyn FnOnce() -> Result<Option<(ImmutableRef, bool)>, SolveError> + 'a>,
 }
 
 /// What a step made, besides what can be seen in its tree.
@@ -586,7 +597,9 @@ impl Solver<'_> {
                 let mounts = self.key_of_mounts(run, results, KeyBuilder::new("mounts", KEY_VERSION))?.finish();
                 let key = self.run_key(run, &base.key, &mounts);
                 let inputs = self.run_inputs(run, &mounts, Inputs::on(&base.key));
-                self.step(vertex, base, key, task, inputs, |root, path| self.run(run, results, root, path, task))
+                let imported = Box::new(|| self.imported_by(base, Asked::of_run(run, self.run_options)));
+                let wanted = Wanted { key, inputs, imported };
+                self.step(vertex, base, wanted, task, |root, path| self.run(run, results, root, path, task))
             }
             Op::Directory { base, path, user } => {
                 let base = results.of(*base);
@@ -596,7 +609,8 @@ impl Solver<'_> {
                     .bytes(user.as_bytes())
                     .finish();
                 let inputs = Inputs::on(&base.key).value("the directory", path).value("the user", user);
-                self.step(vertex, base, key, task, inputs, |root, _| {
+                let imported = Box::new(|| self.imported_by(base, Asked::of_directory(path, user)));
+                self.step(vertex, base, Wanted { key, inputs, imported }, task, |root, _| {
                     let user = self::user(root, user)?;
                     make_directory(root, path, Some(Owner { uid: user.uid, gid: user.gid }))?;
                     Ok(Made::default())
@@ -644,7 +658,18 @@ impl Solver<'_> {
                     let names: Vec<&str> = planned.paths.iter().map(String::as_str).chain(inline).collect();
                     inputs = inputs.files(from, &names.join(" "), part.content.as_bytes(), &part.files);
                 }
-                self.step(vertex, base, key, task, inputs, |root, _| {
+                let imported = Box::new(|| {
+                    let [part] = parts.as_slice() else { return Ok(None) };
+                    let source = (part.source.tree(), &part.selection);
+                    let under = copy.under.map(|under| results.of(under));
+                    let on_nothing = under.unwrap_or(base).tree.is_none();
+                    let asked = Asked::of_copy(copy, on_nothing, source)?;
+                    match (under, asked) {
+                        (Some(under), Some(asked)) => Ok(self.imported_under(under, &asked)?.map(|tree| (tree, false))),
+                        (_, asked) => self.imported_by(base, asked),
+                    }
+                });
+                self.step(vertex, base, Wanted { key, inputs, imported }, task, |root, _| {
                     let made = self.copy(copy, &parts, root)?;
                     // A context is a directory that people work in.
                     let changing = parts.iter().any(|part| {
@@ -817,11 +842,11 @@ impl Solver<'_> {
         &self,
         vertex: &Vertex,
         base: &Solved,
-        key: CacheKey,
+        wanted: Wanted<'_>,
         task: Option<&Task<'_>>,
-        inputs: Inputs,
         work: impl FnOnce(BorrowedFd<'_>, &Path) -> Result<Made, SolveError>,
     ) -> Result<(Solved, Outcome), SolveError> {
+        let Wanted { key, inputs, imported } = wanted;
         let explain = |says: &str| {
             if let Some(task) = task.filter(|_| self.explain) {
                 task.output(Stream::Stderr, format!("{says}\n").as_bytes());
@@ -837,6 +862,15 @@ impl Solver<'_> {
             explain("not looked for in the cache, as was asked for");
         } else if let Some(tree) = self.lookup(base, &key)? {
             explain(&format!("cached: record {}", tree.id()));
+            return Ok((self.solved(base, key, tree)?, Outcome::Cached));
+        } else if self.has_imports
+            && let Some((tree, holds)) = imported()?
+        {
+            explain(&format!("cached: record {}, which was imported", tree.id()));
+            if holds {
+                self.cache.add_result(&key, tree.id())?;
+                inputs.keep(&self.cache, tree.id(), &vertex.name)?;
+            }
             return Ok((self.solved(base, key, tree)?, Outcome::Cached));
         } else if let Some((solved, says)) = self.found_in_image(vertex, base, &key)? {
             explain(&says);
@@ -959,6 +993,18 @@ impl Solver<'_> {
     /// result.
     fn lookup(&self, base: &Solved, key: &CacheKey) -> Result<Option<ImmutableRef>, SolveError> {
         let below = base.tree.as_ref().map_or(Parents::None, |tree| Parents::Layer(tree.id()));
+        self.result_on(&below, key)
+    }
+
+    fn imported_by(&self, base: &Solved, asked: Option<Asked>) -> Result<Option<(ImmutableRef, bool)>, SolveError> {
+        match asked {
+            Some(asked) => Ok(self.imported(base, &asked)?.map(|tree| (tree, true))),
+            None => Ok(None),
+        }
+    }
+
+    /// Finds the record that a key gave on these parents.
+    pub(super) fn result_on(&self, below: &Parents, key: &CacheKey) -> Result<Option<ImmutableRef>, SolveError> {
         for id in self.cache.results(key)? {
             let found = match self.cache.get(id, &RecordOptions::by("build")) {
                 Ok(found) => found,
@@ -969,7 +1015,7 @@ impl Solver<'_> {
                 Err(other) => return Err(other.into()),
             };
             let row = found.row()?;
-            if row.parents == below && self.is_whole(&row) {
+            if row.parents == *below && self.is_whole(&row) {
                 return Ok(Some(found));
             }
         }

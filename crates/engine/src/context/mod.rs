@@ -4,7 +4,7 @@
 //! mod.rs     Tree: a directory handle; reading one file of it
 //! select.rs  COPY's sources: ignore rules, what is chosen
 //! walk.rs    one entry of a source after the other
-//! hash.rs    the hash of what was chosen
+//! hash.rs    the hash of what was chosen      digest.rs  the one that BuildKit has for it
 //! copy.rs    putting it somewhere
 //! ```
 //!
@@ -14,6 +14,7 @@
 //! both some state of each file, and nothing outside the tree is ever touched.
 
 mod copy;
+mod digest;
 mod hash;
 mod select;
 #[cfg(test)]

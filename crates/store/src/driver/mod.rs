@@ -15,7 +15,7 @@ use plies_archive::{Change, Sealed};
 use crate::LayerId;
 use crate::snapshots::{MountOptions, SnapshotError};
 
-pub(crate) use native::Native;
+pub(crate) use native::{Compare, NOTHING_IS_CERTAIN, Native};
 pub(crate) use overlay::Overlay;
 pub use overlay::OverlayMethod;
 

@@ -115,6 +115,7 @@ impl Driver for Native {
             after: tree::open_own(&upper.tree())?,
             target: tree::open_own(target)?,
             prepared: change_time(&prepared),
+            material: Material::Link,
         };
         compare.run().at("compare", upper.tree())?;
         // With nothing below, the empty directory that stands for it says nothing either: that its time may be the same
@@ -140,15 +141,22 @@ struct Pending {
 }
 
 /// Two plain trees, and the upper directory that would make the second of the first.
-struct Compare {
-    before: OwnedFd,
-    after: OwnedFd,
-    target: OwnedFd,
-    prepared: (i64, i64),
+#[derive(Debug)]
+pub(crate) struct Compare {
+    pub(crate) before: OwnedFd,
+    pub(crate) after: OwnedFd,
+    /// Where the upper directory is to be; empty.
+    pub(crate) target: OwnedFd,
+    /// What was changed last before this has not changed since `before` was made.
+    pub(crate) prepared: (i64, i64),
+    pub(crate) material: Material,
 }
 
+/// Of trees whose history nobody knows: files that look alike are read.
+pub(crate) const NOTHING_IS_CERTAIN: (i64, i64) = (i64::MIN, 0);
+
 impl Compare {
-    fn run(&self) -> io::Result<()> {
+    pub(crate) fn run(&self) -> io::Result<()> {
         let mut dirs = Vec::new();
         let mut pending = vec![Pending { path: EntryPath::root(), moved: false }];
         while let Some(dir) = pending.pop() {
@@ -198,8 +206,8 @@ impl Compare {
                 Some(before) => self.is_unchanged(before, &after, &name, &stat, *moved)?,
                 None => false,
             };
-            if !unchanged {
-                rustix::fs::linkat(&after, &name, &target, &name, AtFlags::empty())?;
+            if !unchanged && !(self.material == Material::Link && tree::link(&after, &name, &target, &name)?) {
+                tree::copy(&after, &name, &stat, &target)?;
             }
         }
         for name in gone {

@@ -1,0 +1,92 @@
+//! Records that another program made: they come as rows, many in one transaction.
+
+use plies_oci::BlobDigest;
+use plies_store::{CatalogueError, Stamp};
+
+use crate::metadata::{self, Value};
+use crate::record::{self, Parents, RecordRow, State, USES, UseRow};
+use crate::{Accessor, CacheError, CacheKey, Link, RecordId, solver};
+
+/// A record to be adopted.
+#[derive(Debug, Clone)]
+pub struct Adopted {
+    /// Its ID: that of the same record each time, so that it is adopted once.
+    pub id: RecordId,
+    /// What it is. Its layer or active must be held by somebody.
+    pub row: RecordRow,
+    /// When and how often it was used.
+    pub uses: UseRow,
+    /// Blobs with the same tar as its own, which stay as long as it does.
+    pub variants: Vec<BlobDigest>,
+    /// What else is kept with it.
+    pub values: Vec<(String, Value)>,
+}
+
+impl RecordRow {
+    /// A record that nothing else is known of.
+    pub fn adopted(state: State, parents: Parents, created_at: Stamp) -> Self {
+        Self::new(state, parents, created_at)
+    }
+}
+
+impl Accessor {
+    /// Adopts records, all of them or none, in one transaction; durable when this returns. Those whose IDs are here stay
+    /// as they are. Parents come before what stands on them, here or in an earlier call.
+    ///
+    /// # Errors
+    /// [`CacheError::NotFound`] if a parent is not here; [`CacheError::Catalogue`] if the files of a record are not.
+    pub fn adopt(&self, records: &[Adopted]) -> Result<(), CacheError> {
+        self.inner.store.write(|tx| {
+            for Adopted { id, row, uses, variants, values } in records {
+                if record::get(tx, *id)?.is_some() {
+                    continue;
+                }
+                for parent in row.parents.ids() {
+                    record::get(tx, parent)?.ok_or_else(|| CacheError::no_record(parent))?;
+                }
+                record::replace(tx, *id, None, Some(row))?;
+                tx.put(&USES, id, uses)?;
+                for blob in variants {
+                    match tx.hold(&record::owner(*id), *blob) {
+                        // A blob that is not here is known all the same, as with a record's own.
+                        Err(CatalogueError::NoSuchResource { .. }) => {}
+                        other => other?,
+                    }
+                }
+                for (key, value) in values {
+                    metadata::put_value(tx, *id, key, Some(value))?;
+                }
+            }
+            Ok(())
+        })
+    }
+
+    /// Writes down what keys of another program's solver gave and lead to, in one transaction. What is known already stays.
+    ///
+    /// # Errors
+    /// [`CacheError::NotFound`] if a record is not here.
+    pub fn adopt_keys(
+        &self,
+        results: &[(CacheKey, RecordId)],
+        links: &[(CacheKey, Link, CacheKey)],
+    ) -> Result<(), CacheError> {
+        self.inner.store.write(|tx| {
+            for (key, id) in results {
+                record::get(tx, *id)?.ok_or_else(|| CacheError::no_record(*id))?;
+                solver::put_result(tx, key, *id)?;
+            }
+            for (from, link, to) in links {
+                solver::put_link(tx, from, link, to)?;
+            }
+            Ok(())
+        })
+    }
+
+    /// Whether another program's links were ever adopted and not all removed since.
+    ///
+    /// # Errors
+    /// [`CatalogueError::Database`].
+    pub fn has_links(&self) -> Result<bool, CatalogueError> {
+        self.inner.store.read(|rows| solver::has_links(rows))
+    }
+}

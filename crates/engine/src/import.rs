@@ -1,0 +1,27 @@
+//! `ply import`: what another program keeps, taken over into this store.
+
+use std::path::Path;
+
+use plies_import::{Import, ImportError, ImportOptions, ImportReport, buildkit};
+
+use crate::Engine;
+use crate::exec::Cancel;
+use crate::progress::Progress;
+
+impl Engine {
+    /// Takes over the build cache of a BuildKit daemon, or of one of its workers, whose state directory is `path`.
+    ///
+    /// # Errors
+    /// [`ImportError`]. What of the source cannot be read is in the report instead.
+    pub fn import_buildkit(
+        &self,
+        path: &Path,
+        options: ImportOptions,
+        progress: &dyn Progress,
+        cancel: &Cancel,
+    ) -> Result<ImportReport, ImportError> {
+        let cache = self.cache();
+        let import = Import { store: self.store(), cache: &cache, limits: self.limits(), options, progress, cancel };
+        buildkit::import(&import, path)
+    }
+}

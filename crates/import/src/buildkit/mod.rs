@@ -1,0 +1,683 @@
+//! A BuildKit daemon's state directory, or one worker's below it.
+//!
+//! ```text
+//! mod.rs    which directories, what is to become of each record, and doing it
+//! rows.rs   the rows of its metadata        v1.rs   those of version 1, moved on to version 2
+//! keys.rs   what its solver remembers
+//!
+//! <root>/cache.db                 keys of steps, of all workers
+//! <root>/<worker>/workerid        how cache.db calls it
+//!                 metadata.db     records, version 1 (BuildKit before 0.7)
+//!                 metadata_v2.db  records, version 2; counts if both are there
+//!                 containerdmeta.db  snapshots/metadata.db  snapshots/snapshots/<id>/  content/blobs/sha256/<hex>
+//! ```
+//!
+//! | record | becomes |
+//! |---|---|
+//! | with a committed snapshot | a record with a layer: the snapshot's files, by hard link |
+//! | committed lazily, sharing a mutable record's files | the same, by copy: BuildKit may take that commit back and go on writing |
+//! | of a blob that was never unpacked | a lazy record |
+//! | merge, diff | a composed record |
+//! | mutable and retained (a cache mount, a local source) | a mutable record, by copy |
+//! | mutable and not retained | nothing: what came of it is the record that shares its files, or it was never finished |
+
+mod keys;
+mod rows;
+mod v1;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+pub use keys::key;
+use plies_bolt::Bolt;
+use plies_cache::{
+    Adopted, BlobRow, CacheKey, Link, Parents, RecordId, RecordOptions, RecordRow, State, UseRow, Value,
+};
+use plies_oci::{BlobDigest, DiffId};
+use plies_store::progress::{self, Task};
+use plies_store::{GcMode, LayerBlob, LayerId, Lease, LeaseOptions, Stamp, TransferError};
+
+use self::keys::Keys;
+use self::rows::{RawRows, Row};
+use crate::containerd::{Namespace, SnapshotInfo, SnapshotKind};
+use crate::take::{TakenLayer, WantedBlob, WantedLayer, measure};
+use crate::{Import, ImportError, ImportReport, ImportedItem, Outcome, chain};
+
+const WANTED: &str =
+    "state directory of BuildKit: there is neither metadata.db nor metadata_v2.db in it or right below";
+const V1: &str = "metadata.db";
+const V2: &str = "metadata_v2.db";
+const SOLVER: &str = "cache.db";
+/// containerd's namespace for all that BuildKit has.
+const NAMESPACE: &str = "buildkit";
+/// The key under which BuildKit keeps a cache mount's ID, and the beginning of its index; the same here.
+const CACHE_DIR: &str = "cache-dir";
+/// Rows that are written in one transaction.
+const ROWS_MAX: usize = 1000;
+
+/// How this store calls a record of BuildKit's: always the same.
+pub fn record_id(name: &str) -> RecordId {
+    let digest = BlobDigest::of(format!("buildkit record {name}").as_bytes());
+    RecordId::from_bytes(*digest.as_bytes().first_chunk().expect("because 16 is less than 32"))
+}
+
+/// What is to become of a record.
+#[derive(Debug)]
+enum Plan {
+    Layer { snapshot: SnapshotInfo, before: Option<PathBuf>, may_change: bool },
+    Lazy,
+    Composed,
+    Active { dir: PathBuf },
+    Here,
+    Left(String),
+    Failed(String),
+}
+
+/// One worker's state. The databases stay open, and so locked, until it is dropped.
+struct Worker {
+    dir: PathBuf,
+    /// How `cache.db` calls it, if it says so.
+    id: Option<String>,
+    rows: BTreeMap<String, Row>,
+    plans: BTreeMap<String, Plan>,
+    namespace: Namespace,
+    _locks: Vec<Bolt>,
+}
+
+/// Takes over what can be taken of the state directory at `path`, of a daemon or of one worker.
+///
+/// # Errors
+/// [`ImportError::NotOne`]; [`ImportError::Bolt`] if BuildKit is running; [`ImportError::OtherFileSystem`]; what the store
+/// says. What of the source cannot be read is in the report instead.
+pub fn import(import: &Import<'_>, path: &Path) -> Result<ImportReport, ImportError> {
+    let mut report = ImportReport { dry_run: import.options.dry_run, ..ImportReport::default() };
+    let dirs = workers_at(path)?;
+    let mut solvers: BTreeMap<PathBuf, (Keys, Bolt)> = BTreeMap::new();
+    let mut workers = Vec::new();
+    for dir in dirs {
+        import.check_file_system(&dir)?;
+        let near = [dir.parent(), Some(dir.as_path())].into_iter().flatten().map(|dir| dir.join(SOLVER));
+        if let Some(solver) = near.into_iter().find(|solver| solver.is_file())
+            && !solvers.contains_key(&solver)
+            && let Some(bolt) = open(&solver, &mut report)?
+        {
+            let (keys, failed) = Keys::read(&bolt);
+            failed
+                .into_iter()
+                .for_each(|error| report.problem("database", solver.display().to_string(), chain(&error)));
+            solvers.insert(solver, (keys, bolt));
+        }
+        let results: HashSet<String> =
+            solvers.values().flat_map(|(keys, _)| &keys.results).map(|(_, _, record)| record.clone()).collect();
+        workers.push(Worker::open(dir, &results, import, &mut report)?);
+    }
+    let mut came: HashMap<String, HashSet<String>> = HashMap::new();
+    for mut worker in workers {
+        report.sources.push(worker.dir.clone());
+        let task = Task::start(import.progress, &format!("import {} records", worker.rows.len()), None);
+        let here = worker.take(import, &mut report)?;
+        task.end(progress::Outcome::Done);
+        came.entry(worker.id.clone().unwrap_or_default()).or_default().extend(here);
+    }
+    for (mut keys, _lock) in solvers.into_values() {
+        let anybody = came.get("");
+        keys.retain(|worker, record| {
+            [came.get(worker), anybody].into_iter().flatten().any(|here| here.contains(record))
+        });
+        report.keys_count += adopt_keys(import, &keys)?;
+    }
+    Ok(report)
+}
+
+/// The workers' directories at or right below a path.
+fn workers_at(path: &Path) -> Result<Vec<PathBuf>, ImportError> {
+    let is_worker = |dir: &Path| [V1, V2].into_iter().any(|name| dir.join(name).is_file());
+    if is_worker(path) {
+        return Ok(vec![path.to_owned()]);
+    }
+    let mut found = Vec::new();
+    match fs::read_dir(path) {
+        Ok(entries) => found.extend(entries.flatten().map(|entry| entry.path()).filter(|dir| is_worker(dir))),
+        Err(error) if error.kind() == std::io::ErrorKind::NotADirectory => {}
+        Err(source) => return Err(ImportError::Io { op: "read", path: path.to_owned(), source }),
+    }
+    found.sort();
+    match found.is_empty() {
+        true => Err(ImportError::NotOne { path: path.to_owned(), wanted: WANTED }),
+        false => Ok(found),
+    }
+}
+
+/// Opens a database. One that its owner uses ends the import; one that is damaged or missing is a problem of its own.
+fn open(path: &Path, report: &mut ImportReport) -> Result<Option<Bolt>, ImportError> {
+    match Bolt::open(path) {
+        Ok(bolt) => Ok(Some(bolt)),
+        Err(error @ plies_bolt::BoltError::InUse { .. }) => Err(error.into()),
+        Err(error) => {
+            report.problem("database", path.display().to_string(), chain(&error));
+            Ok(None)
+        }
+    }
+}
+
+impl Worker {
+    fn open(
+        dir: PathBuf,
+        results: &HashSet<String>,
+        import: &Import<'_>,
+        report: &mut ImportReport,
+    ) -> Result<Self, ImportError> {
+        let mut problem = |path: &Path, error: plies_bolt::BoltError| {
+            report.problem("database", path.display().to_string(), chain(&error));
+        };
+        let is_v2 = dir.join(V2).is_file();
+        let metadata_path = dir.join(if is_v2 { V2 } else { V1 });
+        // Without its records a worker is nothing.
+        let metadata = Bolt::open(&metadata_path)?;
+        let (raw, failed) = rows::read(&metadata);
+        failed.into_iter().for_each(|error| problem(&metadata_path, error));
+        let (meta_path, own_path) = (dir.join("containerdmeta.db"), dir.join("snapshots/metadata.db"));
+        let (meta, own) = (open(&meta_path, report)?, open(&own_path, report)?);
+        let (namespace, failed) = match &meta {
+            Some(meta) => Namespace::read(meta, own.as_ref(), NAMESPACE, &dir.join("snapshots")),
+            None => Default::default(),
+        };
+        failed.iter().for_each(|error| report.problem("database", meta_path.display().to_string(), chain(error)));
+        let (raw, failed) = if is_v2 { (raw, BTreeMap::new()) } else { v1::migrate(raw, &namespace) };
+        let id = fs::read_to_string(dir.join("workerid")).ok().map(|id| id.trim().to_owned());
+        let locks = [Some(metadata), meta, own].into_iter().flatten().collect();
+        let mut worker = Self { dir, id, rows: BTreeMap::new(), plans: BTreeMap::new(), namespace, _locks: locks };
+        worker.plan(&raw, failed, results, import)?;
+        Ok(worker)
+    }
+
+    fn plan(
+        &mut self,
+        raw: &RawRows,
+        failed: BTreeMap<String, String>,
+        results: &HashSet<String>,
+        import: &Import<'_>,
+    ) -> Result<(), ImportError> {
+        for (id, why) in failed {
+            self.rows.insert(id.clone(), Row::default());
+            self.plans.insert(id, Plan::Failed(why));
+        }
+        for (id, raw) in raw {
+            let (row, plan) = match Row::parse(raw) {
+                Ok(row) => (row, None),
+                Err(why) => (Row::default(), Some(Plan::Failed(why))),
+            };
+            self.rows.insert(id.clone(), row);
+            self.plans.extend(plan.map(|plan| (id.clone(), plan)));
+        }
+        // Whose own files somebody needs, beside those who have them.
+        let mut needed: HashSet<String> = self.rows.values().flat_map(Row::parents).cloned().collect();
+        needed.extend(results.iter().cloned());
+        let shared_by: HashMap<String, String> =
+            self.rows.iter().filter_map(|(id, row)| Some((row.equal_mutable.clone()?, id.clone()))).collect();
+        for (id, row) in &self.rows {
+            if self.plans.contains_key(id) {
+                continue;
+            }
+            let plan = match import.cache.row(record_id(id)) {
+                Err(plies_cache::CacheError::NotFound { .. }) => {
+                    self.plan_of(id, row, needed.contains(id), shared_by.get(id))
+                }
+                Ok(_) | Err(plies_cache::CacheError::Damaged { .. }) => Plan::Here,
+                Err(other) => return Err(other.into()),
+            };
+            self.plans.insert(id.clone(), plan);
+        }
+        Ok(())
+    }
+
+    fn plan_of(&self, id: &str, row: &Row, is_needed: bool, shared_by: Option<&String>) -> Plan {
+        if row.deleted {
+            return Plan::Left("BuildKit was removing it".into());
+        }
+        if row.merge_parents.len() > 1 || (row.lower.is_some() && row.merge_parents.is_empty()) {
+            return Plan::Composed;
+        }
+        if row.upper.is_some() {
+            return Plan::Failed("it is a diff that begins with nothing".into());
+        }
+        if let Some(mutable) = &row.equal_mutable {
+            return match self.rows.get(mutable).map(|row| (row, self.snapshot_of(mutable, row))) {
+                Some((shared, _)) if shared.retain && !is_needed => {
+                    Plan::Left(format!("its files are those of {mutable}, which stays mutable"))
+                }
+                Some((_, Some(snapshot))) => self.layer(snapshot, true),
+                // It was finalized, and the power went before that was written down.
+                _ => match self.snapshot_of(id, row) {
+                    Some(snapshot) => self.layer(snapshot, false),
+                    None => Plan::Failed(format!("it shares the files of {mutable}, which are gone")),
+                },
+            };
+        }
+        if !row.committed {
+            return match (self.snapshot_of(id, row), row.retain, shared_by) {
+                (None, ..) => Plan::Failed("its snapshot is gone".into()),
+                (_, false, Some(other)) => Plan::Left(format!("its files are those of {other}")),
+                (_, false, None) => Plan::Left("the step that wrote to it never ended".into()),
+                (_, true, _) if row.parent.is_some() => {
+                    Plan::Left("it is mutable on top of another record, which no step here could ask for".into())
+                }
+                (Some(snapshot), true, _) => Plan::Active { dir: snapshot.dir.clone() },
+            };
+        }
+        match self.snapshot_of(id, row) {
+            Some(snapshot) => self.layer(snapshot, snapshot.kind != SnapshotKind::Committed),
+            None if row.blob.is_some() && self.diff_id_of(row).is_some() => Plan::Lazy,
+            None => Plan::Failed("its snapshot is gone, and there is no blob of it".into()),
+        }
+    }
+
+    /// A record's snapshot, if its files are there.
+    fn snapshot_of(&self, id: &str, row: &Row) -> Option<&SnapshotInfo> {
+        let key = row.snapshot.as_deref().unwrap_or(id);
+        self.namespace.snapshots.get(key).filter(|snapshot| snapshot.dir.is_dir())
+    }
+
+    fn layer(&self, snapshot: &SnapshotInfo, may_change: bool) -> Plan {
+        let before = snapshot.parent.as_ref().and_then(|parent| self.namespace.snapshots.get(parent));
+        Plan::Layer { snapshot: snapshot.clone(), before: before.map(|before| before.dir.clone()), may_change }
+    }
+
+    fn diff_id_of(&self, row: &Row) -> Option<DiffId> {
+        let blob = || self.namespace.blobs.get(&row.blob?)?.diff_id;
+        row.diff_id.or_else(blob)
+    }
+
+    fn blob_path(&self, digest: BlobDigest) -> PathBuf {
+        self.dir.join("content/blobs/sha256").join(digest.hex())
+    }
+
+    /// Records in groups: each stands on those of earlier groups. What stands on itself, by way of others, is in none.
+    fn levels(&self) -> Vec<Vec<&str>> {
+        let mut waits_for: HashMap<&str, usize> = HashMap::new();
+        let mut users: HashMap<&str, Vec<&str>> = HashMap::new();
+        for (id, row) in &self.rows {
+            let parents: BTreeSet<&String> = row.parents().filter(|parent| self.rows.contains_key(*parent)).collect();
+            waits_for.insert(id, parents.len());
+            parents.into_iter().for_each(|parent| users.entry(parent).or_default().push(id));
+        }
+        let mut levels = Vec::new();
+        let mut level: Vec<&str> =
+            self.rows.keys().map(String::as_str).filter(|id| waits_for.get(id) == Some(&0)).collect();
+        while !level.is_empty() {
+            let mut next = Vec::new();
+            for user in level.iter().flat_map(|id| users.get(id).into_iter().flatten()) {
+                if let Some(left) = waits_for.get_mut(user) {
+                    *left -= 1;
+                    if *left == 0 {
+                        next.push(*user);
+                    }
+                }
+            }
+            levels.push(std::mem::replace(&mut level, next));
+        }
+        levels
+    }
+
+    /// Takes over all that is planned, and tells; the records that are here then.
+    fn take(&mut self, import: &Import<'_>, report: &mut ImportReport) -> Result<HashSet<String>, ImportError> {
+        let lease = import.store.lease(LeaseOptions::process("import"))?;
+        let taken = self.take_held(import, report, &lease);
+        lease.release()?;
+        if taken.is_err() {
+            // The error to tell is the first one; what could not be removed now goes with the next collection.
+            drop(import.store.gc(GcMode::Run));
+        }
+        taken
+    }
+
+    fn take_held(
+        &mut self,
+        import: &Import<'_>,
+        report: &mut ImportReport,
+        lease: &Lease,
+    ) -> Result<HashSet<String>, ImportError> {
+        let mut plans = std::mem::take(&mut self.plans);
+        let blobs = self.take_blobs(&plans, import, report, lease)?;
+        let mut trees = Trees { came: HashSet::new(), lazy: HashSet::new() };
+        let mut told: BTreeMap<&str, ImportedItem> = BTreeMap::new();
+        for level in self.levels() {
+            let mut ready = Vec::new();
+            for id in level {
+                let (row, plan) = (&self.rows[id], plans.remove(id).expect("because each row has a plan"));
+                let missing = row.parents().find(|parent| !trees.came.contains(*parent));
+                let plan = match (plan, missing) {
+                    (plan @ (Plan::Here | Plan::Left(_) | Plan::Failed(_)), _) | (plan, None) => plan,
+                    (_, Some(parent)) => {
+                        let what = if self.rows.contains_key(parent) { "did not come over" } else { "is not there" };
+                        Plan::Failed(format!("it stands on {parent}, which {what}"))
+                    }
+                };
+                match plan {
+                    Plan::Here => {
+                        trees.note(id, row, is_lazy_here(import, id)?);
+                        told.insert(id, item(id, row, Outcome::Here, 0, None));
+                    }
+                    Plan::Left(why) => drop(told.insert(id, item(id, row, Outcome::Left, 0, Some(why)))),
+                    Plan::Failed(why) => drop(told.insert(id, item(id, row, Outcome::Failed, 0, Some(why)))),
+                    plan => ready.push((id, plan)),
+                }
+            }
+            if import.options.dry_run {
+                for (id, plan) in ready {
+                    let size_bytes = match &plan {
+                        Plan::Layer { snapshot, .. } if !snapshot.whole => measure(&snapshot.dir),
+                        Plan::Active { dir } => measure(dir),
+                        _ => self.rows[id].size_bytes.unwrap_or(0),
+                    };
+                    if matches!(plan, Plan::Layer { .. } | Plan::Active { .. }) {
+                        report.layers_count += 1;
+                        report.layer_bytes += size_bytes;
+                    }
+                    trees.note(id, &self.rows[id], false);
+                    told.insert(id, item(id, &self.rows[id], Outcome::Taken, size_bytes, None));
+                }
+                continue;
+            }
+            self.take_level(&ready, &blobs, &mut trees, import, lease, report, &mut told)?;
+        }
+        for id in plans.keys() {
+            let why = "the records that it stands on stand on each other in a circle".to_owned();
+            told.insert(id, item(id, &self.rows[id], Outcome::Failed, 0, Some(why)));
+        }
+        report.items.extend(told.into_values());
+        Ok(trees.came)
+    }
+
+    /// Takes in the blobs of all records that are to come over, and others with the same tars.
+    fn take_blobs(
+        &self,
+        plans: &BTreeMap<String, Plan>,
+        import: &Import<'_>,
+        report: &mut ImportReport,
+        lease: &Lease,
+    ) -> Result<Blobs, ImportError> {
+        let mut same: HashMap<DiffId, Vec<BlobDigest>> = HashMap::new();
+        for (digest, blob) in &self.namespace.blobs {
+            blob.diff_id.map(|diff_id| same.entry(diff_id).or_default().push(*digest));
+        }
+        let mut wanted: BTreeMap<BlobDigest, WantedBlob> = BTreeMap::new();
+        for (id, row) in &self.rows {
+            if matches!(plans.get(id), Some(Plan::Here | Plan::Left(_) | Plan::Failed(_)) | None) {
+                continue;
+            }
+            let Some(diff_id) = self.diff_id_of(row) else { continue };
+            for digest in same.get(&diff_id).into_iter().flatten().chain(&row.blob) {
+                let path = self.blob_path(*digest);
+                if path.is_file() {
+                    wanted.insert(*digest, WantedBlob { digest: *digest, diff_id, path });
+                }
+            }
+        }
+        let wanted: Vec<WantedBlob> = wanted.into_values().collect();
+        let mut blobs = Blobs { same, taken: HashMap::new() };
+        if import.options.dry_run {
+            report.blobs_count += wanted.len();
+            report.blob_bytes +=
+                wanted.iter().filter_map(|blob| fs::metadata(&blob.path).ok()).map(|meta| meta.len()).sum::<u64>();
+            return Ok(blobs);
+        }
+        let mut was_here = HashSet::new();
+        for blob in &wanted {
+            if import.store.content().info(blob.digest)?.is_some() {
+                was_here.insert(blob.digest);
+            }
+        }
+        for (digest, taken) in import.take_blobs(&wanted, lease)? {
+            match taken {
+                Ok(blob) => {
+                    if !was_here.contains(&digest) {
+                        report.blobs_count += 1;
+                        report.blob_bytes += blob.size_bytes;
+                    }
+                    blobs.taken.insert(digest, blob);
+                }
+                Err(error @ (TransferError::Catalogue(_) | TransferError::Canceled(_) | TransferError::Ingest(_))) => {
+                    return Err(error.into());
+                }
+                Err(error) => report.problem("blob", digest.to_string(), chain(&error)),
+            }
+        }
+        Ok(blobs)
+    }
+
+    #[allow(clippy::too_many_arguments, reason = "one step of the loop above, cut out to be read")]
+    fn take_level<'w>(
+        &'w self,
+        ready: &[(&'w str, Plan)],
+        blobs: &Blobs,
+        trees: &mut Trees,
+        import: &Import<'_>,
+        lease: &Lease,
+        report: &mut ImportReport,
+        told: &mut BTreeMap<&'w str, ImportedItem>,
+    ) -> Result<(), ImportError> {
+        let mut failed: Vec<(&'w str, String)> = Vec::new();
+        // Layers first, all that can be made at the same time.
+        let mut stacks: HashMap<&str, Result<Vec<LayerId>, String>> = HashMap::new();
+        let (mut wanted, mut whose) = (Vec::new(), Vec::new());
+        for (id, plan) in ready {
+            let Plan::Layer { snapshot, before, may_change } = plan else { continue };
+            let row = &self.rows[*id];
+            let below = match &row.parent {
+                None => Ok(Vec::new()),
+                Some(parent) => match stacks.get(parent.as_str()) {
+                    Some(known) => known.clone(),
+                    None => {
+                        let stack = trees.stack(parent, import)?;
+                        stacks.insert(parent, stack.clone());
+                        stack
+                    }
+                },
+            };
+            match below {
+                Ok(below) => {
+                    let (snapshot, before, may_change) = (snapshot.clone(), before.clone(), *may_change);
+                    // What its blob does not hold is another layer.
+                    let diff_id = self.diff_id_of(row).filter(|_| !may_change);
+                    wanted.push(WantedLayer { snapshot, before, below, diff_id, may_change });
+                    whose.push(*id);
+                }
+                Err(why) => failed.push((id, why)),
+            }
+        }
+        let taken = import.take_layers(&wanted, lease)?;
+        let mut layers: HashMap<&str, TakenLayer> = HashMap::new();
+        for (id, taken) in whose.into_iter().zip(taken) {
+            match taken {
+                Ok(layer) => {
+                    report.layers_count += usize::from(!layer.was_here);
+                    report.layer_bytes += if layer.was_here { 0 } else { layer.size_bytes };
+                    layers.insert(id, layer);
+                }
+                Err(error) => failed.push((id, chain(&error))),
+            }
+        }
+        let mut adopted = Vec::new();
+        for (id, plan) in ready {
+            let row = &self.rows[*id];
+            let (state, size_bytes, why) = match plan {
+                Plan::Layer { .. } => match layers.get(id) {
+                    Some(layer) => (State::Sealed { layer: Some(layer.id) }, layer.size_bytes, None),
+                    None => continue,
+                },
+                Plan::Active { dir } => match import.take_active(dir, lease) {
+                    Ok(active) => {
+                        let size_bytes = measure(dir);
+                        report.layers_count += 1;
+                        report.layer_bytes += size_bytes;
+                        (State::Mutable { active, committed_as: None }, size_bytes, None)
+                    }
+                    Err(error) => {
+                        failed.push((id, chain(&error)));
+                        continue;
+                    }
+                },
+                Plan::Lazy => {
+                    let is_here = row.blob.is_some_and(|digest| blobs.taken.contains_key(&digest));
+                    let why = "its blob is not here: it can be used when somebody fetches that";
+                    (State::Lazy, 0, (!is_here).then(|| why.to_owned()))
+                }
+                _ => (State::Composed, 0, None),
+            };
+            trees.note(id, row, matches!(plan, Plan::Lazy) || row.lower.is_some());
+            told.insert(id, item(id, row, Outcome::Taken, size_bytes, why));
+            adopted.push(self.adopted(id, row, state, blobs));
+        }
+        for (id, why) in failed {
+            told.insert(id, item(id, &self.rows[id], Outcome::Failed, 0, Some(why)));
+        }
+        for rows in adopted.chunks(ROWS_MAX) {
+            import.cache.adopt(rows)?;
+        }
+        Ok(())
+    }
+
+    fn adopted(&self, id: &str, row: &Row, state: State, blobs: &Blobs) -> Adopted {
+        let parents = match (&row.parent, &row.lower) {
+            _ if row.merge_parents.len() > 1 => {
+                Parents::Merge(row.merge_parents.iter().map(|id| record_id(id)).collect())
+            }
+            (None, Some(lower)) => {
+                Parents::Diff { lower: record_id(lower), upper: row.upper.as_deref().map(record_id) }
+            }
+            (Some(parent), _) => Parents::Layer(record_id(parent)),
+            (None, None) => Parents::None,
+        };
+        let stamp = |nanos: u64| Stamp::from_micros(nanos / 1000);
+        let blob = self.diff_id_of(row).map(|diff_id| {
+            let taken = row.blob.and_then(|digest| blobs.taken.get(&digest));
+            // What was damaged there is not here, and can be fetched all the same.
+            let known = row.blob.filter(|_| taken.is_some() || state == State::Lazy);
+            BlobRow {
+                digest: known,
+                diff_id,
+                media_type: row.media_type.clone(),
+                size_bytes: taken.map_or(row.blob_bytes, |blob| blob.size_bytes),
+                urls: row.urls.clone(),
+                annotations: Vec::new(),
+            }
+        });
+        let same = blob.as_ref().and_then(|blob| blobs.same.get(&blob.diff_id));
+        let variants = same.into_iter().flatten().copied().filter(|digest| blobs.taken.contains_key(digest)).collect();
+        let mut record = RecordRow::adopted(state, parents, stamp(row.created_at));
+        record.description.clone_from(&row.description);
+        record.record_type = row.record_type;
+        record.retain = row.retain && record.is_mutable();
+        record.blob = blob;
+        record.chain_id = row.chain_id;
+        record.blob_chain_id = row.blob_chain_id;
+        record.image_refs.clone_from(&row.image_refs);
+        let uses = UseRow { last_used_at: row.last_used_at.map(stamp), count: row.usage_count };
+        Adopted { id: record_id(id), row: record, uses, variants, values: self.values(row) }
+    }
+
+    /// What else is kept with a record, by the names that it has here.
+    fn values(&self, row: &Row) -> Vec<(String, Value)> {
+        let value = |(key, value, index): &(String, String, Option<String>)| {
+            if key != CACHE_DIR {
+                return (key.clone(), Value { value: value.clone(), index: index.clone() });
+            }
+            // BuildKit puts a namespace in front, which is empty, and behind it the record that the cache began with.
+            let id = value.strip_prefix('/').unwrap_or(value);
+            let (id, seed) = match id.rsplit_once(':') {
+                Some((id, seed)) if self.rows.contains_key(seed) => (id, format!(":{}", record_id(seed))),
+                _ => (id, String::new()),
+            };
+            (key.clone(), Value { value: id.to_owned(), index: Some(format!("{CACHE_DIR}:{id}{seed}")) })
+        };
+        row.others.iter().map(value).collect()
+    }
+}
+
+/// Blobs that came over, and all that have one tar.
+struct Blobs {
+    same: HashMap<DiffId, Vec<BlobDigest>>,
+    taken: HashMap<BlobDigest, LayerBlob>,
+}
+
+/// What is known of records that came over.
+struct Trees {
+    came: HashSet<String>,
+    /// Those whose trees are not all layers yet.
+    lazy: HashSet<String>,
+}
+
+impl Trees {
+    fn note(&mut self, id: &str, row: &Row, is_lazy: bool) {
+        if is_lazy || row.parents().any(|parent| self.lazy.contains(parent)) {
+            self.lazy.insert(id.to_owned());
+        }
+        self.came.insert(id.to_owned());
+    }
+
+    /// The layers of a record's tree, which is unpacked if need be; or why there are none.
+    fn stack(&self, id: &str, import: &Import<'_>) -> Result<Result<Vec<LayerId>, String>, ImportError> {
+        if !self.lazy.contains(id) {
+            return Ok(Ok(import.cache.known_layers(record_id(id))?));
+        }
+        let options = RecordOptions { keep_last_used: true, ..RecordOptions::by("import") };
+        let layers = import.cache.get(record_id(id), &options).and_then(|record| record.layers(import.cancel));
+        if import.cancel.is_canceled() {
+            return Err(plies_store::Canceled.into());
+        }
+        Ok(layers.map_err(|error| format!("the tree of {id}, which it stands on, cannot be made: {}", chain(&error))))
+    }
+}
+
+/// Whether a record that is here has a tree that is not all layers.
+fn is_lazy_here(import: &Import<'_>, id: &str) -> Result<bool, ImportError> {
+    match import.cache.row(record_id(id)) {
+        Ok(row) => Ok(!matches!(row.state, State::Sealed { .. })),
+        Err(plies_cache::CacheError::Damaged { .. } | plies_cache::CacheError::NotFound { .. }) => Ok(true),
+        Err(other) => Err(other.into()),
+    }
+}
+
+fn item(id: &str, row: &Row, outcome: Outcome, size_bytes: u64, why: Option<String>) -> ImportedItem {
+    let is_here = matches!(outcome, Outcome::Taken | Outcome::Here);
+    ImportedItem {
+        kind: "record",
+        name: id.to_owned(),
+        description: row.description.clone(),
+        outcome,
+        id: is_here.then(|| record_id(id).to_string()),
+        size_bytes,
+        why,
+    }
+}
+
+/// Writes down the keys that are not known yet; how many results that were.
+fn adopt_keys(import: &Import<'_>, keys: &Keys) -> Result<usize, ImportError> {
+    let mut results: Vec<(CacheKey, RecordId)> = Vec::new();
+    for (name, _, record) in &keys.results {
+        let (key, id) = (keys::key(name), record_id(record));
+        if import.options.dry_run || !import.cache.results(&key)?.contains(&id) {
+            results.push((key, id));
+        }
+    }
+    if import.options.dry_run {
+        return Ok(results.len());
+    }
+    let mut links: Vec<(CacheKey, Link, CacheKey)> = Vec::new();
+    for (from, link, to) in &keys.links {
+        let (from, to) = (keys::key(from), keys::key(to));
+        if !import.cache.has_link(&from, link, &to)? {
+            links.push((from, link.clone(), to));
+        }
+    }
+    // Links first: a result without them would be found by nobody, and would not be brought again.
+    for links in links.chunks(ROWS_MAX) {
+        import.cache.adopt_keys(&[], links)?;
+    }
+    for results in results.chunks(ROWS_MAX) {
+        import.cache.adopt_keys(results, &[])?;
+    }
+    Ok(results.len())
+}

@@ -1,0 +1,240 @@
+//! Layers, blobs and mutable trees on their way into a store.
+
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::io::{self, Read, Seek as _, SeekFrom};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+
+use plies_archive::compress;
+use plies_oci::{BlobDigest, ChainId, DiffId};
+use plies_store::{
+    ActiveId, ActiveOptions, Attach, ForeignTree, LayerBlob, LayerId, LayerSource, Lease, Origin, SnapshotError,
+    Taking, Transfer, TransferError, parallel,
+};
+
+use crate::containerd::SnapshotInfo;
+use crate::{Import, ImportError};
+
+/// Layers that are published together: one sync of the file system for all of them.
+const BATCH_MAX: usize = 256;
+
+/// Of one `st_blocks` (stat(3type)).
+const STAT_BLOCK_BYTES: u64 = 512;
+
+/// A layer to be taken in.
+#[derive(Debug)]
+pub(crate) struct WantedLayer {
+    /// Where its files are.
+    pub(crate) snapshot: SnapshotInfo,
+    /// Where those are that it began as, if the snapshot is a whole tree.
+    pub(crate) before: Option<PathBuf>,
+    /// The layers that it stands on here, bottom first.
+    pub(crate) below: Vec<LayerId>,
+    /// Digest of its tar, if known.
+    pub(crate) diff_id: Option<DiffId>,
+    /// Whether somebody may still write to it.
+    pub(crate) may_change: bool,
+}
+
+/// A layer that was taken in.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct TakenLayer {
+    pub(crate) id: LayerId,
+    pub(crate) size_bytes: u64,
+    /// It was here already.
+    pub(crate) was_here: bool,
+}
+
+/// A blob to be taken in.
+#[derive(Debug, Clone)]
+pub(crate) struct WantedBlob {
+    pub(crate) digest: BlobDigest,
+    /// Digest of the tar that is said to be in it.
+    pub(crate) diff_id: DiffId,
+    pub(crate) path: PathBuf,
+}
+
+/// Threads that take things in: beyond that they wait for the disk.
+fn workers() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from).min(8)
+}
+
+impl Import<'_> {
+    /// Refuses a source from which no hard link leads into the store, unless files are to be copied.
+    pub(crate) fn check_file_system(&self, dir: &Path) -> Result<(), ImportError> {
+        let device = |path: &Path| {
+            let io = |source| ImportError::Io { op: "stat", path: path.to_owned(), source };
+            fs::metadata(path).map(|meta| meta.dev()).map_err(io)
+        };
+        if self.options.copy || self.options.dry_run || device(dir)? == device(self.store.root())? {
+            return Ok(());
+        }
+        Err(ImportError::OtherFileSystem { path: dir.to_owned() })
+    }
+
+    /// Takes in layers, held by `lease`; each of them or why not. Errors of the store itself end it all.
+    pub(crate) fn take_layers(
+        &self,
+        wanted: &[WantedLayer],
+        lease: &Lease,
+    ) -> Result<Vec<Result<TakenLayer, SnapshotError>>, ImportError> {
+        let mut taken = Vec::with_capacity(wanted.len());
+        for batch in wanted.chunks(BATCH_MAX) {
+            let staged = parallel(
+                batch,
+                workers(),
+                |_| 0,
+                |wanted| {
+                    self.cancel.check().map_err(|_| plies_store::Canceled)?;
+                    Ok::<_, plies_store::Canceled>(self.stage(wanted, lease))
+                },
+            )?;
+            let mut stages = Vec::new();
+            let places: Vec<_> = staged
+                .into_iter()
+                .map(|staged| {
+                    staged.map(|staged| match staged {
+                        Staged::Here(layer) => Err(layer),
+                        Staged::New(stage) => {
+                            stages.push(*stage);
+                            Ok(stages.len() - 1)
+                        }
+                    })
+                })
+                .collect();
+            let published = self.store.layers().publish(lease, stages)?;
+            for place in places {
+                taken.push(match place {
+                    Ok(place) => {
+                        let (id, was_here) = match place {
+                            Ok(place) => (published[place], false),
+                            Err(here) => (here, true),
+                        };
+                        let size_bytes = self.store.layers().info(id)?.usage.size_bytes;
+                        Ok(TakenLayer { id, size_bytes, was_here })
+                    }
+                    Err(error) => Err(error),
+                });
+            }
+        }
+        Ok(taken)
+    }
+
+    fn stage(&self, wanted: &WantedLayer, lease: &Lease) -> Result<Staged, SnapshotError> {
+        if let Some(diff_id) = wanted.diff_id
+            && let Some(layer) = self.store.layers().hold_by_diff_id(diff_id, lease)?
+            && self.store.layers().root(layer).is_ok()
+        {
+            return Ok(Staged::Here(layer));
+        }
+        let base = match wanted.below.as_slice() {
+            [] => None,
+            below => Some(self.store.snapshots().ensure(below, lease)?),
+        };
+        let after = open_dir(&wanted.snapshot.dir)?;
+        let tree = match wanted.snapshot.whole {
+            false => ForeignTree::Upper(after),
+            true => ForeignTree::Whole { before: wanted.before.as_deref().map(open_dir).transpose()?, after },
+        };
+        let taking = if self.options.copy || wanted.may_change { Taking::Copy } else { Taking::Link };
+        let stage = self.store.snapshots().stage_foreign(base, &tree, taking, wanted.diff_id, self.cancel)?;
+        Ok(Staged::New(Box::new(stage)))
+    }
+
+    /// Copies a tree that goes on changing into an active of its own, held by `lease`.
+    pub(crate) fn take_active(&self, from: &Path, lease: &Lease) -> Result<ActiveId, SnapshotError> {
+        let snapshots = self.store.snapshots();
+        let active = snapshots.prepare(None, lease, ActiveOptions { volatile: false })?;
+        let mounted = snapshots.mount_active(active, Attach::Detached)?;
+        let copied = snapshots.copy_foreign(&open_dir(from)?, mounted.root(), self.cancel);
+        // The active may be there after a power cut; so must its files.
+        let synced = rustix::fs::syncfs(mounted.root());
+        mounted.unmount()?;
+        copied?;
+        synced.map_err(|errno| SnapshotError::Mount { words: "sync a copied tree".into(), source: errno.into() })?;
+        Ok(active)
+    }
+
+    /// Takes in blobs, held by `lease`; of each its length, or why not. Their bytes are checked against their digests, and
+    /// what they decompress to against what they are said to.
+    pub(crate) fn take_blobs(
+        &self,
+        wanted: &[WantedBlob],
+        lease: &Lease,
+    ) -> Result<HashMap<BlobDigest, Result<LayerBlob, TransferError>>, ImportError> {
+        let transfer = Transfer { lease, limits: self.limits, progress: self.progress, cancel: self.cancel };
+        let taken = Mutex::new(HashMap::new());
+        parallel(
+            wanted,
+            workers(),
+            |_| 0,
+            |wanted| {
+                self.cancel.check().map_err(|_| plies_store::Canceled)?;
+                let blob = take_blob(&transfer, wanted);
+                taken.lock().unwrap_or_else(PoisonError::into_inner).insert(wanted.digest, blob);
+                Ok::<_, plies_store::Canceled>(())
+            },
+        )?;
+        Ok(taken.into_inner().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+enum Staged {
+    Here(LayerId),
+    New(Box<plies_store::FinishedStage>),
+}
+
+fn take_blob(transfer: &Transfer<'_>, wanted: &WantedBlob) -> Result<LayerBlob, TransferError> {
+    let failed = |source| TransferError::Read { digest: wanted.digest.to_string(), source };
+    let mut file = open_file(&wanted.path).map_err(failed)?;
+    let mut first = Vec::new();
+    Read::by_ref(&mut file).take(8).read_to_end(&mut first).map_err(failed)?;
+    let size_bytes = file.metadata().map_err(failed)?.len();
+    let open = |at: u64| -> io::Result<Box<dyn Read + Send>> {
+        let mut file = open_file(&wanted.path)?;
+        file.seek(SeekFrom::Start(at))?;
+        Ok(Box::new(file))
+    };
+    transfer.take_blob(&LayerSource {
+        digest: Some(wanted.digest),
+        size_bytes,
+        compression: compress::detect(&first),
+        diff_id: wanted.diff_id,
+        chain_id: ChainId::extend(None, wanted.diff_id),
+        origin: Origin::Near,
+        open: Box::new(open),
+    })
+}
+
+fn open_file(path: &Path) -> io::Result<File> {
+    use rustix::fs::OFlags;
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK;
+    Ok(File::from(rustix::fs::open(path, flags, rustix::fs::Mode::empty())?))
+}
+
+fn open_dir(path: &Path) -> Result<OwnedFd, SnapshotError> {
+    use rustix::fs::OFlags;
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+    rustix::fs::open(path, flags, rustix::fs::Mode::empty())
+        .map_err(|errno| plies_store::FileError { op: "open", path: path.to_owned(), source: errno.into() }.into())
+}
+
+/// What a tree takes on disk, hard links once. What cannot be read counts as nothing.
+pub(crate) fn measure(dir: &Path) -> u64 {
+    let mut seen = std::collections::HashSet::new();
+    let mut pending = vec![dir.to_owned()];
+    let mut bytes = 0;
+    while let Some(path) = pending.pop() {
+        let Ok(meta) = fs::symlink_metadata(&path) else { continue };
+        if meta.is_dir() {
+            pending.extend(fs::read_dir(&path).into_iter().flatten().flatten().map(|entry| entry.path()));
+        } else if meta.nlink() > 1 && !seen.insert((meta.dev(), meta.ino())) {
+            continue;
+        }
+        bytes += meta.blocks() * STAT_BLOCK_BYTES;
+    }
+    bytes
+}
