@@ -107,6 +107,24 @@ pub struct EngineOptions {
     pub warn: Warn,
 }
 
+/// Nobody is told of anything, nothing is waited for, and the build cache grows.
+impl Default for EngineOptions {
+    fn default() -> Self {
+        Self {
+            driver: DriverKind::default(),
+            use_reserve: false,
+            wait: false,
+            on_wait: Box::new(|_| {}),
+            command: String::new(),
+            migrate: Migrate::default(),
+            progress: Arc::new(progress::Silent),
+            registry: ClientOptions::default(),
+            policy: Vec::new(),
+            warn: Arc::new(|_| {}),
+        }
+    }
+}
+
 impl std::fmt::Debug for EngineOptions {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("EngineOptions").field("driver", &self.driver).field("wait", &self.wait).finish_non_exhaustive()

@@ -289,21 +289,12 @@ mod tests {
     use plies_store::{Expected, LeaseOptions};
 
     use super::*;
-    use crate::{DriverKind, EngineOptions};
+    use crate::EngineOptions;
 
     #[test]
     fn work_that_is_going_on_keeps_what_it_made_and_nothing_does_afterwards() {
         let dir = tempfile::tempdir().unwrap();
-        let options = EngineOptions {
-            driver: DriverKind::Auto,
-            use_reserve: false,
-            wait: false,
-            on_wait: Box::new(|_| ()),
-            command: "test".into(),
-            registry: Default::default(),
-            policy: Vec::new(),
-            warn: Arc::new(|error| panic!("{error}")),
-        };
+        let options = EngineOptions { warn: Arc::new(|error| panic!("{error}")), ..EngineOptions::default() };
         let engine = Engine::open(&dir.path().join("store"), options).unwrap();
         let lease = engine.store().lease(LeaseOptions::process("pull a:1")).unwrap();
         let ingest = engine.store().content().ingest_unnamed().unwrap();

@@ -13,24 +13,14 @@ use std::time::Duration;
 use plies_engine::build::BuildRequest;
 use plies_engine::exec::Cancel;
 use plies_engine::progress::{Event, Progress, Silent, TaskId};
-use plies_engine::registry::ClientOptions;
-use plies_engine::{DriverKind, Engine, EngineOptions, Input, PullRequest};
+use plies_engine::{Engine, EngineOptions, Input, PullRequest};
 use plies_testkit::image::{Image, Packing, busybox_members};
 use plies_testkit::registry::{Fault, FaultyRegistry};
 use plies_testkit::tar::Member;
 use plies_testkit::{eventually, scratch::Scratch, tools};
 
 fn engine(scratch: &Scratch) -> Engine {
-    let options = EngineOptions {
-        driver: DriverKind::Auto,
-        use_reserve: false,
-        wait: false,
-        on_wait: Box::new(|_| {}),
-        command: "test".into(),
-        registry: ClientOptions::default(),
-        warn: Arc::new(|_| {}),
-    };
-    Engine::open(&scratch.join("root"), options).unwrap()
+    Engine::open(&scratch.join("root"), EngineOptions::default()).unwrap()
 }
 
 /// One with an image that can run shell scripts, `busybox:latest`.
