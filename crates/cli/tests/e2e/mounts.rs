@@ -25,6 +25,14 @@ fn text(tree: &Tree, name: &str, content: &str) {
     assert_eq!(tree.get(name).sha256.as_deref(), Some(&*expected), "/{name} is not {content:?}");
 }
 
+/// The files of a store, catalogue and all, that hold a text. With grep: a look of our own at every byte takes minutes in
+/// a debug build.
+fn traces(ply: &Ply, text: &str) -> String {
+    let found = Command::new("grep").args(["-rlaF", "--", text]).arg(ply.root()).output().unwrap();
+    assert!(matches!(found.status.code(), Some(0 | 1)), "{found:?}");
+    String::from_utf8_lossy(&found.stdout).into_owned()
+}
+
 /// Records of caches: id and description.
 fn caches(ply: &Ply) -> Vec<(String, String)> {
     let rows = ply.json(args!["ref", "ls"]);
@@ -136,19 +144,7 @@ fn secrets_reach_their_steps_and_nothing_else() {
         text(&tree, "fs", "tmpfs\n");
         assert!(tree.find("run/secrets").is_none() && tree.find("etc/s").is_none());
         // Neither in a layer nor in the catalogue, a config or a leftover.
-        for name in files(&context.ply.root()).into_keys().chain(["catalog".into()]) {
-            let mut todo = vec![context.ply.root().join(name)];
-            while let Some(path) = todo.pop() {
-                match std::fs::read_dir(&path) {
-                    Ok(entries) => todo.extend(entries.flatten().map(|entry| entry.path())),
-                    Err(_) => {
-                        let bytes = if path.is_file() { std::fs::read(&path).unwrap() } else { vec![] };
-                        let found = bytes.windows(7).any(|part| part == b"5ecret-");
-                        assert!(!found, "{executor}: a secret is in {}", path.display());
-                    }
-                }
-            }
-        }
+        assert_eq!(traces(context.ply, "5ecret-"), "", "{executor}");
         // Another value is no other step.
         std::fs::write(&path, "changed").unwrap();
         let mut command = context.ply.command(&context.args(more));
@@ -215,10 +211,7 @@ fn key_files_sign_for_a_step_and_are_kept_nowhere() {
         assert!(tree_of(context.ply, "built:latest").find("done").is_some());
         let text = std::fs::read_to_string(&keys[0]).unwrap();
         let line = text.lines().nth(1).unwrap();
-        for name in files(&context.ply.root()).into_keys() {
-            let kept = std::fs::read(context.ply.root().join(&name)).unwrap_or_default();
-            assert!(!kept.windows(line.len()).any(|window| window == line.as_bytes()), "{}", name.display());
-        }
+        assert_eq!(traces(context.ply, line), "", "{executor}");
         let no_key = format!("default={}", context.ply.scratch().file("text", "no key").display());
         let failed = context.build_fails(args!["--no-cache", "--executor", executor, "--ssh", no_key]);
         assert!(failed.stderr.contains("no SSH key") && failed.stderr.contains("Dockerfile:2"), "{failed}");
