@@ -291,8 +291,9 @@ fn an_export_that_fails_names_nothing_and_leaves_nothing() {
     let noise: Vec<u8> = (0..4_000_000).map(|_| next()).collect();
     let context = Context::new(&ply, "FROM scratch\nCOPY noise /noise\n");
     context.file("noise", noise);
-    // The step is in the cache from now on, so that only the export can change something.
-    context.build(args!["-o", "type=image,name=localhost/first:1"]);
+    // The step and its packed layer are in the cache from now on, so that only the export can change something.
+    let packed = format!("type=oci,dest={}", ply.scratch().join("packed.tar").display());
+    context.build(args!["-o", packed, "-o", "type=image,name=localhost/first:1"]);
     let before = State::of(&ply);
     let small = ply.scratch().dir("small-disk");
     tools::run(Command::new("mount").args(["-t", "tmpfs", "-o", "size=1m", "tmpfs"]).arg(&small));
