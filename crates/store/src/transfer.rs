@@ -1493,6 +1493,14 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_blobs_row_of_the_first_version_came_from_elsewhere() {
+        let body = postcard::to_stdvec(&(5_u64, Compression::Zstd)).unwrap();
+        let row = LayerBlobRow { size_bytes: 5, compression: Compression::Zstd, made_at_level: None };
+        assert_eq!(LayerBlobRow::upgrade(1, &body), Some(row));
+        assert_eq!((LayerBlobRow::upgrade(0, &body), LayerBlobRow::upgrade(1, &[5])), (None, None));
+    }
+
+    #[test]
     fn parallel_keeps_the_order_of_items() {
         let items: Vec<u64> = (0..100).collect();
         let doubled = parallel(&items, 4, |item| *item, |item| Ok::<_, ()>(item * 2)).unwrap();

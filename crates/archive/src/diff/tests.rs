@@ -277,3 +277,26 @@ fn privileged_a_layer_names_its_marks() {
     let bytes = to_tar(&place.root(), &applied.index);
     assert_eq!(names(&bytes), [".wh..wh..opq", ".wh.a", "d/", "d/.wh..wh..opq", "d/a", "e/", "e/f/", "e/f/.wh.g", "z"]);
 }
+
+#[test]
+fn a_layer_is_newer_by_what_its_archive_has() {
+    let scratch = tempfile::tempdir().unwrap();
+    let at = |seconds| std::time::UNIX_EPOCH + std::time::Duration::from_secs(seconds);
+    let set = |name: &str, seconds| {
+        fs::File::open(scratch.path().join(name)).unwrap().set_modified(at(seconds)).unwrap();
+    };
+    fs::create_dir(scratch.path().join("d")).unwrap();
+    fs::write(scratch.path().join("d/f"), "f").unwrap();
+    set("d/f", 100);
+    set("d", 200);
+    set("", 50);
+    let mut index = DirIndex::default();
+    let newer = |index: &DirIndex, seconds| {
+        let than = Timestamp { seconds, nanos: 0 };
+        is_newer(open(scratch.path()).as_fd(), index, than).unwrap()
+    };
+    assert!(newer(&index, 199) && !newer(&index, 200));
+    // Of a directory on the way the archive says nothing.
+    index.insert(EntryPath::clean(b"d").unwrap(), Implied::OnTheWay);
+    assert!(newer(&index, 99) && !newer(&index, 100));
+}

@@ -167,7 +167,8 @@ impl Export<'_> {
     /// Writes the result to all outputs.
     ///
     /// # Errors
-    /// [`BuildError`]; then nothing is listed or named. What was written to other outputs before stays there.
+    /// [`BuildError`]; then nothing is listed or named. What was written to other outputs before stays there, and packed
+    /// layers stay in the cache, as steps do.
     pub(super) fn write(&self, outputs: &[BuildOutput]) -> Result<Exported, BuildError> {
         let Transfer { lease, cancel, .. } = self.transfer;
         let mut images: BTreeMap<bool, Finished> = BTreeMap::new();
