@@ -3,6 +3,7 @@
 //! ```text
 //! lib.rs         what an import is asked and what it tells
 //! take.rs        layers, blobs and mutable trees on their way: the part that all sources share
+//! listing.rs     whether a tree is what a tar unpacks to
 //! containerd.rs  containerd's two databases: what its names stand for
 //! buildkit/      a BuildKit worker's state: v1 and v2
 //! ```
@@ -15,6 +16,7 @@
 
 pub mod buildkit;
 mod containerd;
+mod listing;
 mod take;
 
 use std::path::PathBuf;

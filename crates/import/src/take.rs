@@ -11,11 +11,12 @@ use std::sync::{Mutex, PoisonError};
 use plies_archive::compress;
 use plies_oci::{BlobDigest, ChainId, DiffId};
 use plies_store::{
-    ActiveId, ActiveOptions, Attach, ForeignTree, LayerBlob, LayerId, LayerSource, Lease, Origin, SnapshotError,
-    Taking, Transfer, TransferError, parallel,
+    ActiveId, ActiveOptions, Attach, ForeignTree, LayerBlob, LayerContents, LayerId, LayerSource, Lease, Origin,
+    SnapshotError, Taking, Transfer, TransferError, parallel,
 };
 
 use crate::containerd::SnapshotInfo;
+use crate::listing::Listing;
 use crate::{Import, ImportError};
 
 /// Layers that are published together: one sync of the file system for all of them.
@@ -33,8 +34,8 @@ pub(crate) struct WantedLayer {
     pub(crate) before: Option<PathBuf>,
     /// The layers that it stands on here, bottom first.
     pub(crate) below: Vec<LayerId>,
-    /// Digest of its tar, if known.
-    pub(crate) diff_id: Option<DiffId>,
+    /// The digest of its tar, and a blob with that.
+    pub(crate) tar: Option<(DiffId, LayerBlob)>,
     /// Whether somebody may still write to it.
     pub(crate) may_change: bool,
 }
@@ -46,6 +47,15 @@ pub(crate) struct TakenLayer {
     pub(crate) size_bytes: u64,
     /// It was here already.
     pub(crate) was_here: bool,
+}
+
+/// What became of a layer.
+#[derive(Debug)]
+pub(crate) enum TookLayer {
+    Taken(TakenLayer),
+    /// The tree is not what its blob unpacks to, which is what others know by the diff ID.
+    Differs,
+    Failed(SnapshotError),
 }
 
 /// A blob to be taken in.
@@ -76,11 +86,7 @@ impl Import<'_> {
     }
 
     /// Takes in layers, held by `lease`; each of them or why not. Errors of the store itself end it all.
-    pub(crate) fn take_layers(
-        &self,
-        wanted: &[WantedLayer],
-        lease: &Lease,
-    ) -> Result<Vec<Result<TakenLayer, SnapshotError>>, ImportError> {
+    pub(crate) fn take_layers(&self, wanted: &[WantedLayer], lease: &Lease) -> Result<Vec<TookLayer>, ImportError> {
         let mut taken = Vec::with_capacity(wanted.len());
         for batch in wanted.chunks(BATCH_MAX) {
             let staged = parallel(
@@ -92,39 +98,42 @@ impl Import<'_> {
                     Ok::<_, plies_store::Canceled>(self.stage(wanted, lease))
                 },
             )?;
+            // What was cut off on the way looks like a failure.
+            if self.cancel.is_canceled() {
+                return Err(plies_store::Canceled.into());
+            }
             let mut stages = Vec::new();
             let places: Vec<_> = staged
                 .into_iter()
-                .map(|staged| {
-                    staged.map(|staged| match staged {
-                        Staged::Here(layer) => Err(layer),
-                        Staged::New(stage) => {
-                            stages.push(*stage);
-                            Ok(stages.len() - 1)
-                        }
-                    })
+                .map(|staged| match staged {
+                    Ok(Staged::Here(layer)) => Place::Here(layer),
+                    Ok(Staged::Differs) => Place::Without(TookLayer::Differs),
+                    Ok(Staged::New(stage)) => {
+                        stages.push(*stage);
+                        Place::Published(stages.len() - 1)
+                    }
+                    Err(error) => Place::Without(TookLayer::Failed(error)),
                 })
                 .collect();
             let published = self.store.layers().publish(lease, stages)?;
             for place in places {
-                taken.push(match place {
-                    Ok(place) => {
-                        let (id, was_here) = match place {
-                            Ok(place) => (published[place], false),
-                            Err(here) => (here, true),
-                        };
-                        let size_bytes = self.store.layers().info(id)?.usage.size_bytes;
-                        Ok(TakenLayer { id, size_bytes, was_here })
+                let (id, was_here) = match place {
+                    Place::Published(place) => (published[place], false),
+                    Place::Here(layer) => (layer, true),
+                    Place::Without(why) => {
+                        taken.push(why);
+                        continue;
                     }
-                    Err(error) => Err(error),
-                });
+                };
+                let size_bytes = self.store.layers().info(id)?.usage.size_bytes;
+                taken.push(TookLayer::Taken(TakenLayer { id, size_bytes, was_here }));
             }
         }
         Ok(taken)
     }
 
     fn stage(&self, wanted: &WantedLayer, lease: &Lease) -> Result<Staged, SnapshotError> {
-        if let Some(diff_id) = wanted.diff_id
+        if let Some((diff_id, _)) = wanted.tar
             && let Some(layer) = self.store.layers().hold_by_diff_id(diff_id, lease)?
             && self.store.layers().root(layer).is_ok()
         {
@@ -140,8 +149,19 @@ impl Import<'_> {
             true => ForeignTree::Whole { before: wanted.before.as_deref().map(open_dir).transpose()?, after },
         };
         let taking = if self.options.copy || wanted.may_change { Taking::Copy } else { Taking::Link };
-        let stage = self.store.snapshots().stage_foreign(base, &tree, taking, wanted.diff_id, self.cancel)?;
-        Ok(Staged::New(Box::new(stage)))
+        let stage = self.store.snapshots().stage_foreign(base, &tree, taking, self.cancel, |root, contents| {
+            let Some((diff_id, blob)) = &wanted.tar else { return Some(contents) };
+            let index = self.listing(blob)?.judge(root, &contents.index)?;
+            Some(LayerContents { diff_id: Some(*diff_id), index, ..contents })
+        })?;
+        Ok(stage.map_or(Staged::Differs, |stage| Staged::New(Box::new(stage))))
+    }
+
+    /// What a blob that was taken in lists.
+    fn listing(&self, blob: &LayerBlob) -> Option<Listing> {
+        let packed = self.store.content().open(blob.digest).ok()?;
+        let tar = compress::Decoder::new(packed, blob.compression, self.limits).ok()?;
+        Listing::read(tar, self.limits)
     }
 
     /// Copies a tree that goes on changing into an active of its own, held by `lease`.
@@ -182,8 +202,16 @@ impl Import<'_> {
     }
 }
 
+/// Where a layer of a batch is to be found.
+enum Place {
+    Published(usize),
+    Here(LayerId),
+    Without(TookLayer),
+}
+
 enum Staged {
     Here(LayerId),
+    Differs,
     New(Box<plies_store::FinishedStage>),
 }
 

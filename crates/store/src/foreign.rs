@@ -9,7 +9,6 @@ use std::io;
 use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd};
 
 use plies_archive::tar::EntryPath;
-use plies_oci::DiffId;
 use rustix::fs::{AtFlags, FileType, Mode, XattrFlags};
 use rustix::io::Errno;
 
@@ -57,6 +56,7 @@ const USER_OPAQUE: &[u8] = b"user.overlay.opaque";
 
 impl Snapshots<'_> {
     /// A stage with what `tree` changes of `base`, not published yet; the source is only read. The caller holds the base.
+    /// `judge` sees the canonical layer and says what else is known of it; or that there shall be none.
     ///
     /// # Errors
     /// [`SnapshotError::Seal`] for an upper whose files lie elsewhere in part; [`SnapshotError::File`].
@@ -65,9 +65,9 @@ impl Snapshots<'_> {
         base: Option<SnapshotId>,
         tree: &ForeignTree,
         taking: Taking,
-        diff_id: Option<DiffId>,
         cancel: &Cancel,
-    ) -> Result<FinishedStage, SnapshotError> {
+        judge: impl FnOnce(BorrowedFd<'_>, LayerContents) -> Option<LayerContents>,
+    ) -> Result<Option<FinishedStage>, SnapshotError> {
         let stage = Stage::new(self.store())?;
         let (path, material) = (stage.tree(), Material::from(taking));
         match tree {
@@ -92,8 +92,9 @@ impl Snapshots<'_> {
             }
         }
         let sealed = self.seal_over(base, stage.root())?;
-        let contents = LayerContents { diff_id, chain_id: None, usage: sealed.usage, index: sealed.index };
-        Ok(stage.finish(contents))
+        let contents = LayerContents { usage: sealed.usage, index: sealed.index, ..LayerContents::default() };
+        let judged = judge(stage.root(), contents);
+        Ok(judged.map(|contents| stage.finish(contents)))
     }
 
     /// Fills an empty directory with a copy of a plain tree, which may still be written to.

@@ -165,8 +165,9 @@ fn a_root_of_version_1_comes_over_with_trees_records_and_diff_ids() {
     let same = |tree: Tree| tree.map(|_, node| node.links = 0);
     same(Tree::of(&source)).assert_same(&same(before), "the source");
     let snapshots = source.join("runc-overlayfs/snapshots/snapshots");
-    let t = snapshots.join("5/fs/bin/t");
-    assert_eq!(fs::metadata(&t).unwrap().nlink(), 2, "it was linked, not copied");
+    let ts = fs::read_dir(&snapshots).unwrap().map(|entry| entry.unwrap().path().join("fs/bin/t"));
+    let linked = ts.filter_map(|t| fs::metadata(t).ok()).filter(|meta| meta.nlink() == 2).count();
+    assert!(linked > 0, "it was linked, not copied");
 }
 
 #[test]
@@ -194,9 +195,9 @@ fn a_root_of_version_2_comes_over_with_merges_variants_and_cache_mounts() {
         assert_shows(&ply, taken["v64jhquzfvsz8gntmwg48jg8p"]["id"].as_str().unwrap(), archive);
     }
     let cache = taken["dls2du0ud1fp8rj0gq1247hcy"]["id"].as_str().unwrap();
-    assert_eq!(fs::read_to_string(ply.mount(cache).path().join("x")).unwrap(), "x");
+    assert_eq!(fs::read_to_string(ply.mount_with(cache, args!["--rw"]).path().join("x")).unwrap(), "x");
     // Gzip and zstd of each layer, each checked.
-    assert_eq!(report["blobs_count"], 16, "{report:#}");
+    assert_eq!(report["blobs_count"], 14, "{report:#}");
 
     // The same record a second time is the same record, and its bytes are.
     let state = State::of(&ply);

@@ -156,12 +156,10 @@ struct MkdirAction<'a> {
     timestamp: i64,
 }
 
-#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde's form")]
 fn is_zero(number: &i64) -> bool {
     *number == 0
 }
 
-#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde's form")]
 fn is_false(flag: &bool) -> bool {
     !flag
 }

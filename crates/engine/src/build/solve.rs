@@ -1014,7 +1014,15 @@ impl Solver<'_> {
                 }
                 Err(other) => return Err(other.into()),
             };
-            let row = found.row()?;
+            let mut row = found.row()?;
+            if row.parents == *below && row.state == State::Lazy {
+                // What another builder left packed is a result all the same, if its blob can be had.
+                match found.extract(self.cancel) {
+                    Ok(_) => row = found.row()?,
+                    Err(_) if self.cancel.is_canceled() => return Err(Canceled.into()),
+                    Err(_) => continue,
+                }
+            }
             if row.parents == *below && self.is_whole(&row) {
                 return Ok(Some(found));
             }

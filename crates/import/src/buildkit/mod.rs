@@ -41,7 +41,7 @@ use plies_store::{GcMode, LayerBlob, LayerId, Lease, LeaseOptions, Stamp, Transf
 use self::keys::Keys;
 use self::rows::{RawRows, Row};
 use crate::containerd::{Namespace, SnapshotInfo, SnapshotKind};
-use crate::take::{TakenLayer, WantedBlob, WantedLayer, measure};
+use crate::take::{TakenLayer, TookLayer, WantedBlob, WantedLayer, measure};
 use crate::{Import, ImportError, ImportReport, ImportedItem, Outcome, chain};
 
 const WANTED: &str =
@@ -110,7 +110,14 @@ pub fn import(import: &Import<'_>, path: &Path) -> Result<ImportReport, ImportEr
         }
         let results: HashSet<String> =
             solvers.values().flat_map(|(keys, _)| &keys.results).map(|(_, _, record)| record.clone()).collect();
-        workers.push(Worker::open(dir, &results, import, &mut report)?);
+        match Worker::open(dir.clone(), &results, import, &mut report) {
+            Ok(worker) => workers.push(worker),
+            // One worker's trouble is not the others'; that somebody uses it is everybody's.
+            Err(ImportError::Bolt(error)) if !matches!(error, plies_bolt::BoltError::InUse { .. }) => {
+                report.problem("worker", dir.display().to_string(), chain(&error));
+            }
+            Err(other) => return Err(other),
+        }
     }
     let mut came: HashMap<String, HashSet<String>> = HashMap::new();
     for mut worker in workers {
@@ -340,13 +347,13 @@ impl Worker {
     ) -> Result<HashSet<String>, ImportError> {
         let mut plans = std::mem::take(&mut self.plans);
         let blobs = self.take_blobs(&plans, import, report, lease)?;
-        let mut trees = Trees { came: HashSet::new(), lazy: HashSet::new() };
-        let mut told: BTreeMap<&str, ImportedItem> = BTreeMap::new();
+        let trees = Trees { came: HashSet::new(), lazy: HashSet::new() };
+        let mut passage = Passage { import, lease, report, blobs, trees, told: BTreeMap::new() };
         for level in self.levels() {
             let mut ready = Vec::new();
             for id in level {
                 let (row, plan) = (&self.rows[id], plans.remove(id).expect("because each row has a plan"));
-                let missing = row.parents().find(|parent| !trees.came.contains(*parent));
+                let missing = row.parents().find(|parent| !passage.trees.came.contains(*parent));
                 let plan = match (plan, missing) {
                     (plan @ (Plan::Here | Plan::Left(_) | Plan::Failed(_)), _) | (plan, None) => plan,
                     (_, Some(parent)) => {
@@ -356,38 +363,44 @@ impl Worker {
                 };
                 match plan {
                     Plan::Here => {
-                        trees.note(id, row, is_lazy_here(import, id)?);
-                        told.insert(id, item(id, row, Outcome::Here, 0, None));
+                        passage.trees.note(id, row, is_lazy_here(import, id)?);
+                        passage.tell(id, row, Outcome::Here, 0, None);
                     }
-                    Plan::Left(why) => drop(told.insert(id, item(id, row, Outcome::Left, 0, Some(why)))),
-                    Plan::Failed(why) => drop(told.insert(id, item(id, row, Outcome::Failed, 0, Some(why)))),
+                    Plan::Left(why) => passage.tell(id, row, Outcome::Left, 0, Some(why)),
+                    Plan::Failed(why) => passage.tell(id, row, Outcome::Failed, 0, Some(why)),
                     plan => ready.push((id, plan)),
                 }
             }
-            if import.options.dry_run {
-                for (id, plan) in ready {
-                    let size_bytes = match &plan {
-                        Plan::Layer { snapshot, .. } if !snapshot.whole => measure(&snapshot.dir),
-                        Plan::Active { dir } => measure(dir),
-                        _ => self.rows[id].size_bytes.unwrap_or(0),
-                    };
-                    if matches!(plan, Plan::Layer { .. } | Plan::Active { .. }) {
-                        report.layers_count += 1;
-                        report.layer_bytes += size_bytes;
-                    }
-                    trees.note(id, &self.rows[id], false);
-                    told.insert(id, item(id, &self.rows[id], Outcome::Taken, size_bytes, None));
-                }
-                continue;
+            match import.options.dry_run {
+                true => self.tell_level(&ready, &mut passage),
+                false => self.take_level(&ready, &mut passage)?,
             }
-            self.take_level(&ready, &blobs, &mut trees, import, lease, report, &mut told)?;
         }
         for id in plans.keys() {
             let why = "the records that it stands on stand on each other in a circle".to_owned();
-            told.insert(id, item(id, &self.rows[id], Outcome::Failed, 0, Some(why)));
+            passage.tell(id, &self.rows[id], Outcome::Failed, 0, Some(why));
         }
+        let Passage { report, trees, told, .. } = passage;
         report.items.extend(told.into_values());
         Ok(trees.came)
+    }
+
+    /// Says of records what would come over.
+    fn tell_level(&self, ready: &[(&str, Plan)], passage: &mut Passage<'_>) {
+        for (id, plan) in ready {
+            let row = &self.rows[*id];
+            let size_bytes = match plan {
+                Plan::Layer { snapshot, .. } if !snapshot.whole => measure(&snapshot.dir),
+                Plan::Active { dir } => measure(dir),
+                _ => row.size_bytes.unwrap_or(0),
+            };
+            if matches!(plan, Plan::Layer { .. } | Plan::Active { .. }) {
+                passage.report.layers_count += 1;
+                passage.report.layer_bytes += size_bytes;
+            }
+            passage.trees.note(id, row, false);
+            passage.tell(id, row, Outcome::Taken, size_bytes, None);
+        }
     }
 
     /// Takes in the blobs of all records that are to come over, and others with the same tars.
@@ -447,18 +460,10 @@ impl Worker {
         Ok(blobs)
     }
 
-    #[allow(clippy::too_many_arguments, reason = "one step of the loop above, cut out to be read")]
-    fn take_level<'w>(
-        &'w self,
-        ready: &[(&'w str, Plan)],
-        blobs: &Blobs,
-        trees: &mut Trees,
-        import: &Import<'_>,
-        lease: &Lease,
-        report: &mut ImportReport,
-        told: &mut BTreeMap<&'w str, ImportedItem>,
-    ) -> Result<(), ImportError> {
-        let mut failed: Vec<(&'w str, String)> = Vec::new();
+    /// Takes over records that all stand on what is here by now.
+    fn take_level(&self, ready: &[(&str, Plan)], passage: &mut Passage<'_>) -> Result<(), ImportError> {
+        let (import, lease) = (passage.import, passage.lease);
+        let mut failed: Vec<(&str, String)> = Vec::new();
         // Layers first, all that can be made at the same time.
         let mut stacks: HashMap<&str, Result<Vec<LayerId>, String>> = HashMap::new();
         let (mut wanted, mut whose) = (Vec::new(), Vec::new());
@@ -470,7 +475,7 @@ impl Worker {
                 Some(parent) => match stacks.get(parent.as_str()) {
                     Some(known) => known.clone(),
                     None => {
-                        let stack = trees.stack(parent, import)?;
+                        let stack = passage.trees.stack(parent, import)?;
                         stacks.insert(parent, stack.clone());
                         stack
                     }
@@ -479,9 +484,9 @@ impl Worker {
             match below {
                 Ok(below) => {
                     let (snapshot, before, may_change) = (snapshot.clone(), before.clone(), *may_change);
-                    // What its blob does not hold is another layer.
-                    let diff_id = self.diff_id_of(row).filter(|_| !may_change);
-                    wanted.push(WantedLayer { snapshot, before, below, diff_id, may_change });
+                    let blob = row.blob.and_then(|digest| passage.blobs.taken.get(&digest));
+                    let tar = self.diff_id_of(row).zip(blob.copied());
+                    wanted.push(WantedLayer { snapshot, before, below, tar, may_change });
                     whose.push(*id);
                 }
                 Err(why) => failed.push((id, why)),
@@ -489,20 +494,24 @@ impl Worker {
         }
         let taken = import.take_layers(&wanted, lease)?;
         let mut layers: HashMap<&str, TakenLayer> = HashMap::new();
+        let mut differ: BTreeSet<&str> = BTreeSet::new();
         for (id, taken) in whose.into_iter().zip(taken) {
             match taken {
-                Ok(layer) => {
-                    report.layers_count += usize::from(!layer.was_here);
-                    report.layer_bytes += if layer.was_here { 0 } else { layer.size_bytes };
+                TookLayer::Differs => drop(differ.insert(id)),
+                TookLayer::Taken(layer) => {
+                    passage.report.layers_count += usize::from(!layer.was_here);
+                    passage.report.layer_bytes += if layer.was_here { 0 } else { layer.size_bytes };
                     layers.insert(id, layer);
                 }
-                Err(error) => failed.push((id, chain(&error))),
+                TookLayer::Failed(error) => failed.push((id, chain(&error))),
             }
         }
         let mut adopted = Vec::new();
         for (id, plan) in ready {
             let row = &self.rows[*id];
             let (state, size_bytes, why) = match plan {
+                // The blob is what everybody else has by that diff ID: it is unpacked, below.
+                Plan::Layer { .. } if differ.contains(id) => (State::Lazy, 0, None),
                 Plan::Layer { .. } => match layers.get(id) {
                     Some(layer) => (State::Sealed { layer: Some(layer.id) }, layer.size_bytes, None),
                     None => continue,
@@ -510,8 +519,8 @@ impl Worker {
                 Plan::Active { dir } => match import.take_active(dir, lease) {
                     Ok(active) => {
                         let size_bytes = measure(dir);
-                        report.layers_count += 1;
-                        report.layer_bytes += size_bytes;
+                        passage.report.layers_count += 1;
+                        passage.report.layer_bytes += size_bytes;
                         (State::Mutable { active, committed_as: None }, size_bytes, None)
                     }
                     Err(error) => {
@@ -520,21 +529,33 @@ impl Worker {
                     }
                 },
                 Plan::Lazy => {
-                    let is_here = row.blob.is_some_and(|digest| blobs.taken.contains_key(&digest));
+                    let is_here = row.blob.is_some_and(|digest| passage.blobs.taken.contains_key(&digest));
                     let why = "its blob is not here: it can be used when somebody fetches that";
                     (State::Lazy, 0, (!is_here).then(|| why.to_owned()))
                 }
                 _ => (State::Composed, 0, None),
             };
-            trees.note(id, row, matches!(plan, Plan::Lazy) || row.lower.is_some());
-            told.insert(id, item(id, row, Outcome::Taken, size_bytes, why));
-            adopted.push(self.adopted(id, row, state, blobs));
+            passage.trees.note(id, row, matches!(plan, Plan::Lazy) || row.lower.is_some() || differ.contains(id));
+            passage.tell(id, row, Outcome::Taken, size_bytes, why);
+            adopted.push(self.adopted(id, row, state, &passage.blobs));
         }
         for (id, why) in failed {
-            told.insert(id, item(id, &self.rows[id], Outcome::Failed, 0, Some(why)));
+            passage.tell(id, &self.rows[id], Outcome::Failed, 0, Some(why));
         }
         for rows in adopted.chunks(ROWS_MAX) {
             import.cache.adopt(rows)?;
+        }
+        for id in differ {
+            match passage.trees.stack(id, import)? {
+                Ok(layers) => {
+                    let own = layers.last().map(|layer| import.store.layers().info(*layer)).transpose()?;
+                    let size_bytes = own.map_or(0, |own| own.usage.size_bytes);
+                    passage.report.layers_count += 1;
+                    passage.report.layer_bytes += size_bytes;
+                    passage.tell(id, &self.rows[id], Outcome::Taken, size_bytes, None);
+                }
+                Err(why) => passage.tell(id, &self.rows[id], Outcome::Failed, 0, Some(why)),
+            }
         }
         Ok(())
     }
@@ -558,7 +579,10 @@ impl Worker {
             BlobRow {
                 digest: known,
                 diff_id,
-                media_type: row.media_type.clone(),
+                media_type: match taken {
+                    Some(blob) if row.media_type.is_empty() => blob.descriptor().media_type.to_string(),
+                    _ => row.media_type.clone(),
+                },
                 size_bytes: taken.map_or(row.blob_bytes, |blob| blob.size_bytes),
                 urls: row.urls.clone(),
                 annotations: Vec::new(),
@@ -593,6 +617,33 @@ impl Worker {
             (key.clone(), Value { value: id.to_owned(), index: Some(format!("{CACHE_DIR}:{id}{seed}")) })
         };
         row.others.iter().map(value).collect()
+    }
+}
+
+/// One worker's records on their way.
+struct Passage<'a> {
+    import: &'a Import<'a>,
+    lease: &'a Lease,
+    report: &'a mut ImportReport,
+    blobs: Blobs,
+    trees: Trees,
+    /// By their names, of which the report's order follows.
+    told: BTreeMap<String, ImportedItem>,
+}
+
+impl Passage<'_> {
+    fn tell(&mut self, id: &str, row: &Row, outcome: Outcome, size_bytes: u64, why: Option<String>) {
+        let is_here = matches!(outcome, Outcome::Taken | Outcome::Here);
+        let item = ImportedItem {
+            kind: "record",
+            name: id.to_owned(),
+            description: row.description.clone(),
+            outcome,
+            id: is_here.then(|| record_id(id).to_string()),
+            size_bytes,
+            why,
+        };
+        self.told.insert(id.to_owned(), item);
     }
 }
 
@@ -637,19 +688,6 @@ fn is_lazy_here(import: &Import<'_>, id: &str) -> Result<bool, ImportError> {
         Ok(row) => Ok(!matches!(row.state, State::Sealed { .. })),
         Err(plies_cache::CacheError::Damaged { .. } | plies_cache::CacheError::NotFound { .. }) => Ok(true),
         Err(other) => Err(other.into()),
-    }
-}
-
-fn item(id: &str, row: &Row, outcome: Outcome, size_bytes: u64, why: Option<String>) -> ImportedItem {
-    let is_here = matches!(outcome, Outcome::Taken | Outcome::Here);
-    ImportedItem {
-        kind: "record",
-        name: id.to_owned(),
-        description: row.description.clone(),
-        outcome,
-        id: is_here.then(|| record_id(id).to_string()),
-        size_bytes,
-        why,
     }
 }
 
