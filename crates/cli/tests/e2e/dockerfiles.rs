@@ -283,10 +283,9 @@ fn otherwise(expected: &Value, seen: &Value) -> Option<Value> {
         (Value::Object(expected), Value::Object(seen)) => {
             let keys: BTreeSet<&String> = expected.keys().chain(seen.keys()).collect();
             let of = |map: &Map<String, Value>, key: &String| map.get(key).cloned().unwrap_or_default();
-            let all = keys
-                .into_iter()
-                .filter_map(|key| (of(expected, key) != of(seen, key)).then(|| (key.clone(), of(seen, key))));
-            let all: Map<String, Value> = all.collect();
+            let differs = |key: &&String| of(expected, key) != of(seen, key);
+            let all: Map<String, Value> =
+                keys.into_iter().filter(differs).map(|key| (key.clone(), of(seen, key))).collect();
             (!all.is_empty()).then_some(Value::Object(all))
         }
         _ => (expected != seen).then(|| seen.clone()),
