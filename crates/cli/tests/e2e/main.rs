@@ -18,6 +18,7 @@ mod load;
 mod lock;
 mod mounts;
 mod oracle;
+mod real;
 mod refs;
 mod registry;
 mod save;
