@@ -17,6 +17,10 @@ test *FILTER:
 test-privileged *FILTER:
     CI=true cargo nextest run --workspace -E 'test(/privileged_/) or binary(e2e)' {{FILTER}}
 
+# Compares cached builds with clean ones after random edits, others and more of them than every test run does.
+edits COUNT="100000" SEED="1":
+    PLIES_EDITS={{COUNT}} PROPTEST_RNG_SEED={{SEED}} cargo test --release -p plies-engine --test edits
+
 # Fuzzes every target for a while.
 fuzz SECONDS="60":
     @if [ ! -d fuzz ]; then echo "there are no fuzz targets yet"; exit 1; fi

@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
 """Compares Plies with the engines that a Debian machine has: just bench, or bench/run.py --ply PATH.
 
-Five questions, each with its own table:
+Seven questions, each with its own table:
 
     load    an image of 20 gzip layers comes in and is unpacked: ply load, ctr images import,
             skopeo copy into containers-storage; each run ends in a sync of its file system
     mount   an image of 100 layers is mounted and unmounted
     build   a Dockerfile of 20 steps is built again, everything cached: ply build, buildah
+    again   builds of which nothing changed: 30 steps over a context of 20,000 files, one over 1 GiB
+    steps   steps that copy or change 10,000 files, and steps that do nothing
     layers  the layers of that image, plain, are registered in the layer store, exported to /dev/null from
             the page cache and released; against tar -x and rm -rf of the same
     list    10,000 images are listed
@@ -42,6 +44,11 @@ DISK_GIB = 12
 LAYERS_TO_MOUNT = 100
 BUILD_STEPS = 20
 IMAGES_TO_LIST = 10_000
+CONTEXT_FILES = 20_000
+CHANGED_FILES = 10_000
+AGAIN_STEPS = 30
+TRIVIAL_STEPS = 15
+HASHED_MIB = 1024
 # Short commands are repeated, since one is over before the clock says much.
 REPEATS = 15
 
@@ -468,6 +475,160 @@ def bench_layers(options, results):
     results["layers"] = found
 
 
+class Builders:
+    """Plies and buildah, each with a state of its own on one disk and the same base image. podman builds by the same
+    library as buildah. A build is measured with the sync of the file system that follows it."""
+
+    def __init__(self, options, disk):
+        self.disk, self.rows, self.runs = disk, [], options.runs
+        self.all = {"ply build": Builder([options.ply, "--root", disk.mount / "ply", "build"], None)}
+        if shutil.which("buildah"):
+            state = disk.mount / "containers"
+            (state / "tmp").mkdir(parents=True)
+            (state / "storage.conf").write_text(
+                f'[storage]\ndriver = "overlay"\ngraphroot = "{state}/storage"\nrunroot = "{state}/run"\n')
+            environment = {**os.environ, "CONTAINERS_STORAGE_CONF": str(state / "storage.conf"), "TMPDIR": str(state / "tmp")}
+            command = ["buildah", "bud", "--layers", "--isolation", "chroot", "--pull-never"]
+            self.all["buildah bud --layers"] = Builder(command, environment)
+        base = disk.mount / "base"
+        base.mkdir()
+        shutil.copy(shutil.which("busybox") or "/bin/busybox", base / "busybox")
+        (base / "Dockerfile").write_text(
+            "FROM scratch\nCOPY busybox /bin/busybox\nRUN [\"/bin/busybox\", \"--install\", \"-s\", \"/bin\"]\nENV PATH=/bin\n")
+        for builder in self.all.values():
+            builder.build("localhost/base:latest", base)
+
+    def once(self, tag, context):
+        for builder in self.all.values():
+            builder.build(tag, context)
+
+    def turns(self, tag, context, before=lambda turn: None, build_args=lambda turn: ()):
+        """Seconds of each builder's runs, taken in turn."""
+        found = {name: [] for name in self.all}
+        for turn in range(self.runs):
+            before(turn)
+            for name, builder in self.all.items():
+                wall = builder.build(tag, context, build_args(turn)).wall
+                found[name].append(wall + self.disk.sync())
+        return found
+
+    def row(self, what, found, digits=0):
+        ours = statistics.median(found["ply build"])
+        for name, walls in found.items():
+            self.rows.append([what, name, spread(walls, 1e-3, digits), f"{statistics.median(walls) / ours:.1f}x"])
+
+
+def bench_again(options, results):
+    """Builds of which nothing changed: a large context of small files, and one of many bytes."""
+    with Disk(options.data) as disk:
+        builders = Builders(options, disk)
+        small = disk.mount / "small"
+        for number in range(CONTEXT_FILES):
+            directory = small / f"d{number // 100}"
+            directory.mkdir(parents=True, exist_ok=True)
+            (directory / f"f{number}").write_text(f"{number}\n" * (1 + number % 500))
+        steps = [f"RUN echo {number} > /{number}" if number % 3 else f"COPY d{number} /d{number}" for number in range(AGAIN_STEPS - 1)]
+        (small / "Dockerfile").write_text("\n".join(["FROM localhost/base:latest", *steps, "COPY . /all", ""]))
+        (small / ".dockerignore").write_text("Dockerfile\n.dockerignore\n")
+        builders.once("localhost/small", small)
+        disk.sync()
+        found = builders.turns("localhost/small", small)
+        builders.row(f"{AGAIN_STEPS} steps, {CONTEXT_FILES:,} files", found)
+        results["again: files"] = found
+
+        large = disk.mount / "large"
+        (large / "data").mkdir(parents=True)
+        for number in range(HASHED_MIB // 8):
+            (large / "data" / str(number)).write_bytes(os.urandom(8 << 20))
+        (large / "Dockerfile").write_text("FROM localhost/base:latest\nCOPY data /data\n")
+        builders.once("localhost/large", large)
+        disk.sync()
+        found = builders.turns("localhost/large", large)
+        builders.row(f"1 step, {HASHED_MIB} MiB in files of 8", found)
+        results["again: bytes"] = found
+        # What a build costs that hashes nothing.
+        nothing = disk.mount / "nothing"
+        nothing.mkdir()
+        (nothing / "Dockerfile").write_text("FROM localhost/base:latest\nENV A=1\n")
+        floor = statistics.median(builders.turns("localhost/nothing", nothing)["ply build"])
+        rates = [HASHED_MIB * (1 << 20) / (wall - floor) for wall in found["ply build"]]
+        builders.rows.append(["", "of that, ply hashing, GB/s", spread(rates, 1e9), ""])
+    table(f"again: nothing changed; n={options.runs}", ["", "", "with sync, ms", "ratio"], builders.rows)
+
+
+def bench_steps(options, results):
+    """Steps that change many files, and steps that change none."""
+    with Disk(options.data) as disk:
+        alone = bare_crun(disk)
+        builders = Builders(options, disk)
+        context = disk.mount / "context"
+        files = [context / "files" / f"d{number // 100}" / f"f{number}" for number in range(CHANGED_FILES)]
+        for number, path in enumerate(files):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"{number}\n" * 100)
+
+        def change(turn):
+            for path in files:
+                with open(path, "a") as file:
+                    file.write(f"{turn}\n")
+            disk.sync()
+
+        (context / "Dockerfile").write_text("FROM localhost/base:latest\nCOPY files /files\n")
+        found = builders.turns("localhost/files:latest", context, change)
+        builders.row(f"COPY of {CHANGED_FILES:,} changed files", found)
+        results["steps: copy"] = found
+        (context / "Dockerfile").write_text(
+            "FROM localhost/files:latest\nARG TURN\nRUN find /files -type f | xargs -n 500 sh -c 'for f; do echo $TURN >> $f; done' sh\n")
+        found = builders.turns("localhost/ran", context, build_args=lambda turn: ("--build-arg", f"TURN={turn}"))
+        builders.row(f"RUN that changes {CHANGED_FILES:,} files", found)
+        results["steps: run"] = found
+
+        # The difference of many and one, by the number of the others.
+        trivial = disk.mount / "trivial"
+        trivial.mkdir()
+        walls = {}
+        for count in (1, 1 + TRIVIAL_STEPS):
+            def change(turn):
+                lines = [f"RUN true {turn} {count} {number}" for number in range(count)]
+                (trivial / "Dockerfile").write_text("\n".join(["FROM localhost/base:latest", *lines, ""]))
+            walls[count] = builders.turns("localhost/trivial", trivial, change)
+        few, many = walls.values()
+        found = {name: [(b - a) / TRIVIAL_STEPS for a, b in zip(few[name], many[name])] for name in few}
+        builders.row("each RUN true", found, digits=1)
+        builders.rows.append(["", "crun alone", spread(alone, 1e-3, 1), ""])
+        results["steps: trivial"], results["steps: crun"] = found, alone
+    table(f"steps: n={options.runs}", ["", "", "with sync, ms", "ratio"], builders.rows)
+
+
+class Builder:
+    """Something that builds Dockerfiles, with a state of its own."""
+
+    def __init__(self, command, environment):
+        self.command, self.environment = command, environment
+
+    def build(self, tag, context, more=()):
+        with open(Path(context).parent / "log", "w") as log:
+            return measure([*self.command, "-t", tag, *more, context], self.environment, log)
+
+
+def bare_crun(disk):
+    """What starting a process by crun and waiting for it takes, in a directory that is there: wall seconds."""
+    bundle = disk.mount / "bundle"
+    (bundle / "rootfs" / "bin").mkdir(parents=True)
+    shutil.copy(shutil.which("busybox") or "/bin/busybox", bundle / "rootfs" / "bin" / "true")
+    quiet("crun", "spec", cwd=bundle)
+    config = json.loads((bundle / "config.json").read_text())
+    config["process"]["args"], config["process"]["terminal"] = ["/bin/true"], False
+    config["linux"]["namespaces"] = [{"type": kind} for kind in ("pid", "ipc", "uts", "mount")]
+    config["linux"].pop("resources", None)
+    config["mounts"] = [mount for mount in config["mounts"] if mount["destination"] in ("/proc", "/dev")]
+    (bundle / "config.json").write_text(json.dumps(config))
+    # crun refuses to start where cgroup v2 has controllers beside v1; these mounts are nobody else's.
+    subprocess.run(["umount", "-l", "/sys/fs/cgroup/unified"], capture_output=True)
+    command = ["crun", "--cgroup-manager=disabled", "--root", disk.mount / "crun", "run", "--bundle", bundle]
+    return [measure([*command, f"bare-{number}"]).wall for number in range(REPEATS)]
+
+
 def chain_of(tar, below):
     """The chain ID of a tar on a chain (image-spec, config.md)."""
     with open(tar, "rb") as file:
@@ -505,8 +666,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ply", type=Path, required=True, help="the release binary")
     parser.add_argument("--data", type=Path, default=Path("/var/tmp/plies-bench"), help="where the data is kept between runs")
-    parser.add_argument("--runs", type=int, default=5, help="turns of the load bench")
-    parser.add_argument("--only", default="load,mount,build,layers,list", help="which tables, comma between")
+    parser.add_argument("--runs", type=int, default=5, help="turns of load, again, steps and layers")
+    parser.add_argument("--only", default="load,mount,build,again,steps,layers,list", help="which tables, comma between")
     parser.add_argument("--engines", default="ply,containerd,skopeo", help="who takes part in load, comma between")
     parser.add_argument("--no-compare", action="store_true", help="do not compare the trees")
     parser.add_argument("--json", type=Path, help="write every single result here")
@@ -516,14 +677,14 @@ def main():
     if os.geteuid() != 0:
         sys.exit("bench: needs root: it makes file systems and mounts")
     if "PLIES_BENCH_NAMESPACE" not in os.environ:
-        run(REPOSITORY / "scripts" / "install-packages.sh", "containerd", "skopeo", "pigz", "busybox-static", "e2fsprogs", "util-linux")
+        run(REPOSITORY / "scripts" / "install-packages.sh", "containerd", "skopeo", "pigz", "busybox-static", "buildah", "crun", "e2fsprogs", "util-linux")
         run(HERE / "dataset.py", "--dir", options.data)
         os.environ["PLIES_BENCH_NAMESPACE"] = "private"
         os.execvp("unshare", ["unshare", "--mount", "--propagation", "private", sys.executable, *sys.argv])
     print(f"{os.uname().release}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}")
     results = {}
     for name in options.only.split(","):
-        {"load": bench_load, "mount": bench_mount, "build": bench_build, "layers": bench_layers, "list": bench_list}[name](options, results)
+        {"load": bench_load, "mount": bench_mount, "build": bench_build, "again": bench_again, "steps": bench_steps, "layers": bench_layers, "list": bench_list}[name](options, results)
     if options.json:
         options.json.write_text(json.dumps(results, indent=1))
 

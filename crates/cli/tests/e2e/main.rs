@@ -22,6 +22,7 @@ mod lock;
 mod migrate;
 mod mounts;
 mod oracle;
+mod real;
 mod refs;
 mod registry;
 mod save;

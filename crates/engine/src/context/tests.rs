@@ -241,6 +241,36 @@ fn c04_every_kind_of_change_but_time_changes_the_hash() {
 }
 
 #[test]
+fn large_files_count_in_their_places_however_long_they_take() {
+    // Some are hashed by threads of their own, and end before those that came first.
+    let sizes = [3 << 20, 256 << 10, 1, (256 << 10) - 1, 1 << 20, 0, 300 << 10];
+    let of = |swapped: Option<usize>, changed: Option<usize>| {
+        let tree = dir(&[]);
+        for (number, size) in sizes.iter().enumerate() {
+            let shown = if swapped == Some(number) { number + 1 } else { number };
+            let shown = if number > 0 && swapped == Some(number - 1) { number - 1 } else { shown };
+            let mut bytes = vec![b'a' + u8::try_from(shown).unwrap(); *size];
+            if changed == Some(number) {
+                *bytes.last_mut().unwrap() = b'z';
+            }
+            fs::write(tree.path().join(format!("f{number}")), bytes).unwrap();
+            fs::write(tree.path().join(format!("f{number}-small")), "small").unwrap();
+        }
+        hash(&context(tree.path(), ""), &["."])
+    };
+    let plain = of(None, None);
+    for _ in 0..5 {
+        assert_eq!(of(None, None), plain);
+    }
+    for number in [0, 1, 3, 4, 6] {
+        assert_ne!(of(None, Some(number)), plain, "the last byte of f{number}");
+    }
+    for number in [0, 3] {
+        assert_ne!(of(Some(number), None), plain, "f{number} and the next one changed places");
+    }
+}
+
+#[test]
 fn hash_depends_on_sources_names_and_order_but_not_on_where_the_tree_is() {
     let root = dir(&[("a", "1"), ("b", "1"), ("d/a", "1")]);
     let tree = context(root.path(), "");
