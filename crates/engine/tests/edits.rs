@@ -27,16 +27,19 @@ use std::sync::Arc;
 
 use plies_archive::Limits;
 use plies_archive::tar::{Entry, EntryKind, Reader, Timestamp};
-use plies_engine::build::{BuildRequest, TreeOutput};
+use plies_engine::build::{BuildOutput, BuildRequest, ImageOptions, TreeOutput};
 use plies_engine::exec::{Cancel, ExecutorChoice};
 use plies_engine::progress::Silent;
-use plies_engine::{DriverKind, Engine, EngineOptions, Output, SaveFormat};
+use plies_engine::{Engine, EngineOptions, Output, SaveFormat};
 use plies_testkit::tar::{Member, archive};
 use plies_testkit::{scratch::Scratch, tools};
 use proptest::prelude::*;
 use proptest::strategy::ValueTree as _;
 use proptest::test_runner::{Config, RngAlgorithm, RngSeed, TestRng, TestRunner};
 use serde_json::Value;
+
+/// Where a build puts the files of its tree, for [`Image::of`].
+const TREE: &str = "tree.tar";
 
 /// How many tests share the work: two cores want at least two, and none may take minutes.
 const SHARES: u64 = 8;
@@ -500,11 +503,10 @@ fn without_repeats(layers: Vec<Vec<Packed>>) -> Vec<Vec<Packed>> {
 
 impl Image {
     fn of(engine: &Engine, id: &str, scratch: &Path, is_still: bool) -> Self {
-        let (archive, tree) = (scratch.join("image.tar"), scratch.join("tree.tar"));
+        let (archive, tree) = (scratch.join("image.tar"), scratch.join(TREE));
         let (silent, cancel) = (Silent, Cancel::new());
         let output = Output::Path(archive.clone());
         engine.save(&[id.to_owned()], SaveFormat::Docker, &output, &silent, &cancel).unwrap();
-        engine.export_tree(id, &TreeOutput::Tar(tree.clone()), &cancel).unwrap();
         let files: BTreeMap<String, Vec<u8>> = members(&fs::read(&archive).unwrap(), false)
             .into_iter()
             .map(|file| (String::from_utf8(file.entry.path.as_bytes().to_vec()).unwrap(), file.bytes))
@@ -575,20 +577,15 @@ impl Ground {
     }
 
     fn open(&self, name: &str) -> Engine {
-        let options = EngineOptions {
-            driver: DriverKind::Auto,
-            use_reserve: false,
-            wait: false,
-            on_wait: Box::new(|_| {}),
-            registry: Default::default(),
-            command: "test".into(),
-            warn: Arc::new(|error| panic!("{error}")),
-        };
+        let options = EngineOptions { warn: Arc::new(|error| panic!("{error}")), ..EngineOptions::default() };
         Engine::open(&self.dir.join(name), options).unwrap()
     }
 
     fn build(&self, engine: &Engine, world: &World, counts: &mut Counts) -> Result<Image, String> {
+        let tree = BuildOutput::Tree(TreeOutput::Tar(Output::Path(self.dir.join(TREE))));
+        let image = BuildOutput::Image { options: ImageOptions::default(), names: Vec::new(), push: false };
         let request = BuildRequest {
+            outputs: vec![image, tree],
             context: world.context.clone(),
             build_args: world.argument.map(|value| ("V".to_owned(), value.to_string())).into_iter().collect(),
             executor: ExecutorChoice::Builtin,
@@ -601,7 +598,8 @@ impl Ground {
         counts.images += 1;
         counts.steps += built.steps_count;
         counts.hits += built.cached_count;
-        Ok(Image::of(engine, &built.id.to_string(), &self.dir, world.is_still))
+        let id = built.id.expect("because an image is among the outputs");
+        Ok(Image::of(engine, &id.to_string(), &self.dir, world.is_still))
     }
 
     /// What is wrong after the last of these edits, and what was found on the way. With `every`, after the first edit

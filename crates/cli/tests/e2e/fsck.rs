@@ -575,7 +575,7 @@ fn privileged_nothing_is_found_in_healthy_stores() {
     let counts = kill::count(&build, &ply.scratch().join("strace.log"));
     for point in kill::spread(&counts, 1).into_iter().step_by(3) {
         world.reset();
-        if kill::kill_at(&build, &point) == Outcome::Killed {
+        if matches!(kill::kill_at(&build, &point), Outcome::Killed) {
             healthy(&format!("after a kill at {point}"));
         }
     }

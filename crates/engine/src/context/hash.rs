@@ -257,7 +257,7 @@ impl Hasher<'_, '_> {
     }
 }
 
-fn failed(op: &'static str, found: &Found<'_>) -> impl FnOnce(io::Error) -> HashError + use<> {
+pub(super) fn failed(op: &'static str, found: &Found<'_>) -> impl FnOnce(io::Error) -> HashError + use<> {
     let path = Escaped::of(found.path);
     move |source| HashError::Io { op, path, source }
 }

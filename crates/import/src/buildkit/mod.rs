@@ -34,7 +34,7 @@ use plies_bolt::Bolt;
 use plies_cache::{
     Adopted, BlobRow, CacheKey, Link, Parents, RecordId, RecordOptions, RecordRow, State, UseRow, Value,
 };
-use plies_oci::{BlobDigest, DiffId};
+use plies_oci::{BlobDigest, DiffId, Family};
 use plies_store::progress::{self, Task};
 use plies_store::{GcMode, LayerBlob, LayerId, Lease, LeaseOptions, Stamp, TransferError};
 
@@ -580,7 +580,7 @@ impl Worker {
                 digest: known,
                 diff_id,
                 media_type: match taken {
-                    Some(blob) if row.media_type.is_empty() => blob.descriptor().media_type.to_string(),
+                    Some(blob) if row.media_type.is_empty() => blob.descriptor(Family::Oci).media_type.to_string(),
                     _ => row.media_type.clone(),
                 },
                 size_bytes: taken.map_or(row.blob_bytes, |blob| blob.size_bytes),
