@@ -27,7 +27,7 @@ use std::sync::Arc;
 
 use plies_archive::Limits;
 use plies_archive::tar::{Entry, EntryKind, Reader, Timestamp};
-use plies_engine::build::{BuildOutput, BuildRequest, ImageOptions, TreeOutput};
+use plies_engine::build::{BuildOutput, BuildRequest, TreeOutput};
 use plies_engine::exec::{Cancel, ExecutorChoice};
 use plies_engine::progress::Silent;
 use plies_engine::{Engine, EngineOptions, Output, SaveFormat};
@@ -583,9 +583,8 @@ impl Ground {
 
     fn build(&self, engine: &Engine, world: &World, counts: &mut Counts) -> Result<Image, String> {
         let tree = BuildOutput::Tree(TreeOutput::Tar(Output::Path(self.dir.join(TREE))));
-        let image = BuildOutput::Image { options: ImageOptions::default(), names: Vec::new(), push: false };
         let request = BuildRequest {
-            outputs: vec![image, tree],
+            outputs: vec![BuildOutput::default(), tree],
             context: world.context.clone(),
             build_args: world.argument.map(|value| ("V".to_owned(), value.to_string())).into_iter().collect(),
             executor: ExecutorChoice::Builtin,

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use plies_engine::build::BuildRequest;
+use plies_engine::build::{BuildOutput, BuildRequest};
 use plies_engine::exec::Cancel;
 use plies_engine::progress::{Event, Progress, Silent, TaskId};
 use plies_engine::{Engine, EngineOptions, Input, PullRequest};
@@ -69,6 +69,7 @@ fn privileged_a_step_that_two_builds_want_at_once_is_run_once() {
         let step = format!("RUN nc 127.0.0.1 {port} < /dev/null > /answer");
         scratch.file(format!("{name}/Dockerfile"), format!("FROM busybox\n{step}\nRUN echo {name} > /name\n"));
         BuildRequest {
+            outputs: vec![BuildOutput::default()],
             context: scratch.join(name),
             names: vec![format!("{name}:latest")],
             search_path: std::env::split_paths(&std::env::var_os("PATH").unwrap()).collect::<Vec<PathBuf>>(),

@@ -274,7 +274,7 @@ mod tests {
 
         let plan = migration_plan(&root, &options(), WaitPolicy::Fail).unwrap();
         assert_eq!((plan.from, plan.to, plan.steps.len()), (1, 2, 1));
-        let careful = OpenOptions { migrate: Migrate::UpTo(plan.catalogue_bytes - 1), ..options() };
+        let careful = OpenOptions { migrate: Migrate::UpTo(0), ..options() };
         let refused = Store::open(&root, careful, WaitPolicy::Fail).unwrap_err();
         assert!(matches!(refused, OpenError::NotMigrated { found: 1, supported: 2, .. }), "{refused}");
         assert!(refused.to_string().contains("`ply migrate`"), "{refused}");

@@ -172,8 +172,8 @@ fn progress_as_json_has_buildkits_names() {
     assert_eq!(log["stream"], 1);
     let again = read(&ply.ok(&args).stderr);
     let digest_in = |lines: &[Value], end: &str| {
-        let vertexes = lines.iter().filter_map(|line| line["vertexes"].get(0));
-        let found = vertexes.filter(|vertex| vertex["name"].as_str().unwrap().ends_with(end)).next_back().unwrap();
+        let mut vertexes = lines.iter().filter_map(|line| line["vertexes"].get(0));
+        let found = vertexes.rfind(|vertex| vertex["name"].as_str().unwrap().ends_with(end)).unwrap();
         (found["digest"].as_str().unwrap().to_owned(), found["inputs"].clone(), found["error"].clone())
     };
     // The same file is the same graph, and of another only what stands on the change is.

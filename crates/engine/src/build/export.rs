@@ -70,6 +70,13 @@ pub enum TreeOutput {
     Tar(Output),
 }
 
+/// An image in the store, as any other.
+impl Default for BuildOutput {
+    fn default() -> Self {
+        Self::Image { options: ImageOptions::default(), names: Vec::new(), push: false }
+    }
+}
+
 impl BuildOutput {
     pub(super) fn rewrites_timestamps(&self) -> bool {
         match self {
