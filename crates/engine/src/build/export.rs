@@ -206,7 +206,13 @@ impl Export<'_> {
             // The default one need not be made now, unless the names are those of another one until now.
             let known = self.engine.store().read(|rows| plies_image::get(rows, &id))?;
             let has_other = known.is_some_and(|row| !row.manifests.is_empty());
-            let manifest = match *push || has_other || options.manifest != ManifestOptions::default() {
+            // One that an archive has is here already.
+            let is_same = |output: &BuildOutput| {
+                matches!(output, BuildOutput::Archive { options: other, .. }
+                    if (&other.manifest, other.rewrite_timestamp) == (&options.manifest, options.rewrite_timestamp))
+            };
+            let is_made = has_other || outputs.iter().any(is_same);
+            let manifest = match *push || is_made || options.manifest != ManifestOptions::default() {
                 true => Some(self.manifest(&image.config, &options.manifest)?),
                 false => None,
             };

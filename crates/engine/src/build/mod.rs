@@ -31,7 +31,7 @@ use std::path::{Path, PathBuf};
 
 use plies_image::{Found, ImageError, LayerStoreError};
 use plies_oci::{BlobDigest, ErrorKind, ImageConfig, ImageId, Platform, Reference};
-use plies_store::{CatalogueError, CommitError, IngestError, Lease, TransferError};
+use plies_store::{CatalogueError, CommitError, GcMode, IngestError, Lease, TransferError};
 use serde::Serialize;
 
 use crate::context::Tree;
@@ -279,8 +279,13 @@ impl Engine {
         let dockerfile = dockerfile::parse(&file, &bytes)?;
         let built = self.with_lease(&format!("build {}", request.context.display()), |lease| {
             self.build_held(request, &dockerfile, &names, lease, progress, cancel)
-        });
-        self.keep_policy_after(built, cancel)
+        })?;
+        if request.outputs.iter().any(|output| matches!(output, BuildOutput::Archive { .. })) {
+            // Of what only an archive has nobody holds the documents here. What could not be removed now goes with the
+            // next collection.
+            drop(self.store().gc(GcMode::Run));
+        }
+        self.keep_policy_after(Ok(built), cancel)
     }
 
     /// What `docker build --check` says about a Dockerfile: nothing is built, and a base image that is not here is taken
