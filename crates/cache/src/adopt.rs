@@ -1,7 +1,9 @@
 //! Records that another program made: they come as rows, many in one transaction.
 
+use std::collections::HashSet;
+
 use plies_oci::BlobDigest;
-use plies_store::{CatalogueError, Stamp};
+use plies_store::{CatalogueError, Rows as _, Stamp};
 
 use crate::metadata::{self, Value};
 use crate::record::{self, Parents, RecordRow, State, USES, UseRow};
@@ -38,11 +40,13 @@ impl Accessor {
     pub fn adopt(&self, records: &[Adopted]) -> Result<(), CacheError> {
         self.inner.store.write(|tx| {
             for Adopted { id, row, uses, variants, values } in records {
-                if record::get(tx, *id)?.is_some() {
+                if tx.contains(&record::RECORDS, id)? {
                     continue;
                 }
                 for parent in row.parents.ids() {
-                    record::get(tx, parent)?.ok_or_else(|| CacheError::no_record(parent))?;
+                    if !tx.contains(&record::RECORDS, &parent)? {
+                        return Err(CacheError::no_record(parent));
+                    }
                 }
                 record::replace(tx, *id, None, Some(row))?;
                 tx.put(&USES, id, uses)?;
@@ -61,7 +65,24 @@ impl Accessor {
         })
     }
 
+    /// Those of some records that are here, damaged or not.
+    ///
+    /// # Errors
+    /// [`CatalogueError::Database`].
+    pub fn known(&self, ids: impl IntoIterator<Item = RecordId>) -> Result<HashSet<RecordId>, CatalogueError> {
+        self.inner.store.read(|rows| {
+            let mut known = HashSet::new();
+            for id in ids {
+                if rows.contains(&record::RECORDS, &id)? {
+                    known.insert(id);
+                }
+            }
+            Ok(known)
+        })
+    }
+
     /// Writes down what keys of another program's solver gave and lead to, in one transaction. What is known already stays.
+    /// Gives how many results were not.
     ///
     /// # Errors
     /// [`CacheError::NotFound`] if a record is not here.
@@ -69,16 +90,22 @@ impl Accessor {
         &self,
         results: &[(CacheKey, RecordId)],
         links: &[(CacheKey, Link, CacheKey)],
-    ) -> Result<(), CacheError> {
+    ) -> Result<usize, CacheError> {
         self.inner.store.write(|tx| {
+            let mut new = 0;
             for (key, id) in results {
-                record::get(tx, *id)?.ok_or_else(|| CacheError::no_record(*id))?;
-                solver::put_result(tx, key, *id)?;
+                if !tx.contains(&record::RECORDS, id)? {
+                    return Err(CacheError::no_record(*id));
+                }
+                if !solver::has_result(tx, key, *id)? {
+                    solver::put_result(tx, key, *id)?;
+                    new += 1;
+                }
             }
             for (from, link, to) in links {
                 solver::put_link(tx, from, link, to)?;
             }
-            Ok(())
+            Ok(new)
         })
     }
 

@@ -188,6 +188,10 @@ pub(crate) fn put_result(tx: &mut Tx<'_>, key: &CacheKey, id: RecordId) -> Resul
     tx.put(&RESULT_OF, &(id, *key), &()).map(drop)
 }
 
+pub(crate) fn has_result(rows: &impl Rows, key: &CacheKey, id: RecordId) -> Result<bool, CatalogueError> {
+    rows.contains(&RESULTS, &(*key, id))
+}
+
 pub(crate) fn put_link(tx: &mut Tx<'_>, from: &CacheKey, link: &Link, to: &CacheKey) -> Result<(), CatalogueError> {
     tx.put(&LINKS, &(*from, link.id(), *to), &())?;
     tx.put(&BACK_LINKS, &(*to, *from, link.id()), &LinkRow(link.clone())).map(drop)

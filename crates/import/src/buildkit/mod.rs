@@ -53,8 +53,8 @@ const SOLVER: &str = "cache.db";
 const NAMESPACE: &str = "buildkit";
 /// The key under which BuildKit keeps a cache mount's ID, and the beginning of its index; the same here.
 const CACHE_DIR: &str = "cache-dir";
-/// Rows that are written in one transaction.
-const ROWS_MAX: usize = 1000;
+/// Rows that are written in one transaction: enough for the syncs not to be what takes the time.
+const ROWS_MAX: usize = 10_000;
 
 /// How this store calls a record of BuildKit's: always the same.
 pub fn record_id(name: &str) -> RecordId {
@@ -223,16 +223,14 @@ impl Worker {
         needed.extend(results.iter().cloned());
         let shared_by: HashMap<String, String> =
             self.rows.iter().filter_map(|(id, row)| Some((row.equal_mutable.clone()?, id.clone()))).collect();
+        let here = import.cache.known(self.rows.keys().map(|id| record_id(id)))?;
         for (id, row) in &self.rows {
             if self.plans.contains_key(id) {
                 continue;
             }
-            let plan = match import.cache.row(record_id(id)) {
-                Err(plies_cache::CacheError::NotFound { .. }) => {
-                    self.plan_of(id, row, needed.contains(id), shared_by.get(id))
-                }
-                Ok(_) | Err(plies_cache::CacheError::Damaged { .. }) => Plan::Here,
-                Err(other) => return Err(other.into()),
+            let plan = match here.contains(&record_id(id)) {
+                true => Plan::Here,
+                false => self.plan_of(id, row, needed.contains(id), shared_by.get(id)),
             };
             self.plans.insert(id.clone(), plan);
         }
@@ -691,31 +689,26 @@ fn is_lazy_here(import: &Import<'_>, id: &str) -> Result<bool, ImportError> {
     }
 }
 
-/// Writes down the keys that are not known yet; how many results that were.
+/// Writes down the keys that are not known yet; how many results that were, or would be.
 fn adopt_keys(import: &Import<'_>, keys: &Keys) -> Result<usize, ImportError> {
-    let mut results: Vec<(CacheKey, RecordId)> = Vec::new();
-    for (name, _, record) in &keys.results {
-        let (key, id) = (keys::key(name), record_id(record));
-        if import.options.dry_run || !import.cache.results(&key)?.contains(&id) {
-            results.push((key, id));
-        }
-    }
+    let result = |(name, _, record): &(String, String, String)| (keys::key(name), record_id(record));
     if import.options.dry_run {
-        return Ok(results.len());
-    }
-    let mut links: Vec<(CacheKey, Link, CacheKey)> = Vec::new();
-    for (from, link, to) in &keys.links {
-        let (from, to) = (keys::key(from), keys::key(to));
-        if !import.cache.has_link(&from, link, &to)? {
-            links.push((from, link.clone(), to));
+        let mut new = 0;
+        for (key, id) in keys.results.iter().map(result) {
+            new += usize::from(!import.cache.results(&key)?.contains(&id));
         }
+        return Ok(new);
     }
-    // Links first: a result without them would be found by nobody, and would not be brought again.
-    for links in links.chunks(ROWS_MAX) {
-        import.cache.adopt_keys(&[], links)?;
+    // Links first: a result without them would be found by nobody.
+    let mut new = 0;
+    for links in keys.links.chunks(ROWS_MAX) {
+        let links: Vec<(CacheKey, Link, CacheKey)> =
+            links.iter().map(|(from, link, to)| (keys::key(from), link.clone(), keys::key(to))).collect();
+        new += import.cache.adopt_keys(&[], &links)?;
     }
-    for results in results.chunks(ROWS_MAX) {
-        import.cache.adopt_keys(results, &[])?;
+    for results in keys.results.chunks(ROWS_MAX) {
+        let results: Vec<(CacheKey, RecordId)> = results.iter().map(result).collect();
+        new += import.cache.adopt_keys(&results, &[])?;
     }
-    Ok(results.len())
+    Ok(new)
 }

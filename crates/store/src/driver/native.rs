@@ -206,9 +206,10 @@ impl Compare {
                 Some(before) => self.is_unchanged(before, &after, &name, &stat, *moved)?,
                 None => false,
             };
-            if !unchanged && !(self.material == Material::Link && tree::link(&after, &name, &target, &name)?) {
-                tree::copy(&after, &name, &stat, &target)?;
+            if unchanged || (self.material == Material::Link && tree::link(&after, &name, &target, &name)?) {
+                continue;
             }
+            tree::copy(&after, &name, &stat, &target)?;
         }
         for name in gone {
             rustix::fs::mknodat(&target, &name, FileType::CharacterDevice, Mode::empty(), 0)?;
