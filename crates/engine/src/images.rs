@@ -7,7 +7,7 @@ use plies_image::{Found, ImageError, Removed};
 use plies_oci::{
     BlobDigest, ChainId, DiffId, DocumentError, ErrorKind, ImageConfig, ImageId, Manifest, Reference, ReferenceError,
 };
-use plies_store::{BlobError, CatalogueError, LayerError};
+use plies_store::{BlobError, Cancel, CatalogueError, LayerError};
 use serde::Serialize;
 use serde_json::Value;
 
@@ -301,7 +301,7 @@ impl Engine {
     /// # Errors
     /// [`ImagesError`].
     pub fn remove_dangling_images(&self) -> Result<Vec<Removed>, ImagesError> {
-        Ok(self.store().write(plies_image::prune_dangling)?)
+        Ok(self.keep_policy_after(self.store().write(plies_image::prune_dangling), &Cancel::new())?)
     }
 
     /// Removes names, and images that lose their last one: all that are given, or none. One that is given twice, or as
@@ -310,7 +310,7 @@ impl Engine {
     /// # Errors
     /// [`ImagesError`].
     pub fn remove_images(&self, wanted: &[String]) -> Result<Vec<Removed>, ImagesError> {
-        let removed = self.store().write(|tx| {
+        let removed: Result<Vec<Removed>, ImageError> = self.store().write(|tx| {
             // All are looked for before the first goes, which another may be a second way to say.
             let mut going: Vec<(&str, Found)> = Vec::new();
             for one in wanted {
@@ -325,9 +325,10 @@ impl Engine {
                     removed.extend(plies_image::remove(tx, one)?);
                 }
             }
-            Ok::<_, ImageError>(removed)
-        })?;
-        Ok(removed)
+            Ok(removed)
+        });
+        // What an image had is the build cache's own now.
+        Ok(self.keep_policy_after(removed, &Cancel::new())?)
     }
 }
 

@@ -22,6 +22,6 @@ impl Engine {
     ) -> Result<ImportReport, ImportError> {
         let cache = self.cache();
         let import = Import { store: self.store(), cache: &cache, limits: self.limits(), options, progress, cancel };
-        buildkit::import(&import, path)
+        self.keep_policy_after(buildkit::import(&import, path), cancel)
     }
 }

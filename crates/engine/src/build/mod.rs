@@ -279,13 +279,14 @@ impl Engine {
         let dockerfile = dockerfile::parse(&file, &bytes)?;
         let built = self.with_lease(&format!("build {}", request.context.display()), |lease| {
             self.build_held(request, &dockerfile, &names, lease, progress, cancel)
-        })?;
-        if request.outputs.iter().any(|output| matches!(output, BuildOutput::Archive { .. })) {
+        });
+        let to_archive = request.outputs.iter().any(|output| matches!(output, BuildOutput::Archive { .. }));
+        if built.is_ok() && to_archive {
             // Of what only an archive has nobody holds the documents here. What could not be removed now goes with the
             // next collection.
             drop(self.store().gc(GcMode::Run));
         }
-        self.keep_policy_after(Ok(built), cancel)
+        self.keep_policy_after(built, cancel)
     }
 
     /// What `docker build --check` says about a Dockerfile: nothing is built, and a base image that is not here is taken
