@@ -1,7 +1,7 @@
 //! Putting a selection into a tree, as `COPY` does.
 
 use std::ffi::OsStr;
-use std::io::{self, Read as _, Write as _};
+use std::io::{self, Write as _};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 
@@ -9,7 +9,7 @@ use plies_archive::tar::Escaped;
 use plies_cache::contenthash::inroot::{self, MadeDir, Missing};
 use plies_oci::ErrorKind;
 use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Timespec, Timestamps, Uid, XattrFlags};
-use rustix::io::Errno;
+use rustix::io::{Errno, retry_on_intr};
 
 use super::select::{Selected, SelectedKind, Selection, owner, source_path};
 use super::walk::{self, Found, Links, Step, Visitor, WalkError};
@@ -160,6 +160,7 @@ pub fn copy(
             cancel: &tree.cancel,
             can_clone: true,
             can_range: true,
+            buffer: Vec::new(),
         };
         match &item.kind {
             SelectedKind::Tree { .. } => walk::walk(tree, selection, item, &mut copier)?,
@@ -238,6 +239,8 @@ struct Copier<'a> {
     cancel: &'a Cancel,
     can_clone: bool,
     can_range: bool,
+    /// Bytes on their way, where the kernel copies none.
+    buffer: Vec<u8>,
 }
 
 impl Copier<'_> {
@@ -328,8 +331,11 @@ impl Copier<'_> {
     /// Owner, attributes, mode and times of a file or a directory, in the order in which none undoes another.
     fn metadata(&self, found: &Found<'_>, fd: BorrowedFd<'_>) -> Result<(), CopyError> {
         let (uid, gid) = self.owner(found.stat.st_uid, found.stat.st_gid);
-        // Clears setuid bits and capabilities: first.
-        rustix::fs::fchown(fd, uid, gid).map_err(self.failed("change the owner of", found))?;
+        let has = rustix::fs::fstat(fd).map_err(self.failed("look at", found))?;
+        // Clears setuid bits and capabilities: first. It costs more than a look, and root's files are root's already.
+        if (uid, gid) != (Some(Uid::from_raw(has.st_uid)), Some(Gid::from_raw(has.st_gid))) {
+            rustix::fs::fchown(fd, uid, gid).map_err(self.failed("change the owner of", found))?;
+        }
         for (name, value) in walk::xattrs(found).map_err(self.failed("read the attributes of the source of", found))? {
             match rustix::fs::fsetxattr(fd, name.as_slice(), &value, XattrFlags::empty()) {
                 // A file system without attributes, or one that has none of that kind: as docker, not worth failing.
@@ -345,7 +351,15 @@ impl Copier<'_> {
 
     fn file(&mut self, found: &Found<'_>) -> Result<(), CopyError> {
         let source = found.open().map_err(self.failed("open the source of", found))?;
-        let target = self.create(self.name(found)).map_err(self.failed("create", found))?;
+        // Most names are free: what has one is looked for only then.
+        let target = match self.create(self.name(found)) {
+            Err(Errno::EXIST) => {
+                self.clear(self.name(found), &|| self.shown(found))?;
+                self.create(self.name(found))
+            }
+            created => created,
+        };
+        let target = target.map_err(self.failed("create", found))?;
         let bytes = self.data(&source, &target).map_err(self.failed("write", found))?;
         self.copied.bytes += bytes;
         self.metadata(found, target.as_fd())
@@ -375,19 +389,17 @@ impl Copier<'_> {
                 Err(error) => return Err(error.into()),
             }
         }
-        let mut source = std::fs::File::from(source.try_clone()?);
-        let mut target = std::fs::File::from(target.try_clone()?);
-        let mut buffer = vec![0; CHUNK_BYTES];
+        self.buffer.resize(CHUNK_BYTES, 0);
         loop {
             self.cancel.check()?;
-            match source.read(&mut buffer) {
-                Ok(0) => return Ok(total),
-                Ok(length) => {
-                    target.write_all(&buffer[..length])?;
-                    total += length as u64;
-                }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
+            let length = retry_on_intr(|| rustix::io::read(source, &mut self.buffer[..]))?;
+            if length == 0 {
+                return Ok(total);
+            }
+            total += length as u64;
+            let mut rest = &self.buffer[..length];
+            while !rest.is_empty() {
+                rest = &rest[retry_on_intr(|| rustix::io::write(target, rest))?..];
             }
         }
     }
@@ -458,14 +470,15 @@ impl Visitor for Copier<'_> {
         if special && self.owners == Owners::Root {
             return Err(CopyError::Special { path: self.source(found) });
         }
+        self.copied.files += 1;
+        let first = self.links.first(found);
+        if kind == FileType::RegularFile && first.is_none() {
+            return self.file(found);
+        }
         let name = self.name(found).to_vec();
         self.clear(&name, &|| self.shown(found))?;
-        self.copied.files += 1;
-        if let Some(first) = self.links.first(found) {
+        if let Some(first) = first {
             return self.hard_link(found, &first);
-        }
-        if kind == FileType::RegularFile {
-            return self.file(found);
         }
         let name = OsStr::from_bytes(&name);
         let (uid, gid) = self.owner(found.stat.st_uid, found.stat.st_gid);
