@@ -114,6 +114,6 @@ impl Accessor {
     /// # Errors
     /// [`CatalogueError::Database`].
     pub fn has_links(&self) -> Result<bool, CatalogueError> {
-        self.inner.store.read(|rows| solver::has_links(rows))
+        self.inner.store.read(solver::has_links)
     }
 }

@@ -411,7 +411,9 @@ impl Worker {
     ) -> Result<Blobs, ImportError> {
         let mut same: HashMap<DiffId, Vec<BlobDigest>> = HashMap::new();
         for (digest, blob) in &self.namespace.blobs {
-            blob.diff_id.map(|diff_id| same.entry(diff_id).or_default().push(*digest));
+            if let Some(diff_id) = blob.diff_id {
+                same.entry(diff_id).or_default().push(*digest);
+            }
         }
         let mut wanted: BTreeMap<BlobDigest, WantedBlob> = BTreeMap::new();
         for (id, row) in &self.rows {
