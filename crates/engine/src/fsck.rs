@@ -37,8 +37,20 @@ const NEXT: &str = "next";
 /// what goes on beyond this goes round in circles.
 const ROUNDS_MAX: usize = 64;
 
-/// Checks that a round of a repair does not repeat: what they found is carried over until it was dealt with.
+/// What only reading finds, which a round of a repair does not repeat: what they found is carried over until it was dealt with.
 const READ_CODES: [&str; 4] = ["blob-damaged", "layer-tree-damaged", "layer-index-wrong", "layer-usage-wrong"];
+
+/// What must be right before images can be made of configs.
+const FOUND_BY: [&str; 8] = [
+    "row-unreadable",
+    "refs-wrong",
+    "loose-wrong",
+    "totals-wrong",
+    "squashes-wrong",
+    "layers-by-diff-wrong",
+    "layers-by-chain-wrong",
+    "blob-diff-wrong",
+];
 
 /// Kinds of owners whose holds somebody accounts for.
 const OWNERS: [&str; 6] = ["record:", "image:", "chain:", "rw:", "mount:", "fsck:"];
@@ -117,7 +129,15 @@ pub struct FsckRequest {
     /// Put right what can be put right.
     pub repair: bool,
     /// A rebuild comes before: images and records are made of what it found.
-    pub rebuilt: Option<Rebuilt>,
+    pub rebuilt: Option<Rebuild>,
+}
+
+/// A catalogue that was made anew, and whose store is to be repaired.
+#[derive(Debug, Clone)]
+pub struct Rebuild {
+    found: Rebuilt,
+    /// Below `lost/`.
+    name: String,
 }
 
 /// Something that is, or was, wrong.
@@ -193,11 +213,12 @@ impl Engine {
         options: &mut EngineOptions,
         progress: &dyn Progress,
         cancel: &Cancel,
-    ) -> Result<Rebuilt, EngineError> {
+    ) -> Result<Rebuild, EngineError> {
         let check = CheckOptions { progress, cancel: cancel.clone(), ..CheckOptions::new(Depth::Graph) };
         let store_options = Self::store_options(options);
         let name = lost_name(std::time::SystemTime::now().into());
-        Ok(plies_store::Store::rebuild(root, &store_options, &check, Self::wait_policy(options), &name)?)
+        let found = plies_store::Store::rebuild(root, &store_options, &check, Self::wait_policy(options), &name)?;
+        Ok(Rebuild { found, name })
     }
 
     /// Checks the store, and repairs it if that is asked for.
@@ -245,10 +266,10 @@ impl Engine {
             findings: vec![],
             left: vec![],
             lost: None,
-            rebuilt: request.rebuilt.map(|rebuilt| RebuiltSummary {
-                salvaged_rows_count: rebuilt.salvaged_count,
-                layers_count: rebuilt.layers_count,
-                blobs_count: rebuilt.blobs_count,
+            rebuilt: request.rebuilt.as_ref().map(|rebuilt| RebuiltSummary {
+                salvaged_rows_count: rebuilt.found.salvaged_count,
+                layers_count: rebuilt.found.layers_count,
+                blobs_count: rebuilt.found.blobs_count,
                 images_count: 0,
                 records_count: 0,
             }),
@@ -259,12 +280,13 @@ impl Engine {
             return Ok(report);
         }
         let graph = options(Depth::Graph);
-        let name = lost_name(self.store.now());
+        let name = request.rebuilt.as_ref().map_or_else(|| lost_name(self.store.now()), |rebuilt| rebuilt.name.clone());
         let mut repair =
             Repair { engine: self, mender: Mender::new(&self.store, &graph, &name)?, options: &graph, done: vec![] };
         let unfinished = !self.store.read(|rows| plies_store::held_by(rows, &rebuild_owner()))?.is_empty();
         if unfinished || request.rebuilt.is_some() {
-            repair.rounds(found.found, |finding| finding.code == "row-unreadable")?;
+            // What images and layers are found by comes first.
+            repair.rounds(found.found, |finding| FOUND_BY.contains(&finding.code))?;
             let images_count = repair.adopt_images(cancel)?;
             repair.rounds(self.check_all(&graph)?.found, |_| true)?;
             let records_count = repair.adopt_layers(progress, cancel)?;
@@ -273,6 +295,10 @@ impl Engine {
             report.left = repair.rounds(self.check_all(&graph)?.found, |_| true)?;
         } else {
             report.left = repair.rounds(found.found, |_| true)?;
+        }
+        // What came back was not read yet, and what was repaired has to prove it.
+        if matches!(depth, Depth::Deep(_)) && !repair.done.is_empty() {
+            report.left = repair.rounds(self.check_all(&options(depth))?.found, |_| true)?;
         }
         let Repair { mender, done, .. } = repair;
         mender.finish()?;

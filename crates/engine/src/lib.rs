@@ -59,7 +59,7 @@ use plies_store::{
 };
 
 pub use archive::{ArchiveError, Input};
-pub use fsck::{FsckDepth, FsckError, FsckFinding, FsckReport, FsckRequest, RebuiltSummary};
+pub use fsck::{FsckDepth, FsckError, FsckFinding, FsckReport, FsckRequest, Rebuild, RebuiltSummary};
 pub use images::{HistoryLine, ImageDetails, ImageSummary, ImagesError, familiar};
 pub use layers::{ChangeSummary, LayerDetails, LayerSummary, LayersError, RemovedLayerSummary, RwSummary};
 pub use load::{LoadError, LoadedImage, MovedName};

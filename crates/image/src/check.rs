@@ -439,7 +439,11 @@ fn derived(
         }
         std::ops::ControlFlow::Continue(())
     })?;
-    for (owner, chain) in lost {
+    // Of those that nothing counts on, the hold alone is too much.
+    let mut needed: BTreeSet<ChainId> = images.values().filter_map(|row| row.chain).collect();
+    needed.extend(writable.values().filter_map(|row| row.parent).chain(used.iter().copied()));
+    needed.extend(rows.readable(&layerstore::HOLDS)?.into_iter().map(|((chain, _), _)| chain));
+    for (owner, chain) in lost.into_iter().filter(|(_, chain)| needed.contains(chain)) {
         if let Some(row) = remade_chain(store, rows, chain)? {
             all.insert(owner);
             let remedy = Remedy::Rewrite(vec![Change::put(&CHAINS, &chain, &row)]);

@@ -18,7 +18,8 @@ use crate::catalogue::schema::{ACTIVES, ActiveRow, LAYERS, LEASES, META, META_CL
 use crate::catalogue::{CatalogueError, Rows as _};
 use crate::error::{At as _, FileError};
 use crate::gc::{self, GcError};
-use crate::open::{make_dir, sync_dir};
+use crate::open::{Paths, make_dir, sync_dir};
+use crate::refs::count_of;
 use crate::snapshots::detach;
 use crate::{ActiveId, LayerId, LeaseId, Resource, Store, tree};
 
@@ -194,9 +195,30 @@ fn remove_stale_uppers(store: &Store) -> Result<(), RecoverError> {
 fn remove_unlisted(store: &Store) -> Result<(), RecoverError> {
     let paths = &store.inner.paths;
     for dir in [&paths.blobs, &paths.layers, &paths.active] {
-        unlisted::<RecoverError>(store, dir)?.iter().try_for_each(|path| tree::remove(path))?;
+        for path in unlisted::<RecoverError>(store, dir)? {
+            // What somebody counts on has lost its row, and no crash does that: a repair gives it back.
+            let counted = match path.file_name().and_then(|name| name.to_str()).and_then(|name| named(paths, dir, name))
+            {
+                Some(resource) => store.read(|tx| count_of(tx, resource))? > 0,
+                None => false,
+            };
+            if !counted {
+                tree::remove(&path)?;
+            }
+        }
     }
     Ok(())
+}
+
+/// What a name in one of the directories of blobs, layers and uppers stands for.
+fn named(paths: &Paths, dir: &Path, name: &str) -> Option<Resource> {
+    if *dir == paths.blobs {
+        BlobDigest::from_hex(name).ok().map(Into::into)
+    } else if *dir == paths.layers {
+        LayerId::from_str(name).ok().map(Into::into)
+    } else {
+        ActiveId::from_str(name).ok().map(Into::into)
+    }
 }
 
 /// The entries of one of the directories of blobs, layers and uppers that no row names. What is in the trash counts as
@@ -206,15 +228,7 @@ pub(crate) fn unlisted<E: From<FileError> + From<CatalogueError>>(
     dir: &Path,
 ) -> Result<Vec<PathBuf>, E> {
     let paths = &store.inner.paths;
-    let resource = |name: &str| -> Option<Resource> {
-        if *dir == paths.blobs {
-            BlobDigest::from_hex(name).ok().map(Into::into)
-        } else if *dir == paths.layers {
-            LayerId::from_str(name).ok().map(Into::into)
-        } else {
-            ActiveId::from_str(name).ok().map(Into::into)
-        }
-    };
+    let resource = |name: &str| named(paths, dir, name);
     // One by one: there may be a million.
     let entries = fs::read_dir(dir).at("read directory", dir)?;
     store.read(|tx| {
