@@ -84,24 +84,24 @@ fn image(
         return Ok(());
     }
     let raw = match store.content().read(blob_of(&id)) {
+        Err(BlobError::Changed { .. }) => {
+            findings.damaged_blob(blob_of(&id), "has bytes that hash to something else, and is an image's config");
+            return Ok(());
+        }
         // The store's check has told.
         Err(BlobError::Catalogue(error @ CatalogueError::Database { .. })) => return Err(error),
         Err(_) => return Ok(()),
         Ok(raw) => raw,
     };
-    let config = match (BlobDigest::of(&raw) == blob_of(&id)).then(|| ImageConfig::parse(&raw)) {
-        Some(Ok(config)) => config,
-        Some(Err(error)) => {
+    let config = match ImageConfig::parse(&raw) {
+        Ok(config) => config,
+        Err(error) => {
             findings.add(
                 "image-config-wrong",
                 &subject,
                 format!("has a config that is none: {error}"),
                 Remedy::Drop(drop),
             );
-            return Ok(());
-        }
-        None => {
-            findings.damaged_blob(blob_of(&id), "has bytes that hash to something else, and is an image's config");
             return Ok(());
         }
     };

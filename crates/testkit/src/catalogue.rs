@@ -30,11 +30,12 @@ impl Catalogue {
             Err(TableError::TableDoesNotExist(_)) => return Vec::new(),
             table => table.expect("the table opens"),
         };
-        let row = |row: Result<(redb::AccessGuard<'_, &[u8]>, redb::AccessGuard<'_, &[u8]>), _>| {
+        let rows = table.iter().expect("the table can be read");
+        rows.map(|row| {
             let (key, value) = row.expect("a row can be read");
             (key.value().to_vec(), value.value().to_vec())
-        };
-        table.iter().expect("the table can be read").map(row).collect()
+        })
+        .collect()
     }
 
     /// Puts a row.

@@ -614,8 +614,14 @@ impl Checker<'_> {
         if counted != row.usage.into() {
             let kept: plies_archive::Usage = row.usage.into();
             let what = format!("costs {counted:?}, its row says {kept:?}");
-            let put = Change::put(&LAYERS, &id, &LayerRow { usage: counted.into(), ..row.clone() });
-            self.findings.add("layer-usage-wrong", subject, what, Remedy::Rewrite(vec![put]));
+            let put = vec![Change::put(&LAYERS, &id, &LayerRow { usage: counted.into(), ..row.clone() })];
+            // Blocks depend on the file system; other files are not what was published.
+            let is_same = (counted.inodes, counted.content_bytes) == (kept.inodes, kept.content_bytes);
+            let remedy = match is_same || row.diff_id.is_none() {
+                true => Remedy::Rewrite(put),
+                false => Remedy::Restore { resource: id.into(), otherwise: put },
+            };
+            self.findings.add("layer-usage-wrong", subject, what, remedy);
         }
         Ok(())
     }
