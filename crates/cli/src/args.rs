@@ -309,6 +309,9 @@ pub(crate) struct Build {
     /// Only say what is questionable in the Dockerfile, as `docker build --check` does, and exit with 1 if anything is
     #[arg(long, conflicts_with_all = ["tag", "iidfile"])]
     pub(crate) check: bool,
+    /// What the result is to run on [default: this machine]
+    #[arg(long, value_name = "OS/ARCH[/VARIANT]", value_parser = platform)]
+    pub(crate) platform: Option<Platform>,
     /// Ask the registries for images to build on, also for those that are here
     #[arg(long)]
     pub(crate) pull: bool,
@@ -361,6 +364,18 @@ pub(crate) struct Build {
     pub(crate) executor: ExecutorArg,
     /// Directory whose files COPY and ADD take
     pub(crate) context: PathBuf,
+}
+
+/// As docker's.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+pub(crate) enum RunPull {
+    /// Every time
+    Always,
+    /// If it is not here
+    #[default]
+    Missing,
+    /// Not at all
+    Never,
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
@@ -531,6 +546,9 @@ fn reference(text: &str) -> Result<String, String> {
 }
 
 fn platform(text: &str) -> Result<Platform, String> {
+    if text.contains(',') {
+        return Err("one platform at a time: build each under a name of its own".into());
+    }
     text.parse().map_err(|error: plies_oci::PlatformError| error.to_string())
 }
 
@@ -569,6 +587,12 @@ fn executor(text: &str) -> Result<ExecutorChoice, String> {
 pub(crate) struct Run {
     #[command(flatten)]
     pub(crate) executor: ExecutorArg,
+    /// What the image is to be made for [default: this machine]
+    #[arg(long, value_name = "OS/ARCH[/VARIANT]", value_parser = platform)]
+    pub(crate) platform: Option<Platform>,
+    /// When to ask the registry for the image
+    #[arg(long, value_enum, default_value_t, value_name = "WHEN")]
+    pub(crate) pull: RunPull,
     /// Image name or ID
     pub(crate) image: String,
     /// Command and arguments [default: the image's]

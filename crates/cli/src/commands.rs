@@ -15,7 +15,8 @@ use plies_engine::dockerfile::Warning;
 use plies_engine::exec::Cancel;
 use plies_engine::{
     DriverKind, Engine, EngineOptions, GcMode, ImportOptions, ImportOutcome, Input, Migrate, Migrated, Output,
-    PolicyRow, PruneOptions, PullRequest, RemovedImage, RunRequest, SaveFormat, SpaceTotals, TreeNode, WhyNode,
+    PolicyRow, PruneOptions, PullPolicy, PullRequest, RemovedImage, RunRequest, SaveFormat, SpaceTotals, TreeNode,
+    WhyNode,
 };
 use serde::Serialize;
 use serde_json::json;
@@ -189,12 +190,18 @@ fn with_engine(engine: &Engine, global: &Global, command: Command, cancel: &Canc
         Command::Run(run) => {
             let request = RunRequest {
                 image: run.image,
+                platform: run.platform,
+                pull: match run.pull {
+                    args::RunPull::Always => PullPolicy::Always,
+                    args::RunPull::Missing => PullPolicy::Missing,
+                    args::RunPull::Never => PullPolicy::Never,
+                },
                 command: run.command,
                 executor: run.executor.executor,
                 search_path: search_path(),
                 terminal: io::stdin().is_terminal() && io::stdout().is_terminal(),
             };
-            let code = engine.run(&request, cancel)?;
+            let code = engine.run(&request, &*style.renderer(), cancel)?;
             return Ok(ExitCode::from(u8::try_from(code).unwrap_or(1)));
         }
         Command::Mount { target, dir, rw } => {
@@ -303,7 +310,7 @@ fn with_engine(engine: &Engine, global: &Global, command: Command, cancel: &Canc
 }
 
 fn run_pull(engine: &Engine, json: bool, style: Style, pull: args::Pull, cancel: &Cancel) -> anyhow::Result<ExitCode> {
-    let request = PullRequest { name: pull.image, platform: pull.platform, lazy: pull.lazy };
+    let request = PullRequest { name: pull.image, platform: pull.platform, lazy: pull.lazy, ..PullRequest::default() };
     let pulled = engine.pull(&request, &*style.renderer(), cancel)?;
     if json {
         return print_json(&pulled);
@@ -467,6 +474,7 @@ fn run_build(engine: &Engine, global: &Global, build: args::Build, cancel: &Canc
         build_args,
         labels: build.label.iter().map(label).collect(),
         no_cache: build.no_cache,
+        platform: build.platform,
         pull: build.pull,
         no_cache_stages: build.no_cache_filter,
         cache_from: build.cache_from,

@@ -72,7 +72,7 @@ pub use plies_store::{
 };
 pub use policy::disk_bytes;
 pub use prune::{PruneError, PruneRow, PruneSummary};
-pub use pull::{PullRequest, PulledImage};
+pub use pull::{PullPolicy, PullRequest, PulledImage};
 pub use push::{PushError, PushedImage};
 pub use records::{RecordSummary, RecordsError};
 pub use run::{RunError, RunRequest};

@@ -45,6 +45,21 @@ pub struct PullRequest {
     pub platform: Option<Platform>,
     /// Leave its layers where they are until somebody needs them.
     pub lazy: bool,
+    /// Name it by its manifest's digest, and leave the tag to the image that has it: what one build needs for another
+    /// platform is not what everybody means by the name.
+    pub by_digest: bool,
+}
+
+/// When an image is asked for at its registry.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum PullPolicy {
+    /// Every time.
+    Always,
+    /// When it is not here.
+    #[default]
+    Missing,
+    /// Not at all.
+    Never,
 }
 
 /// An image that was pulled.
@@ -257,7 +272,8 @@ impl Engine {
         let wanted = request.platform.clone().unwrap_or_else(Platform::host);
         let manifest = manifest_for(&remote, &descriptor, &wanted, 0)?;
         let row_digest = manifest.document().digest();
-        let offered = candidate(&remote, manifest, vec![reference.clone()])?;
+        let name = if request.by_digest { reference.with_digest(row_digest) } else { reference.clone() };
+        let offered = candidate(&remote, manifest, vec![name.clone()])?;
         // An index was asked for the platform; a manifest alone is for what it is for.
         let there = offered.config.platform();
         let is_alone = descriptor.digest == row_digest;
@@ -266,7 +282,7 @@ impl Engine {
             return Err(LoadError::NoPlatform { path: remote.path, wanted, there });
         }
         task.end(Outcome::Done);
-        let before = self.find_image(&reference.to_string()).ok().filter(|found| found.name.is_some());
+        let before = self.find_image(&name.to_string()).ok().filter(|found| found.name.is_some());
         let up_to_date = before.is_some_and(|found| found.manifest == Some(row_digest));
         let ready = match request.lazy {
             true => self.keep_lazily(&offered, lease)?,
@@ -278,7 +294,7 @@ impl Engine {
         })?;
         Ok(PulledImage {
             id: loaded.id,
-            name: reference.familiar(),
+            name: name.familiar(),
             digest: descriptor.digest,
             manifest: row_digest,
             up_to_date,
@@ -317,8 +333,9 @@ impl Engine {
         })
     }
 
-    /// The image of a name: the one that is here, or one that is pulled, if it is not or if `always` says so. An ID counts
-    /// only if it is long enough to be meant: a misspelt name must not find an image whose ID happens to begin so.
+    /// The image of a name: the one that is here, or one that is pulled, if it is not, or is for another platform, or if
+    /// `always` says so. An ID counts only if it is long enough to be meant: a misspelt name must not find an image whose
+    /// ID happens to begin so.
     ///
     /// # Errors
     /// [`LoadError`].
@@ -333,17 +350,25 @@ impl Engine {
         let is_meant = |found: &Found| {
             found.name.is_some() || wanted.strip_prefix("sha256:").unwrap_or(wanted).len() >= ID_DIGITS_MIN
         };
+        // For this machine an image that stands alone is taken as it is: it may be a script for any.
+        let other = Some(platform).filter(|platform| **platform != Platform::host());
+        let mut by_digest = false;
         match self.find_image(wanted) {
-            // What an ID means is here or nowhere.
-            Ok(found) if is_meant(&found) && (found.name.is_none() || !always) => return Ok(found),
+            Ok(found) if is_meant(&found) => {
+                let serves = other
+                    .is_none_or(|other| self.config_of(found.id).is_ok_and(|config| config.platform().serves(other)));
+                // What an ID means is here or nowhere.
+                if found.name.is_none() || (serves && !always) {
+                    return Ok(found);
+                }
+                by_digest = !serves;
+            }
             Ok(_) | Err(ImageError::NotFound { .. }) => {}
             Err(other) => return Err(other.into()),
         }
-        // For this machine an image that stands alone is taken as it is: it may be a script for any.
-        let platform = Some(platform.clone()).filter(|platform| *platform != Platform::host());
-        let request = PullRequest { name: wanted.to_owned(), platform, lazy: false };
-        self.pull(&request, progress, cancel)?;
-        Ok(self.find_image(wanted)?)
+        let request = PullRequest { name: wanted.to_owned(), platform: other.cloned(), lazy: false, by_digest };
+        let pulled = self.pull(&request, progress, cancel)?;
+        Ok(self.find_image(&pulled.name)?)
     }
 
     /// An image with all its layers: they are fetched if it was pulled lazily and nobody needed them so far.

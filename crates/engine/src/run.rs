@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 
 use plies_cache::{CacheError, RecordOptions, State};
 use plies_image::{Found, ImageError};
-use plies_oci::ErrorKind;
+use plies_oci::{ErrorKind, Platform};
 use plies_store::fsck::{Change, Findings, Remedy};
 use plies_store::{
     ActiveId, ActiveOptions, Attach, CatalogueError, GcMode, Lease, MountOptions, Mounted, Owner, Resource, Row,
@@ -25,7 +25,8 @@ use crate::build::SolveError;
 use crate::exec::{self, Cancel, ExecError, ExecutorChoice, Network, Step, StepMount, Streams, UserError};
 use crate::images::ImagesError;
 use crate::load::LoadError;
-use crate::progress::Silent;
+use crate::progress::{Progress, Silent};
+use crate::pull::PullPolicy;
 use crate::records::RecordsError;
 
 /// Where `ply mount` has mounted what.
@@ -205,6 +206,10 @@ impl RunError {
 pub struct RunRequest {
     /// The image's name or ID.
     pub image: String,
+    /// What it is to run on; this machine, by default.
+    pub platform: Option<Platform>,
+    /// Whether it is pulled.
+    pub pull: PullPolicy,
     /// The command; empty means the image's own.
     pub command: Vec<OsString>,
     /// What runs it.
@@ -229,8 +234,16 @@ impl Engine {
     ///
     /// # Errors
     /// [`RunError`]. A command that fails is not an error.
-    pub fn run(&self, request: &RunRequest, cancel: &Cancel) -> Result<i32, RunError> {
-        let found = self.whole_image(self.find_image(&request.image)?, &Silent, cancel).map_err(Box::new)?;
+    pub fn run(&self, request: &RunRequest, progress: &dyn Progress, cancel: &Cancel) -> Result<i32, RunError> {
+        let platform = request.platform.clone().unwrap_or_else(Platform::host);
+        let found = match request.pull {
+            PullPolicy::Never => self.find_image(&request.image)?,
+            pull => {
+                let always = pull == PullPolicy::Always;
+                self.ensure_image(&request.image, always, &platform, progress, cancel).map_err(Box::new)?
+            }
+        };
+        let found = self.whole_image(found, progress, cancel).map_err(Box::new)?;
         let image = self.config_of(found.id)?;
         let config = crate::build::Config::from_image(&image);
         let mut args: Vec<OsString> = config.entrypoint().iter().map(OsString::from).collect();

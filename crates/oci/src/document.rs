@@ -224,9 +224,15 @@ impl std::str::FromStr for Platform {
         if !parts.iter().all(is_word) {
             return Err(wrong());
         }
+        // As containerd: an architecture alone is linux's, and a system alone is for this machine's.
+        const LINUX: &str = "linux";
+        const ALONE: [&str; 9] = ["amd64", "x86_64", "arm64", "aarch64", "arm", "386", "ppc64le", "s390x", "riscv64"];
+        let host = Self::host();
         let (os, architecture, variant) = match parts.as_slice() {
-            [os, architecture] => (os, architecture.as_str(), None),
-            [os, architecture, variant] => (os, architecture.as_str(), Some(variant.as_str())),
+            [os] if os == LINUX => (LINUX, host.architecture.as_str(), None),
+            [architecture] if ALONE.contains(&architecture.as_str()) => (LINUX, architecture.as_str(), None),
+            [os, architecture] => (os.as_str(), architecture.as_str(), None),
+            [os, architecture, variant] => (os.as_str(), architecture.as_str(), Some(variant.as_str())),
             _ => return Err(wrong()),
         };
         let (architecture, variant) = match (architecture, variant) {
@@ -237,7 +243,7 @@ impl std::str::FromStr for Platform {
             ("armel", _) => ("arm", Some("v6")),
             other => other,
         };
-        Ok(Self { os: os.clone(), architecture: architecture.to_owned(), variant: variant.map(str::to_owned) })
+        Ok(Self { os: os.to_owned(), architecture: architecture.to_owned(), variant: variant.map(str::to_owned) })
     }
 }
 

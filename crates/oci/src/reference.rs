@@ -77,6 +77,12 @@ impl Reference {
         self.digest
     }
 
+    /// What has this digest under the same name, whatever the tag stands for.
+    #[must_use]
+    pub fn with_digest(&self, digest: BlobDigest) -> Self {
+        Self { tag: None, digest: Some(digest), ..self.clone() }
+    }
+
     /// The name without tag and digest, as short as docker prints it.
     pub fn familiar_name(&self) -> String {
         if self.registry != DEFAULT_REGISTRY {

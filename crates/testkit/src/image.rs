@@ -68,6 +68,7 @@ pub struct Image {
     tag: String,
     layers: Vec<LayerBlob>,
     config: Value,
+    architecture: String,
     created_by: Option<String>,
     entries: Option<Vec<Value>>,
     manifest_type: &'static str,
@@ -87,6 +88,7 @@ impl Image {
             tag: tag.to_owned(),
             layers: Vec::new(),
             config: json!({ "Env": ["PATH=/bin:/sbin:/usr/bin:/usr/sbin"], "Cmd": ["/bin/sh"] }),
+            architecture: architecture().to_owned(),
             created_by: None,
             entries: None,
             manifest_type: "application/vnd.oci.image.manifest.v1+json",
@@ -118,6 +120,12 @@ impl Image {
     pub fn config(mut self, key: &str, value: Value) -> Self {
         self.config[key] = value;
         self
+    }
+
+    /// The same for another architecture, in Go's words.
+    #[must_use]
+    pub fn made_for(self, architecture: &str) -> Self {
+        Self { architecture: architecture.to_owned(), ..self }
     }
 
     /// What its history says of how each layer was made.
@@ -173,7 +181,7 @@ impl Image {
             "history": history,
             "created": "2017-07-14T02:40:00Z",
             "config": self.config,
-            "architecture": architecture(),
+            "architecture": self.architecture,
         }))
     }
 

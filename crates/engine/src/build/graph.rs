@@ -7,7 +7,7 @@
 use std::fmt;
 
 use plies_image::history_cache::history_of;
-use plies_oci::{BlobDigest, DiffId, ImageConfig, Platform, Reference, Sha256Hasher};
+use plies_oci::{BlobDigest, DiffId, ImageConfig, Platform, PlatformError, Reference, Sha256Hasher};
 
 use super::Entitlement;
 use super::cache_from::Told;
@@ -255,8 +255,8 @@ pub(crate) struct BaseImage {
     pub(crate) name: String,
 }
 
-/// Finds images by name; the error is a sentence for the line that names the image.
-pub(crate) type FindImage<'a> = &'a mut dyn FnMut(&str) -> Result<BaseImage, String>;
+/// Finds images by name, for a platform; the error is a sentence for the line that names the image.
+pub(crate) type FindImage<'a> = &'a mut dyn FnMut(&str, &Platform) -> Result<BaseImage, String>;
 
 /// What an earlier stage left for those that build on it or copy from it.
 #[derive(Clone)]
@@ -552,11 +552,9 @@ impl<'a> Lowering<'a> {
     fn base(&mut self, index: usize) -> Result<Lowered, DockerfileError> {
         let stage = &self.dockerfile.stages[index];
         let name = self.bases[index].clone();
-        if let Some(platform) = &stage.platform {
-            self.check_platform(stage, platform)?;
-        }
+        let platform = self.platform_of(stage)?;
         if name.eq_ignore_ascii_case("scratch") {
-            let config = Config::scratch(self.platform);
+            let config = Config::scratch(&platform);
             return Ok(Lowered {
                 vertex: self.graph.add(Op::Scratch, String::new(), stage.location),
                 scope: Scope::new(&config.env()),
@@ -572,10 +570,10 @@ impl<'a> Lowering<'a> {
             lowered.scope = lowered.scope.for_child();
             return Ok(lowered);
         }
-        let image = self.image(&name, stage.location)?;
-        let (found, wanted) = (image.config.platform(), self.platform);
+        let image = self.image(&name, &platform, stage.location)?;
+        let (found, wanted) = (image.config.platform(), &platform);
         if (&found.os, &found.architecture) != (&wanted.os, &wanted.architecture) {
-            let message = format!("the image {name} is made for {found}, this build is for {wanted}");
+            let message = format!("the image {name} is made for {found}, this stage is for {wanted}");
             self.warn(stage.location, &stage.base, Rule::InvalidBaseImagePlatform, message);
         }
         let config = Config::from_image(&image.config);
@@ -595,19 +593,21 @@ impl<'a> Lowering<'a> {
         })
     }
 
-    fn check_platform(&self, stage: &Stage, platform: &str) -> Result<(), DockerfileError> {
+    /// What a stage is for: the build's platform, unless it says otherwise.
+    fn platform_of(&self, stage: &Stage) -> Result<Platform, DockerfileError> {
+        let Some(platform) = &stage.platform else { return Ok(self.platform.clone()) };
         let expanded = self.lexer.expand(platform, self.args.for_from());
         let wanted = expanded.map_err(|e| self.dockerfile.error(stage.location, platform, e.why))?.text;
-        let ours = self.platform.to_string();
-        if wanted.is_empty() || wanted == ours || ours.strip_prefix("linux/") == Some(&wanted) {
-            return Ok(());
+        if wanted.is_empty() {
+            return Ok(self.platform.clone());
         }
-        let message = format!("platform {wanted} cannot be built here: this is {ours}");
-        Err(self.dockerfile.error(stage.location, platform, message))
+        wanted
+            .parse()
+            .map_err(|error: PlatformError| self.dockerfile.error(stage.location, platform, error.to_string()))
     }
 
-    fn image(&mut self, name: &str, at: Location) -> Result<BaseImage, DockerfileError> {
-        (self.find_image)(name).map_err(|why| {
+    fn image(&mut self, name: &str, platform: &Platform, at: Location) -> Result<BaseImage, DockerfileError> {
+        (self.find_image)(name, platform).map_err(|why| {
             let stage = self.dockerfile.stage_like(name, self.dockerfile.stages.len());
             let hint = stage.map(|stage| format!("; or is the stage {stage} meant?")).unwrap_or_default();
             self.dockerfile.error(at, name, format!("{why}{hint}"))
@@ -942,7 +942,7 @@ impl<'a> Lowering<'a> {
                 FilesFrom::Vertex(self.graph.add(Op::Scratch, String::new(), at))
             }
             CopyFrom::Image(name) => {
-                let image = self.image(name, at)?;
+                let image = self.image(name, self.platform, at)?;
                 FilesFrom::Vertex(self.image_vertex(&image, format!("FROM {name}"), at))
             }
         })

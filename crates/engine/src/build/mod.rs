@@ -81,6 +81,8 @@ pub struct BuildRequest {
     pub labels: Vec<(String, String)>,
     /// Run every step, whatever is cached.
     pub no_cache: bool,
+    /// What the result is to run on; this machine, by default.
+    pub platform: Option<Platform>,
     /// Ask the registries for images to build on, also for those that are here.
     pub pull: bool,
     /// Stages whose steps are run whatever is cached, by name or number.
@@ -298,7 +300,7 @@ impl Engine {
     pub fn check(&self, request: &BuildRequest) -> Result<Vec<Warning>, BuildError> {
         let (file, bytes) = read_dockerfile(request)?;
         let dockerfile = dockerfile::parse(&file, &bytes)?;
-        let platform = Platform::host();
+        let platform = request.platform.clone().unwrap_or_else(Platform::host);
         let args = build_args(request, &dockerfile, &platform)?;
         let ignore = ignore_of(request)?;
         let plan = self.with_lease("check a Dockerfile", |lease| {
@@ -306,10 +308,10 @@ impl Engine {
                 let found = self.find_image(name).ok().filter(|found| found.name.is_some())?;
                 self.base_image(name, &found, lease).ok()
             };
-            let mut find_image = |name: &str| match here(name) {
+            let mut find_image = |name: &str, platform: &Platform| match here(name) {
                 Some(image) => Ok(image),
                 None => {
-                    let config = Config::scratch(&platform).finish(None, &[], &[]);
+                    let config = Config::scratch(platform).finish(None, &[], &[]);
                     let config = ImageConfig::parse(&config).map_err(|error| with_causes(&error))?;
                     Ok(graph::BaseImage { config, name: name.to_owned() })
                 }
@@ -340,10 +342,10 @@ impl Engine {
         progress: &dyn Progress,
         cancel: &Cancel,
     ) -> Result<Built, BuildError> {
-        let platform = Platform::host();
+        let platform = request.platform.clone().unwrap_or_else(Platform::host);
         let args = build_args(request, dockerfile, &platform)?;
-        let mut find_image = |name: &str| {
-            let found = self.ensure_image(name, request.pull, &platform, progress, cancel);
+        let mut find_image = |name: &str, platform: &Platform| {
+            let found = self.ensure_image(name, request.pull, platform, progress, cancel);
             let found = found.map_err(|error| match self.find_image(name) {
                 Err(ImageError::NotFound { .. }) => {
                     format!("image {name:?} is not here and could not be pulled: {}", with_causes(&error))
@@ -459,7 +461,7 @@ fn build_args(
     platform: &Platform,
 ) -> Result<BuildArgs, DockerfileError> {
     let given: BTreeMap<String, String> = request.build_args.iter().cloned().collect();
-    BuildArgs::new(dockerfile, given, platform, platform, request.target.as_deref())
+    BuildArgs::new(dockerfile, given, &Platform::host(), platform, request.target.as_deref())
 }
 
 /// Which warnings are wanted: the build argument's word goes before the file's.
