@@ -161,9 +161,20 @@ fn deep(case: Case) -> Case {
 
 /// The first row of a table.
 fn first(root: &Path, table: &str) -> (Catalogue, Vec<u8>, Vec<u8>) {
+    first_that(root, table, |_, _| true)
+}
+
+/// The first row of a table that is wanted.
+fn first_that(root: &Path, table: &str, wanted: impl Fn(&[u8], &[u8]) -> bool) -> (Catalogue, Vec<u8>, Vec<u8>) {
     let catalogue = Catalogue::open(root);
-    let (key, row) = catalogue.rows(table).first().unwrap_or_else(|| panic!("{table} is empty")).clone();
+    let found = catalogue.rows(table).into_iter().find(|(key, row)| wanted(key, row));
+    let (key, row) = found.unwrap_or_else(|| panic!("{table} has no such row"));
     (catalogue, key, row)
+}
+
+/// An image's hold on its chain; users have some, too.
+fn image_hold(root: &Path) -> (Catalogue, Vec<u8>, Vec<u8>) {
+    first_that(root, "image.chain_holds", |key, _| key[32..].starts_with(b"image:"))
 }
 
 /// A row whose value says nothing any more.
@@ -338,7 +349,11 @@ fn cases() -> Vec<Case> {
         garbled("cache.actives", "record-actives-wrong", Nothing),
         missing("cache.actives", "record-actives-wrong", Nothing),
         garbled("cache.values", "row-unreadable", Nothing),
-        missing("cache.values", "index-wrong", Nothing),
+        case("cache.values: one with an index is missing", "index-wrong", Nothing, |root| {
+            // The index is the last field, and a 0 if there is none.
+            let (catalogue, key, _) = first_that(root, "cache.values", |_, row| row.last() != Some(&0));
+            catalogue.remove("cache.values", &key);
+        }),
         missing("cache.index", "index-wrong", Nothing),
         counted("cache.index", "index-wrong"),
         garbled("cache.results", "row-unreadable", Nothing),
@@ -360,9 +375,20 @@ fn cases() -> Vec<Case> {
         stray("image.chains", "chain-id-wrong", Nothing),
         missing("image.chain_children", "chain-children-wrong", Nothing),
         stray("image.chain_children", "chain-children-wrong", Nothing),
-        missing("image.chain_holds", "chain-holders-wrong", Nothing),
-        stray("image.chain_holds", "chain-holders-wrong", Nothing),
-        counted("image.chain_holds", "chain-holders-wrong"),
+        case("image.chain_holds: an image's is missing", "chain-holders-wrong", Nothing, |root| {
+            let (catalogue, key, _) = image_hold(root);
+            catalogue.remove("image.chain_holds", &key);
+        }),
+        case("image.chain_holds: an image too many", "chain-holders-wrong", Nothing, |root| {
+            let (catalogue, mut key, row) = image_hold(root);
+            let last = key.len() - 3;
+            key[last] = if key[last] == b'0' { b'1' } else { b'0' };
+            catalogue.put("image.chain_holds", &key, &row);
+        }),
+        case("image.chain_holds: an image holds twice", "chain-holders-wrong", Nothing, |root| {
+            let (catalogue, key, _) = image_hold(root);
+            catalogue.put("image.chain_holds", &key, &[0, 2]);
+        }),
         garbled("image.rw_layers", "row-unreadable", Loss::Some(BOX)),
         missing("image.rw_layers", "rw-hold-wrong", Loss::Some(BOX)),
         case("a chain whose size is wrong", "chain-sums-wrong", Nothing, |root| {

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fs::{self, Metadata};
 use std::io::{self, Read as _};
+use std::ops::ControlFlow;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::Path;
 
@@ -471,23 +472,14 @@ impl Checker<'_> {
             self.findings.add("edge-cycle", ring.0, what, Remedy::Rewrite(cut));
         }
         let mut loose = BTreeMap::new();
-        let mut judge = |resource: Resource| {
-            if !counted.contains_key(&resource) {
-                loose.insert(resource, ());
-            }
+        let mut judge = |resource: Option<Resource>| {
+            loose.extend(resource.filter(|resource| !counted.contains_key(resource)).map(|resource| (resource, ())));
+            ControlFlow::Continue(())
         };
-        tx.scan_bytes(&BLOBS, |_, id, _| {
-            std::ops::ControlFlow::Continue(id.into_iter().for_each(|id| judge(id.into())))
-        })?;
-        tx.scan_bytes(&LAYERS, |_, id, _| {
-            std::ops::ControlFlow::Continue(id.into_iter().for_each(|id| judge(id.into())))
-        })?;
-        tx.scan_bytes(&SNAPSHOTS, |_, id, _| {
-            std::ops::ControlFlow::Continue(id.into_iter().for_each(|id| judge(id.into())))
-        })?;
-        tx.scan_bytes(&ACTIVES, |_, id, _| {
-            std::ops::ControlFlow::Continue(id.into_iter().for_each(|id| judge(id.into())))
-        })?;
+        tx.scan_each(&BLOBS, |id, _| judge(id.map(Into::into)))?;
+        tx.scan_each(&LAYERS, |id, _| judge(id.map(Into::into)))?;
+        tx.scan_each(&SNAPSHOTS, |id, _| judge(id.map(Into::into)))?;
+        tx.scan_each(&ACTIVES, |id, _| judge(id.map(Into::into)))?;
         self.findings.compare(tx, "refs-wrong", &REFS, counted)?;
         self.findings.compare(tx, "loose-wrong", &LOOSE, loose)
     }
