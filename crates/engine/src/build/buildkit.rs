@@ -246,9 +246,9 @@ impl Asked {
         };
         let (Some(mode), true, false) = (mode, is_plain, has_pattern) else { return Ok(None) };
         let Some(content) = source.0.content_digest(source.1)? else { return Ok(None) };
-        let components = path.split('/').filter(|part| !part.is_empty() && *part != ".");
+        let mut components = path.split('/').filter(|part| !part.is_empty() && *part != ".");
         let action = CopyAction {
-            src: components.last().unwrap_or("/"),
+            src: components.next_back().unwrap_or("/"),
             dest: &copy.dest,
             mode,
             follow_symlink: true,

@@ -382,12 +382,15 @@ pub(crate) struct Solver<'a> {
     pub(crate) made: Mutex<HashMap<CacheKey, ImmutableRef>>,
 }
 
+/// A result of another builder; true with one that holds for all builds.
+type Imported = Option<(ImmutableRef, bool)>;
+
 /// A step that is looked for, and done if it is not found.
 struct Wanted<'a> {
     key: CacheKey,
     inputs: Inputs,
-    /// Looks for it among the results of another builder; true with one that holds for all builds.
-    imported: Box<dyn FnOnce() -> Result<Option<(ImmutableRef, bool)>, SolveError> + 'a>,
+    /// Looks for it among the results of another builder.
+    imported: Box<dyn FnOnce() -> Result<Imported, SolveError> + 'a>,
 }
 
 /// What a step made, besides what can be seen in its tree.
@@ -996,7 +999,7 @@ impl Solver<'_> {
         self.result_on(&below, key)
     }
 
-    fn imported_by(&self, base: &Solved, asked: Option<Asked>) -> Result<Option<(ImmutableRef, bool)>, SolveError> {
+    fn imported_by(&self, base: &Solved, asked: Option<Asked>) -> Result<Imported, SolveError> {
         match asked {
             Some(asked) => Ok(self.imported(base, &asked)?.map(|tree| (tree, true))),
             None => Ok(None),
