@@ -679,7 +679,7 @@ fn cached_builds_equal_clean_ones(share: u64) {
     let mut runner = TestRunner::new_with_rng(Config::default(), rng);
     let strategy = edit();
     let history: Vec<Edit> = (0..edits_count).map(|_| strategy.new_tree(&mut runner).unwrap().current()).collect();
-    let ground = Ground::new(share % 2 == 0);
+    let ground = Ground::new(share.is_multiple_of(2));
     let (counts, wrong) = ground.run(&history, true);
     if let Some((last, what)) = wrong {
         let shown = |history: &[Edit]| history.iter().map(|edit| format!("  {edit:?}\n")).collect::<String>();
