@@ -126,6 +126,15 @@ pub enum LoadError {
         /// Its media type.
         media_type: String,
     },
+    /// An image that is needed is not here.
+    #[error("image {wanted:?} is not here and could not be pulled")]
+    NotPulled {
+        /// As it was asked for.
+        wanted: String,
+        /// Why not.
+        #[source]
+        source: Box<LoadError>,
+    },
     /// A document calls itself something else than its descriptor does.
     #[error("{path}: {digest} is a {outside:?} by its descriptor and a {inside:?} by itself")]
     TwoMediaTypes {
@@ -226,6 +235,14 @@ impl From<ImageError> for LoadError {
 }
 
 impl LoadError {
+    /// That an image which was needed could not be had.
+    pub(crate) fn not_pulled(wanted: &str) -> impl FnOnce(Self) -> Self {
+        move |error| match error {
+            Self::Canceled(canceled) => canceled.into(),
+            error => Self::NotPulled { wanted: wanted.to_owned(), source: Box::new(error) },
+        }
+    }
+
     /// What a caller can do about it.
     pub fn kind(&self) -> ErrorKind {
         match self {
@@ -244,6 +261,7 @@ impl LoadError {
             | Self::TagForMany { .. } => ErrorKind::InvalidInput,
             Self::Layer { source, .. } => source.kind(),
             Self::Registry(source) => source.kind(),
+            Self::NotPulled { source, .. } => source.kind(),
             Self::Read(source) => source.kind(),
             Self::Canceled(source) => source.kind(),
             Self::Name(source) => source.kind(),

@@ -352,7 +352,7 @@ impl Engine {
         };
         // For this machine an image that stands alone is taken as it is: it may be a script for any.
         let other = Some(platform).filter(|platform| **platform != Platform::host());
-        let mut by_digest = false;
+        let (mut by_digest, mut is_here) = (false, false);
         match self.find_image(wanted) {
             Ok(found) if is_meant(&found) => {
                 let serves = other
@@ -361,13 +361,14 @@ impl Engine {
                 if found.name.is_none() || (serves && !always) {
                     return Ok(found);
                 }
-                by_digest = !serves;
+                (by_digest, is_here) = (!serves, serves);
             }
             Ok(_) | Err(ImageError::NotFound { .. }) => {}
             Err(other) => return Err(other.into()),
         }
         let request = PullRequest { name: wanted.to_owned(), platform: other.cloned(), lazy: false, by_digest };
-        let pulled = self.pull(&request, progress, cancel)?;
+        let pulled = self.pull(&request, progress, cancel);
+        let pulled = if is_here { pulled? } else { pulled.map_err(LoadError::not_pulled(wanted))? };
         Ok(self.find_image(&pulled.name)?)
     }
 

@@ -346,12 +346,7 @@ impl Engine {
         let args = build_args(request, dockerfile, &platform)?;
         let mut find_image = |name: &str, platform: &Platform| {
             let found = self.ensure_image(name, request.pull, platform, progress, cancel);
-            let found = found.map_err(|error| match self.find_image(name) {
-                Err(ImageError::NotFound { .. }) => {
-                    format!("image {name:?} is not here and could not be pulled: {}", with_causes(&error))
-                }
-                _ => with_causes(&error),
-            })?;
+            let found = found.map_err(|error| with_causes(&error))?;
             self.base_image(name, &found, lease)
         };
         let ignore = ignore_of(request)?;
