@@ -127,10 +127,12 @@ pub enum LoadError {
         media_type: String,
     },
     /// An image that is needed is not here.
-    #[error("image {wanted:?} is not here and could not be pulled")]
+    #[error("image {wanted:?} is not here{platform} and could not be pulled")]
     NotPulled {
         /// As it was asked for.
         wanted: String,
+        /// What it is to run on, as the sentence goes on; empty for this machine.
+        platform: String,
         /// Why not.
         #[source]
         source: Box<LoadError>,
@@ -236,10 +238,11 @@ impl From<ImageError> for LoadError {
 
 impl LoadError {
     /// That an image which was needed could not be had.
-    pub(crate) fn not_pulled(wanted: &str) -> impl FnOnce(Self) -> Self {
+    pub(crate) fn not_pulled(wanted: &str, platform: Option<&Platform>) -> impl FnOnce(Self) -> Self {
+        let platform = platform.map(|platform| format!(" for {platform}")).unwrap_or_default();
         move |error| match error {
             Self::Canceled(canceled) => canceled.into(),
-            error => Self::NotPulled { wanted: wanted.to_owned(), source: Box::new(error) },
+            error => Self::NotPulled { wanted: wanted.to_owned(), platform, source: Box::new(error) },
         }
     }
 

@@ -368,7 +368,7 @@ impl Engine {
         }
         let request = PullRequest { name: wanted.to_owned(), platform: other.cloned(), lazy: false, by_digest };
         let pulled = self.pull(&request, progress, cancel);
-        let pulled = if is_here { pulled? } else { pulled.map_err(LoadError::not_pulled(wanted))? };
+        let pulled = if is_here { pulled? } else { pulled.map_err(LoadError::not_pulled(wanted, other))? };
         Ok(self.find_image(&pulled.name)?)
     }
 

@@ -333,11 +333,11 @@ fn run_pulls_an_image_that_is_not_here_unless_it_may_not() {
     let never = ply.fails(1, args!["run", "--pull", "never", name, "true"]);
     assert!(never.stderr.contains("no image"), "{never}");
     assert_eq!(ply.ok(args!["run", name, "echo", "here"]).stdout, "here\n");
-    let asked = registry.seen().len();
+    assert!(!registry.seen().is_empty());
     ply.ok(args!["run", name, "true"]);
-    assert_eq!(registry.seen().len(), asked, "it is here");
+    assert!(registry.seen().is_empty(), "it is here");
     ply.ok(args!["run", "--pull", "always", name, "true"]);
-    assert!(registry.seen().len() > asked);
+    assert!(!registry.seen().is_empty());
 }
 
 #[test]
