@@ -235,6 +235,17 @@ pub(crate) struct Pull {
 pub(crate) enum Import {
     /// BuildKit's build cache: the state directory of its daemon, which must not run, or of one worker
     Buildkit(ImportFrom),
+    /// Docker's images, of the overlay2 driver: its data root
+    Docker(ImportDocker),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ImportDocker {
+    #[command(flatten)]
+    pub(crate) from: ImportFrom,
+    /// Take containers' writable layers too: they are called by the containers' IDs (see `ply layer rw ls`)
+    #[arg(long)]
+    pub(crate) containers: bool,
 }
 
 #[derive(Debug, Args)]

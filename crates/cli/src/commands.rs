@@ -14,9 +14,9 @@ use plies_engine::build::{BuildRequest, Entitlement, RunOptions};
 use plies_engine::dockerfile::Warning;
 use plies_engine::exec::Cancel;
 use plies_engine::{
-    DriverKind, Engine, EngineOptions, GcMode, ImportOptions, ImportOutcome, Input, Migrate, Migrated, Output,
-    PolicyRow, PruneOptions, PullPolicy, PullRequest, RemovedImage, RunRequest, SaveFormat, SpaceTotals, TreeNode,
-    WhyNode,
+    Containers, DriverKind, Engine, EngineOptions, GcMode, ImportOptions, ImportOutcome, ImportedItem, Input, Migrate,
+    Migrated, Output, PolicyRow, PruneOptions, PullPolicy, PullRequest, RemovedImage, RunRequest, SaveFormat,
+    SpaceTotals, TreeNode, WhyNode,
 };
 use serde::Serialize;
 use serde_json::json;
@@ -268,7 +268,7 @@ fn with_engine(engine: &Engine, global: &Global, command: Command, cancel: &Canc
             return Ok(damaged_code(damaged));
         }
         Command::Prune(prune) => return run_prune(engine, json, prune, cancel),
-        Command::Import(args::Import::Buildkit(from)) => return run_import(engine, json, style, &from, cancel),
+        Command::Import(from) => return run_import(engine, json, style, &from, cancel),
         Command::Gc { dry_run, full, compact } => {
             let report = engine.gc(match (dry_run, full) {
                 (true, _) => GcMode::DryRun,
@@ -329,11 +329,19 @@ fn run_import(
     engine: &Engine,
     json: bool,
     style: Style,
-    from: &args::ImportFrom,
+    import: &args::Import,
     cancel: &Cancel,
 ) -> anyhow::Result<ExitCode> {
+    let (args::Import::Buildkit(from) | args::Import::Docker(args::ImportDocker { from, .. })) = import;
     let options = ImportOptions { dry_run: from.dry_run, copy: from.copy };
-    let report = engine.import_buildkit(&from.path, options, &*style.renderer(), cancel)?;
+    let progress = style.renderer();
+    let report = match import {
+        args::Import::Buildkit(_) => engine.import_buildkit(&from.path, options, &*progress, cancel)?,
+        args::Import::Docker(docker) => {
+            let containers = if docker.containers { Containers::Take } else { Containers::List };
+            engine.import_docker(&from.path, containers, options, &*progress, cancel)?
+        }
+    };
     let failed = report.count(ImportOutcome::Failed);
     let code = if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE };
     for item in report.items.iter().filter(|item| item.outcome == ImportOutcome::Failed) {
@@ -344,8 +352,22 @@ fn run_import(
         print_json(&report)?;
         return Ok(code);
     }
-    let columns = [Column::Left("RECORD"), Column::Right("SIZE"), Column::Left("FATE"), Column::Left("DESCRIPTION")];
+    let name = match import {
+        args::Import::Buildkit(_) => "RECORD",
+        args::Import::Docker(_) => "NAME",
+    };
+    let columns = [Column::Left(name), Column::Right("SIZE"), Column::Left("FATE"), Column::Left("DESCRIPTION")];
     let took = if report.dry_run { "would come" } else { "taken" };
+    let name_of = |item: &ImportedItem| {
+        let digits = item.name.strip_prefix("sha256:").unwrap_or(&item.name);
+        match item.kind {
+            "record" => format::safe(digits.get(..12).unwrap_or(digits)),
+            "layer" | "image" | "container" => {
+                format!("{} {}", item.kind, format::safe(digits.get(..12).unwrap_or(digits)))
+            }
+            kind => format!("{kind} {}", format::safe(&item.name)),
+        }
+    };
     let rows = report.items.iter().map(|item| {
         let fate = match item.outcome {
             ImportOutcome::Taken => took,
@@ -355,7 +377,7 @@ fn run_import(
         };
         let fate = item.why.as_ref().map_or_else(|| fate.to_owned(), |why| format!("{fate}: {why}"));
         vec![
-            format::safe(item.name.get(..12).unwrap_or(&item.name)),
+            name_of(item),
             format::size(item.size_bytes),
             format::safe(&fate),
             format::safe(&format::ellipsis(&item.description, CREATED_BY_WIDTH)),
@@ -364,17 +386,26 @@ fn run_import(
     print(&format::table(&columns, rows))?;
     let verb = if report.dry_run { "Would take" } else { "Took" };
     let count = |outcome| report.count(outcome);
-    say(&format!(
-        "{verb} {} records with {} layers ({}), {} blobs ({}) and {} results of steps; {} were here, {} left, {failed} failed",
-        count(ImportOutcome::Taken),
-        report.layers_count,
-        format::size(report.layer_bytes),
-        report.blobs_count,
-        format::size(report.blob_bytes),
-        report.keys_count,
-        count(ImportOutcome::Here),
-        count(ImportOutcome::Left),
-    ))?;
+    let taken = |kind| {
+        let taken = |item: &&ImportedItem| item.kind == kind && item.outcome == ImportOutcome::Taken;
+        report.items.iter().filter(taken).count()
+    };
+    let layers = format!("{} layers ({})", report.layers_count, format::size(report.layer_bytes));
+    let what = match import {
+        args::Import::Buildkit(_) => format!(
+            "{} records with {layers}, {} blobs ({}) and {} results of steps",
+            count(ImportOutcome::Taken),
+            report.blobs_count,
+            format::size(report.blob_bytes),
+            report.keys_count,
+        ),
+        args::Import::Docker(_) => {
+            let (images, names, containers) = (taken("image"), taken("name"), taken("container"));
+            format!("{images} images, {names} names and {containers} containers with {layers}")
+        }
+    };
+    let (here, left) = (count(ImportOutcome::Here), count(ImportOutcome::Left));
+    say(&format!("{verb} {what}; {here} were here, {left} left, {failed} failed"))?;
     Ok(code)
 }
 

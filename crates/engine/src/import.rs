@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use plies_import::docker::{self, Containers};
 use plies_import::{Import, ImportError, ImportOptions, ImportReport, buildkit};
 
 use crate::Engine;
@@ -23,5 +24,23 @@ impl Engine {
         let cache = self.cache();
         let import = Import { store: self.store(), cache: &cache, limits: self.limits(), options, progress, cancel };
         self.keep_policy_after(buildkit::import(&import, path), cancel)
+    }
+
+    /// Takes over the layers, images and names of a Docker daemon whose data root is `path`, and its containers' writable
+    /// layers if that is asked for.
+    ///
+    /// # Errors
+    /// [`ImportError`]. What of the source cannot be read is in the report instead.
+    pub fn import_docker(
+        &self,
+        path: &Path,
+        containers: Containers,
+        options: ImportOptions,
+        progress: &dyn Progress,
+        cancel: &Cancel,
+    ) -> Result<ImportReport, ImportError> {
+        let cache = self.cache();
+        let import = Import { store: self.store(), cache: &cache, limits: self.limits(), options, progress, cancel };
+        self.keep_policy_after(docker::import(&import, path, containers), cancel)
     }
 }

@@ -275,6 +275,7 @@ impl Engine {
                 label: label.map(str::to_owned),
                 ids,
                 init: if init { Some(&mut initialise) } else { None },
+                fill: None,
             };
             let made = layers.create_rw(name, new, lease)?;
             Ok(summary_of(made.info().clone(), None))

@@ -64,6 +64,7 @@ pub use images::{HistoryLine, ImageDetails, ImageSummary, ImagesError, familiar}
 pub use layers::{ChangeSummary, LayerDetails, LayerSummary, LayersError, RemovedLayerSummary, RwSummary};
 pub use load::{LoadError, LoadedImage, MovedName};
 pub use plies_image::Removed as RemovedImage;
+pub use plies_import::docker::Containers;
 pub use plies_import::{ImportError, ImportOptions, ImportReport, ImportedItem, Outcome as ImportOutcome};
 pub use plies_registry as registry;
 pub use plies_store::{

@@ -6,6 +6,7 @@
 //! listing.rs     whether a tree is what a tar unpacks to
 //! containerd.rs  containerd's two databases: what its names stand for
 //! buildkit/      a BuildKit worker's state: v1 and v2
+//! docker.rs      a Docker data root: layers, images, names, containers' writable layers
 //! ```
 //!
 //! # Invariants
@@ -16,6 +17,7 @@
 
 pub mod buildkit;
 mod containerd;
+pub mod docker;
 mod listing;
 mod take;
 
@@ -24,6 +26,7 @@ use std::path::PathBuf;
 use plies_archive::Limits;
 use plies_bolt::BoltError;
 use plies_cache::{Accessor, CacheError};
+use plies_image::{ImageError, LayerStoreError};
 use plies_oci::ErrorKind;
 use plies_store::progress::Progress;
 use plies_store::{Cancel, Canceled, CatalogueError, LayerError, SnapshotError, Store, TransferError};
@@ -102,6 +105,12 @@ pub enum ImportError {
     /// The store's stacks.
     #[error("stack layers")]
     Snapshot(#[from] SnapshotError),
+    /// The image store.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// The layer store.
+    #[error(transparent)]
+    LayerStore(#[from] LayerStoreError),
     /// The store's blobs.
     #[error(transparent)]
     Transfer(#[from] TransferError),
@@ -124,6 +133,8 @@ impl ImportError {
             Self::Cache(source) => source.kind(),
             Self::Layer(source) => source.kind(),
             Self::Snapshot(source) => source.kind(),
+            Self::Image(source) => source.kind(),
+            Self::LayerStore(source) => source.kind(),
             Self::Transfer(source) => source.kind(),
             Self::Catalogue(source) => source.kind(),
             Self::Canceled(source) => source.kind(),
@@ -148,7 +159,7 @@ pub enum Outcome {
 /// A thing of the source, and what became of it.
 #[derive(Debug, Clone, Serialize)]
 pub struct ImportedItem {
-    /// What kind of thing it is: `record`, `database`.
+    /// What kind of thing it is: `record`, `database`, `layer`, `image`, `name`, `container`.
     pub kind: &'static str,
     /// Its name there.
     pub name: String,

@@ -31,7 +31,11 @@ impl Listing {
     /// Reads a tar's headers; `None` if it is none that a tree can be held against: it hides all that lies below a
     /// directory, or has a name twice.
     pub(crate) fn read(tar: impl Read, limits: &Limits) -> Option<Self> {
-        let mut reader = Reader::new(tar, limits);
+        Self::read_from(&mut Reader::new(tar, limits))
+    }
+
+    /// As [`Listing::read`], from somebody who may do something else with the tar, too.
+    pub(crate) fn read_from<R: Read>(reader: &mut Reader<R>) -> Option<Self> {
         let mut listed = BTreeMap::new();
         while let Some(entry) = reader.next_entry().ok()? {
             let (path, entry) = match meaning(&entry.path).ok()? {

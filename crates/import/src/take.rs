@@ -2,22 +2,25 @@
 
 use std::collections::HashMap;
 use std::fs::{self, File};
-use std::io::{self, Read, Seek as _, SeekFrom};
-use std::os::fd::OwnedFd;
+use std::io::{self, BufWriter, Read, Seek as _, SeekFrom, Write};
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
-use plies_archive::compress;
-use plies_oci::{BlobDigest, ChainId, DiffId};
+use plies_archive::hash::HashingWriter;
+use plies_archive::tar::Reader;
+use plies_archive::tarsplit::{self, Recorder};
+use plies_archive::{Root, compress};
+use plies_oci::{BlobDigest, ChainId, Compression, DiffId};
 use plies_store::{
-    ActiveId, ActiveOptions, Attach, ForeignTree, LayerBlob, LayerContents, LayerId, LayerSource, Lease, Origin,
-    SnapshotError, Taking, Transfer, TransferError, parallel,
+    ActiveId, ActiveOptions, Attach, Cancel, ForeignTree, LayerBlob, LayerContents, LayerId, LayerSource, Lease,
+    Origin, SnapshotError, Stage, Taking, Transfer, TransferError, parallel,
 };
 
 use crate::containerd::SnapshotInfo;
 use crate::listing::Listing;
-use crate::{Import, ImportError};
+use crate::{Import, ImportError, chain};
 
 /// Layers that are published together: one sync of the file system for all of them.
 const BATCH_MAX: usize = 256;
@@ -34,10 +37,19 @@ pub(crate) struct WantedLayer {
     pub(crate) before: Option<PathBuf>,
     /// The layers that it stands on here, bottom first.
     pub(crate) below: Vec<LayerId>,
-    /// The digest of its tar, and a blob with that.
-    pub(crate) tar: Option<(DiffId, LayerBlob)>,
+    /// The digest of its tar, and where that can be had.
+    pub(crate) tar: Option<(DiffId, Tar)>,
     /// Whether somebody may still write to it.
     pub(crate) may_change: bool,
+}
+
+/// Where the tar of a tree can be had.
+#[derive(Debug)]
+pub(crate) enum Tar {
+    /// In a blob that was taken in.
+    Blob(LayerBlob),
+    /// From the tree itself, with a tar-split recording in this file.
+    Split(PathBuf),
 }
 
 /// A layer that was taken in.
@@ -55,6 +67,8 @@ pub(crate) enum TookLayer {
     Taken(TakenLayer),
     /// The tree is not what its blob unpacks to, which is what others know by the diff ID.
     Differs,
+    /// The tree and its recording give no tar, or another one.
+    Wrong(String),
     Failed(SnapshotError),
 }
 
@@ -68,7 +82,7 @@ pub(crate) struct WantedBlob {
 }
 
 /// Threads that take things in: beyond that they wait for the disk.
-fn workers() -> usize {
+pub(crate) fn workers() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from).min(8)
 }
 
@@ -108,6 +122,7 @@ impl Import<'_> {
                 .map(|staged| match staged {
                     Ok(Staged::Here(layer)) => Place::Here(layer),
                     Ok(Staged::Differs) => Place::Without(TookLayer::Differs),
+                    Ok(Staged::Wrong(why)) => Place::Without(TookLayer::Wrong(why)),
                     Ok(Staged::New(stage)) => {
                         stages.push(*stage);
                         Place::Published(stages.len() - 1)
@@ -133,8 +148,8 @@ impl Import<'_> {
     }
 
     fn stage(&self, wanted: &WantedLayer, lease: &Lease) -> Result<Staged, SnapshotError> {
-        if let Some((diff_id, _)) = wanted.tar
-            && let Some(layer) = self.store.layers().hold_by_diff_id(diff_id, lease)?
+        if let Some((diff_id, _)) = &wanted.tar
+            && let Some(layer) = self.store.layers().hold_by_diff_id(*diff_id, lease)?
             && self.store.layers().root(layer).is_ok()
         {
             return Ok(Staged::Here(layer));
@@ -149,19 +164,95 @@ impl Import<'_> {
             true => ForeignTree::Whole { before: wanted.before.as_deref().map(open_dir).transpose()?, after },
         };
         let taking = if self.options.copy || wanted.may_change { Taking::Copy } else { Taking::Link };
-        let stage = self.store.snapshots().stage_foreign(base, &tree, taking, self.cancel, |root, contents| {
-            let Some((diff_id, blob)) = &wanted.tar else { return Some(contents) };
-            let index = self.listing(blob)?.judge(root, &contents.index)?;
+        let mut wrong = None;
+        let judge = |stage: &mut Stage, contents: LayerContents| {
+            let Some((diff_id, tar)) = &wanted.tar else { return Some(contents) };
+            let listing = match tar {
+                Tar::Blob(blob) => self.listing(blob, stage).ok().flatten()?,
+                Tar::Split(recording) => {
+                    let kept = self.keep_recording(*diff_id, recording, stage);
+                    kept.map_err(|why| wrong = Some(why)).ok().flatten()?
+                }
+            };
+            let index = listing.judge(stage.root(), &contents.index)?;
             Some(LayerContents { diff_id: Some(*diff_id), index, ..contents })
-        })?;
-        Ok(stage.map_or(Staged::Differs, |stage| Staged::New(Box::new(stage))))
+        };
+        let stage = self.store.snapshots().stage_foreign(base, &tree, taking, self.cancel, judge)?;
+        Ok(match (stage, wrong) {
+            (_, Some(why)) => Staged::Wrong(why),
+            (None, None) => Staged::Differs,
+            (Some(stage), None) => Staged::New(Box::new(stage)),
+        })
     }
 
-    /// What a blob that was taken in lists.
-    fn listing(&self, blob: &LayerBlob) -> Option<Listing> {
-        let packed = self.store.content().open(blob.digest).ok()?;
-        let tar = compress::Decoder::new(packed, blob.compression, self.limits).ok()?;
-        Listing::read(tar, self.limits)
+    /// Keeps a tar-split recording with a stage if both together give the tar of `diff_id`; what that lists.
+    fn keep_recording(&self, diff_id: DiffId, from: &Path, stage: &mut Stage) -> Result<Option<Listing>, String> {
+        let failed = |error: &dyn std::error::Error| chain(error);
+        let listing = self.check_recording(diff_id, from, stage.root())?;
+        let mut to = stage.tar_split_file().map_err(|error| failed(&error))?;
+        let mut from = open_file(from).map_err(|error| failed(&error))?;
+        io::copy(&mut from, &mut to).map_err(|error| failed(&error))?;
+        Ok(listing)
+    }
+
+    /// Whether a tree and a tar-split recording give the tar of `diff_id`, all of which is read; what it lists. `None` in the
+    /// result: no tree can be held against it.
+    pub(crate) fn check_recording(
+        &self,
+        diff_id: DiffId,
+        recording: &Path,
+        tree: BorrowedFd<'_>,
+    ) -> Result<Option<Listing>, String> {
+        let (headers, tar) = io::pipe().map_err(|error| chain(&error))?;
+        let (assembled, listing) = std::thread::scope(|scope| {
+            let listing = scope.spawn(|| Listing::read(headers, self.limits));
+            let mut tar = HashingWriter::new(WhileWanted { out: Some(tar), cancel: self.cancel });
+            let assembled = assemble(recording, tree, &mut tar).map(|()| DiffId::from_bytes(tar.finish().1.sha256));
+            (assembled, listing.join())
+        });
+        match assembled? {
+            actual if actual == diff_id => Ok(listing.ok().flatten()),
+            actual => Err(format!("its files and its tar-split give {actual}, not {diff_id}")),
+        }
+    }
+
+    /// Unpacks the tar that a tree and a recording give, of which it is known that it has `diff_id`, over the layers `below`.
+    pub(crate) fn unpack_recording(
+        &self,
+        diff_id: DiffId,
+        recording: &Path,
+        tree: &Path,
+        (below, parent): (&[LayerId], Option<ChainId>),
+        lease: &Lease,
+    ) -> Result<LayerId, String> {
+        let root = open_dir(tree).map_err(|error| chain(&error))?;
+        let (stream, tar) = io::pipe().map_err(|error| chain(&error))?;
+        let transfer = Transfer { lease, limits: self.limits, progress: self.progress, cancel: self.cancel };
+        let (received, assembled) = std::thread::scope(|scope| {
+            let assembled = scope.spawn(|| assemble(recording, root.as_fd(), &mut BufWriter::new(tar)));
+            let received = transfer.receive_layer(stream, Compression::None, below, parent);
+            (received, assembled.join())
+        });
+        match received.map_err(|error| chain(&error))? {
+            received if received.diff_id == diff_id => Ok(received.layer),
+            _ => match assembled {
+                Ok(Err(why)) => Err(why),
+                _ => Err("it changed meanwhile".to_owned()),
+            },
+        }
+    }
+
+    /// What a blob that was taken in lists. How its tar comes out of the tree again is kept with the stage.
+    fn listing(&self, blob: &LayerBlob, stage: &mut Stage) -> Result<Option<Listing>, Box<dyn std::error::Error>> {
+        let packed = self.store.content().open(blob.digest)?;
+        let tar = compress::Decoder::new(packed, blob.compression, self.limits)?;
+        let recorder = Recorder::new(tarsplit::Output::File(stage.tar_split_file()?));
+        let mut reader = Reader::new(tar, self.limits).with_recorder(recorder);
+        let Some(listing) = Listing::read_from(&mut reader) else { return Ok(None) };
+        if reader.finish()?.recorded.is_none_or(|recorded| recorded.unfaithful.is_some()) {
+            stage.forget_tar_split()?;
+        }
+        Ok(Some(listing))
     }
 
     /// Copies a tree that goes on changing into an active of its own, held by `lease`.
@@ -202,6 +293,38 @@ impl Import<'_> {
     }
 }
 
+/// Writes the tar that a tree and a tar-split recording give.
+fn assemble(recording: &Path, tree: BorrowedFd<'_>, tar: &mut impl Write) -> Result<(), String> {
+    let failed = |error: &dyn std::error::Error| format!("its tar-split and its files do not fit: {}", chain(error));
+    let records = open_file(recording).map_err(|error| format!("read its tar-split: {error}"))?;
+    let root = Root::new(tree).map_err(|error| failed(&error))?;
+    let open = |name: &[u8], _| tarsplit::open_in(&root, name);
+    tarsplit::assemble(records, open, tar).map_err(|error| failed(&error))?;
+    tar.flush().map_err(|error| failed(&error))
+}
+
+/// A tar on its way to somebody who may have seen enough of it before its end.
+struct WhileWanted<'a> {
+    out: Option<io::PipeWriter>,
+    cancel: &'a Cancel,
+}
+
+impl Write for WhileWanted<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.cancel.check()?;
+        match self.out.as_mut().map(|out| out.write_all(bytes)) {
+            Some(Err(error)) if error.kind() == io::ErrorKind::BrokenPipe => self.out = None,
+            Some(written) => written?,
+            None => {}
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
 /// Where a layer of a batch is to be found.
 enum Place {
     Published(usize),
@@ -212,6 +335,7 @@ enum Place {
 enum Staged {
     Here(LayerId),
     Differs,
+    Wrong(String),
     New(Box<plies_store::FinishedStage>),
 }
 
@@ -237,13 +361,13 @@ fn take_blob(transfer: &Transfer<'_>, wanted: &WantedBlob) -> Result<LayerBlob, 
     })
 }
 
-fn open_file(path: &Path) -> io::Result<File> {
+pub(crate) fn open_file(path: &Path) -> io::Result<File> {
     use rustix::fs::OFlags;
     let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK;
     Ok(File::from(rustix::fs::open(path, flags, rustix::fs::Mode::empty())?))
 }
 
-fn open_dir(path: &Path) -> Result<OwnedFd, SnapshotError> {
+pub(crate) fn open_dir(path: &Path) -> Result<OwnedFd, SnapshotError> {
     use rustix::fs::OFlags;
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
     rustix::fs::open(path, flags, rustix::fs::Mode::empty())

@@ -56,7 +56,8 @@ const USER_OPAQUE: &[u8] = b"user.overlay.opaque";
 
 impl Snapshots<'_> {
     /// A stage with what `tree` changes of `base`, not published yet; the source is only read. The caller holds the base.
-    /// `judge` sees the canonical layer and says what else is known of it; or that there shall be none.
+    /// `judge` sees the stage with the canonical layer, may keep a tar-split with it, and says what else is known of it; or that
+    /// there shall be none.
     ///
     /// # Errors
     /// [`SnapshotError::Seal`] for an upper whose files lie elsewhere in part; [`SnapshotError::File`].
@@ -66,13 +67,13 @@ impl Snapshots<'_> {
         tree: &ForeignTree,
         taking: Taking,
         cancel: &Cancel,
-        judge: impl FnOnce(BorrowedFd<'_>, LayerContents) -> Option<LayerContents>,
+        judge: impl FnOnce(&mut Stage, LayerContents) -> Option<LayerContents>,
     ) -> Result<Option<FinishedStage>, SnapshotError> {
-        let stage = Stage::new(self.store())?;
+        let mut stage = Stage::new(self.store())?;
         let (path, material) = (stage.tree(), Material::from(taking));
         match tree {
             ForeignTree::Upper(upper) => {
-                let mut copy = Copying { material, cancel, linked: HashMap::new() };
+                let mut copy = Copying { material, over: false, cancel, linked: HashMap::new() };
                 copy.run(upper, stage.root())?;
             }
             ForeignTree::Whole { before, after } => {
@@ -93,7 +94,7 @@ impl Snapshots<'_> {
         }
         let sealed = self.seal_over(base, stage.root())?;
         let contents = LayerContents { usage: sealed.usage, index: sealed.index, ..LayerContents::default() };
-        let judged = judge(stage.root(), contents);
+        let judged = judge(&mut stage, contents);
         Ok(judged.map(|contents| stage.finish(contents)))
     }
 
@@ -102,7 +103,16 @@ impl Snapshots<'_> {
     /// # Errors
     /// [`SnapshotError::File`].
     pub fn copy_foreign(&self, from: &OwnedFd, to: BorrowedFd<'_>, cancel: &Cancel) -> Result<(), SnapshotError> {
-        Copying { material: Material::Copy, cancel, linked: HashMap::new() }.run(from, to)
+        Copying { material: Material::Copy, over: false, cancel, linked: HashMap::new() }.run(from, to)
+    }
+
+    /// Does to a mounted tree what an overlay has written to its upper directory `from`: copies what is there, removes what
+    /// is hidden.
+    ///
+    /// # Errors
+    /// [`SnapshotError::Seal`] for an upper whose files lie elsewhere in part; [`SnapshotError::File`].
+    pub fn copy_changes(&self, from: &OwnedFd, to: BorrowedFd<'_>, cancel: &Cancel) -> Result<(), SnapshotError> {
+        Copying { material: Material::Copy, over: true, cancel, linked: HashMap::new() }.run(from, to)
     }
 }
 
@@ -118,6 +128,8 @@ impl From<Taking> for Material {
 /// One tree on its way.
 struct Copying<'a> {
     material: Material,
+    /// The target is a tree in use, not an upper directory: what marks say is done to it.
+    over: bool,
     cancel: &'a Cancel,
     /// Copies of files that have more names: inode to where the first one is now.
     linked: HashMap<u64, EntryPath>,
@@ -156,16 +168,32 @@ impl Copying<'_> {
             && rustix::fs::fgetxattr(&from, USER_OPAQUE, &mut value).is_ok()
             && value == *b"y";
         if (tree::is_opaque(&from)? || user_opaque) && !path.is_root() {
-            rustix::fs::fsetxattr(&to, OPAQUE, b"y", XattrFlags::empty())?;
+            match self.over {
+                true => tree::clear_dir(&to)?,
+                false => rustix::fs::fsetxattr(&to, OPAQUE, b"y", XattrFlags::empty())?,
+            }
         }
         for name in tree::list(&from)? {
             let Some(stat) = tree::stat(&from, &name)? else { continue };
-            if tree::file_type(&stat) == FileType::Directory {
+            let is_dir = tree::file_type(&stat) == FileType::Directory;
+            if self.over
+                && let Some(below) = tree::stat(&to, &name)?
+            {
+                if is_dir && tree::file_type(&below) == FileType::Directory {
+                    pending.push(path.join(name.to_bytes()));
+                    continue;
+                }
+                tree::remove_at(&to, &name)?;
+            }
+            if is_dir {
                 rustix::fs::mkdirat(&to, &name, Mode::RWXU)?;
                 pending.push(path.join(name.to_bytes()));
                 continue;
             }
             if tree::is_whiteout(&stat) {
+                if self.over {
+                    continue;
+                }
                 rustix::fs::mknodat(&to, &name, FileType::CharacterDevice, Mode::empty(), 0)?;
                 continue;
             }

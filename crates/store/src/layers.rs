@@ -451,7 +451,10 @@ impl Stage {
     }
 
     /// Gives the tar-split file up: it cannot give the archive back.
-    pub(crate) fn forget_tar_split(&mut self) -> Result<(), LayerError> {
+    ///
+    /// # Errors
+    /// [`LayerError::File`].
+    pub fn forget_tar_split(&mut self) -> Result<(), LayerError> {
         self.tar_split = false;
         let path = self.dir.join(TAR_SPLIT);
         Ok(fs::remove_file(&path).at("remove", path)?)

@@ -440,6 +440,24 @@ impl LayerStore {
         self.finish_child(received.layer, received.diff_id, below)
     }
 
+    /// Puts a chain of layers that somebody else made, bottom first, and gives a reference to the topmost; what is there
+    /// already stays. The caller's lease holds the layers.
+    ///
+    /// # Errors
+    /// [`LayerStoreError::Catalogue`]. Nothing is put then.
+    pub fn adopt(&self, layers: &[ChainLayer]) -> Result<Option<LayerRef>, LayerStoreError> {
+        let diff_ids: Vec<DiffId> = layers.iter().map(|layer| layer.diff_id).collect();
+        let Some(chain) = ChainId::of(&diff_ids) else { return Ok(None) };
+        let lease = self.ref_lease(&chain)?;
+        let info = self.store.write(|tx| {
+            put_chain(tx, layers)?;
+            tx.put(&REFS, &(chain, lease.id()), &())?;
+            let row = tx.get(&CHAINS, &chain)?.expect("because it was just put");
+            Ok::<_, CatalogueError>(ChainInfo::new(chain, row))
+        })?;
+        Ok(Some(LayerRef { store: self.store.clone(), info, lease: Some(lease) }))
+    }
+
     /// Holds the parent of a layer that is being made.
     fn begin_child(&self, parent: Option<ChainId>) -> Result<Below, LayerStoreError> {
         let parent = parent.map(|parent| self.get(parent)).transpose()?;

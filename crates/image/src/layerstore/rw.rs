@@ -57,6 +57,8 @@ pub struct NewRwLayer<'a> {
     /// Makes what every container needs and no image has: its changes become a layer of their own, `<id>-init`, between
     /// the parent and the writable layer, and so do not show among the latter's changes.
     pub init: Option<InitLayer<'a>>,
+    /// Makes what the writable layer begins with: shows among its changes.
+    pub fill: Option<InitLayer<'a>>,
 }
 
 impl std::fmt::Debug for NewRwLayer<'_> {
@@ -162,6 +164,13 @@ impl LayerStore {
             init = Some(layer);
         }
         let active = snapshots.prepare(base, lease, ActiveOptions { volatile: false })?;
+        if let Some(fill) = new.fill {
+            let mounted = snapshots.mount_active(active, Attach::Detached)?;
+            // The row may be there after a power cut; so must the files.
+            let filled = fill(mounted.root()).and_then(|()| Ok(rustix::fs::syncfs(mounted.root())?));
+            mounted.unmount()?;
+            filled.map_err(|source| LayerStoreError::Init { name: name.to_owned(), source })?;
+        }
         let held = self.ref_lease(&name)?;
         let row = self.store.write(|tx| {
             if tx.contains(&RW_LAYERS, &name.to_owned())? {

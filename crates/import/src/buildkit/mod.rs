@@ -41,7 +41,7 @@ use plies_store::{GcMode, LayerBlob, LayerId, Lease, LeaseOptions, Stamp, Transf
 use self::keys::Keys;
 use self::rows::{RawRows, Row};
 use crate::containerd::{Namespace, SnapshotInfo, SnapshotKind};
-use crate::take::{TakenLayer, TookLayer, WantedBlob, WantedLayer, measure};
+use crate::take::{TakenLayer, Tar, TookLayer, WantedBlob, WantedLayer, measure};
 use crate::{Import, ImportError, ImportReport, ImportedItem, Outcome, chain};
 
 const WANTED: &str =
@@ -485,7 +485,7 @@ impl Worker {
                 Ok(below) => {
                     let (snapshot, before, may_change) = (snapshot.clone(), before.clone(), *may_change);
                     let blob = row.blob.and_then(|digest| passage.blobs.taken.get(&digest));
-                    let tar = self.diff_id_of(row).zip(blob.copied());
+                    let tar = self.diff_id_of(row).zip(blob.copied().map(Tar::Blob));
                     wanted.push(WantedLayer { snapshot, before, below, tar, may_change });
                     whose.push(*id);
                 }
@@ -503,6 +503,7 @@ impl Worker {
                     passage.report.layer_bytes += if layer.was_here { 0 } else { layer.size_bytes };
                     layers.insert(id, layer);
                 }
+                TookLayer::Wrong(why) => failed.push((id, why)),
                 TookLayer::Failed(error) => failed.push((id, chain(&error))),
             }
         }
