@@ -7,7 +7,7 @@ use plies_store::{CatalogueError, Rows as _, Stamp};
 
 use crate::metadata::{self, Value};
 use crate::record::{self, Parents, RecordRow, State, USES, UseRow};
-use crate::{Accessor, CacheError, CacheKey, Link, RecordId, solver};
+use crate::{Accessor, CacheError, CacheKey, Link, RecordId, check, solver};
 
 /// A record to be adopted.
 #[derive(Debug, Clone)]
@@ -48,6 +48,12 @@ impl Accessor {
                         return Err(CacheError::no_record(parent));
                     }
                 }
+                // BuildKit takes a merge that has no chain ID yet for one with an empty one; nothing would be found by that.
+                let parent = match row.parents {
+                    Parents::Layer(parent) => record::get(tx, parent)?,
+                    _ => None,
+                };
+                let row = &check::with_right_chains(row, |_| parent.as_ref());
                 record::replace(tx, *id, None, Some(row))?;
                 tx.put(&USES, id, uses)?;
                 for blob in variants {

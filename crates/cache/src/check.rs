@@ -195,25 +195,34 @@ fn layers_of(rows: &ReadTx, id: RecordId) -> Result<Option<Vec<LayerId>>, Catalo
     Ok((!layers.is_empty()).then_some(layers))
 }
 
-/// Chain IDs are those of what lies below, and of the record's own blob.
-fn chains(records: &Records, id: RecordId, row: &RecordRow, findings: &mut Findings) {
-    let Some(blob) = &row.blob else { return };
-    let below: Option<(Option<ChainId>, Option<BlobDigest>)> = match &row.parents {
-        Parents::None => Some((None, None)),
-        Parents::Layer(parent) => {
-            let parent = records.get(parent).map(|parent| (parent.chain_id, parent.blob_chain_id));
-            parent.filter(|(chain, blob_chain)| chain.is_some() && blob_chain.is_some())
-        }
-        Parents::Merge(_) | Parents::Diff { .. } => None,
-    };
-    let Some((chain, blob_chain)) = below else { return };
+/// A row with the chain IDs that follow from what lies below and from its own blob, where it has any. Those of merges, and
+/// of what stands on something without, are what they are.
+pub(crate) fn with_right_chains<'r>(
+    row: &RecordRow,
+    parent: impl FnOnce(RecordId) -> Option<&'r RecordRow>,
+) -> RecordRow {
     let mut right = row.clone();
+    let Some(blob) = &row.blob else { return right };
+    let (chain, blob_chain) = match &row.parents {
+        Parents::None => (None, None),
+        Parents::Layer(id) => match parent(*id).map(|parent| (parent.chain_id, parent.blob_chain_id)) {
+            Some(both @ (Some(_), Some(_))) => both,
+            _ => return right,
+        },
+        Parents::Merge(_) | Parents::Diff { .. } => return right,
+    };
     if row.chain_id.is_some() {
         right.chain_id = Some(ChainId::extend(chain, blob.diff_id));
     }
     if let (Some(_), Some(digest)) = (row.blob_chain_id, blob.digest) {
         right.blob_chain_id = Some(extend_blob_chain(blob_chain, digest, blob.diff_id));
     }
+    right
+}
+
+/// Chain IDs are those of what lies below, and of the record's own blob.
+fn chains(records: &Records, id: RecordId, row: &RecordRow, findings: &mut Findings) {
+    let right = with_right_chains(row, |parent| records.get(&parent));
     if right != *row {
         let what = "has another chain ID than its layers make";
         let remedy = Remedy::Rewrite(vec![Change::put(&RECORDS, &id, &right)]);
