@@ -332,7 +332,11 @@ fn cases() -> Vec<Case> {
         stray("image.diffs", "blob-diff-wrong", Nothing),
         // The build cache.
         garbled("cache.records", "row-unreadable", Loss::Some(RECORDS)),
-        missing("cache.records", "record-hold-wrong", Loss::Some(RECORDS)),
+        case("cache.records: one that holds something is missing", "record-hold-wrong", Loss::Some(RECORDS), |root| {
+            let (catalogue, hold, _) = first_that(root, "holds", |key, _| key.starts_with(b"record:"));
+            let id = std::str::from_utf8(&hold["record:".len()..][..32]).unwrap();
+            catalogue.remove("cache.records", &u128::from_str_radix(id, 16).unwrap().to_be_bytes());
+        }),
         garbled("cache.uses", "row-unreadable", Nothing),
         stray("cache.uses", "uses-stray", Nothing),
         garbled("cache.children", "children-wrong", Nothing),
@@ -393,9 +397,9 @@ fn cases() -> Vec<Case> {
         missing("image.rw_layers", "rw-hold-wrong", Loss::Some(BOX)),
         case("a chain whose size is wrong", "chain-sums-wrong", Nothing, |root| {
             let (catalogue, key, mut row) = first(root, "image.chains");
-            // Before the time at the end, eight bytes long.
-            let at = row.len() - 10;
-            row[at] = row[at].wrapping_add(1) & 0x7f;
+            // The last byte of the number before the time, which is eight bytes long.
+            let at = row.len() - 9;
+            row[at] ^= 2;
             catalogue.put("image.chains", &key, &row);
         }),
         case("a hold of nobody", "hold-unknown-owner", Nothing, |root| {
