@@ -3,6 +3,7 @@
 //! | module | role |
 //! |---|---|
 //! | [`bolt`] | writes database files of Go's bbolt library |
+//! | [`docker`] | Docker's state: a daemon with a data root of its own, and data roots made by hand |
 //! | [`tar`] | writes layer tars byte by byte, sound ones and hostile ones |
 //! | [`image`] | puts layers into OCI layouts and docker archives, reads blobs back out of them |
 //! | [`tree`] | lists a directory with everything a layer can carry, and says how two differ |
@@ -18,6 +19,7 @@
 
 pub mod bolt;
 pub mod catalogue;
+pub mod docker;
 pub mod image;
 pub mod kill;
 pub mod ply;

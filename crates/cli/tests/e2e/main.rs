@@ -16,6 +16,7 @@ mod dockerfiles;
 mod export;
 mod fsck;
 mod import;
+mod import_docker;
 mod layers;
 mod load;
 mod lock;

@@ -1,0 +1,189 @@
+//! Docker's state: a daemon with a data root of its own, and data roots made by hand.
+
+use std::fs;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use serde_json::{Value, json};
+
+use crate::tar::{Member, archive};
+use crate::{eventually, sha256_hex, tools};
+
+/// A daemon without a network, on the overlay2 driver.
+#[derive(Debug)]
+pub struct Daemon {
+    child: Child,
+    dir: PathBuf,
+}
+
+impl Daemon {
+    /// Starts one whose data root is `dir/data`; says aloud if it cannot start here.
+    ///
+    /// # Panics
+    /// When there is no such program, though its file was found.
+    #[track_caller]
+    pub fn start(dir: &Path) -> Option<Self> {
+        if !tools::have(&["dockerd", "docker"]) {
+            return None;
+        }
+        fs::create_dir_all(dir).expect("because the scratch is ours");
+        let log = fs::File::create(dir.join("log")).expect("because the scratch is ours");
+        let mut command = Command::new(tools::find("dockerd").expect("because it was just found"));
+        for (option, name) in [("--data-root", "data"), ("--exec-root", "exec"), ("--pidfile", "pid")] {
+            command.arg(option).arg(dir.join(name));
+        }
+        command.args(["--bridge=none", "--iptables=false", "--storage-driver=overlay2"]);
+        command.arg(format!("--host=unix://{}", dir.join("sock").display()));
+        command.stdin(Stdio::null()).stderr(log).stdout(Stdio::null());
+        let child = command.spawn().unwrap_or_else(|error| panic!("start dockerd: {error}"));
+        let mut daemon = Self { child, dir: dir.to_owned() };
+        let answers = eventually(|| {
+            !matches!(daemon.child.try_wait(), Ok(Some(_)))
+                && daemon.command(&["info"]).output().is_ok_and(|output| output.status.success())
+        });
+        if !answers {
+            let log = fs::read_to_string(dir.join("log")).unwrap_or_default();
+            eprintln!("SKIPPED {}: dockerd does not start here: {log}", std::panic::Location::caller());
+            return None;
+        }
+        Some(daemon)
+    }
+
+    /// A command of its client.
+    pub fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new("docker");
+        command.arg("--host").arg(format!("unix://{}", self.dir.join("sock").display())).args(args);
+        command.env("DOCKER_BUILDKIT", "0").env("HOME", &self.dir).current_dir(&self.dir).stdin(Stdio::null());
+        command
+    }
+
+    /// Runs a command of its client, which must succeed; what it printed.
+    ///
+    /// # Panics
+    /// When it fails.
+    #[track_caller]
+    pub fn run(&self, args: &[&str]) -> String {
+        tools::run(&mut self.command(args)).trim().to_owned()
+    }
+
+    /// Stops it; its data root.
+    pub fn stop(self) -> PathBuf {
+        self.dir.join("data")
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let pid = i32::try_from(self.child.id()).ok().and_then(rustix::process::Pid::from_raw);
+        if let Some(pid) = pid {
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
+        }
+        let _ = self.child.wait();
+    }
+}
+
+/// A data root that is written by hand.
+#[derive(Debug)]
+pub struct DataRoot {
+    /// Where it is.
+    pub path: PathBuf,
+}
+
+impl DataRoot {
+    /// An empty one.
+    pub fn new(path: PathBuf) -> Self {
+        let root = Self { path };
+        fs::create_dir_all(root.layers()).expect("because the scratch is ours");
+        root
+    }
+
+    /// The directory with all layers.
+    pub fn layers(&self) -> PathBuf {
+        self.path.join("image/overlay2/layerdb/sha256")
+    }
+
+    /// Writes a file of the image store.
+    ///
+    /// # Panics
+    /// When it cannot.
+    pub fn write(&self, name: &str, bytes: impl AsRef<[u8]>) -> PathBuf {
+        let path = self.path.join("image/overlay2").join(name);
+        fs::create_dir_all(path.parent().expect("because it has one")).expect("because the scratch is ours");
+        fs::write(&path, bytes).expect("because the scratch is ours");
+        path
+    }
+
+    /// A layer with one file on the chain `parent`: its chain ID and its diff ID, 64 digits each.
+    ///
+    /// # Panics
+    /// When it cannot be written.
+    pub fn layer(&self, parent: Option<&str>, name: &str, content: &str) -> (String, String) {
+        let tar = archive(&[Member::file(name, content)]);
+        let diff = sha256_hex(&tar);
+        let chain = match parent {
+            None => diff.clone(),
+            Some(parent) => sha256_hex(format!("sha256:{parent} sha256:{diff}").as_bytes()),
+        };
+        let dir = format!("layerdb/sha256/{chain}");
+        // Any 64 digits do.
+        let cache_id = sha256_hex(chain.as_bytes());
+        self.write(&format!("{dir}/diff"), format!("sha256:{diff}"));
+        self.write(&format!("{dir}/cache-id"), &cache_id);
+        if let Some(parent) = parent {
+            self.write(&format!("{dir}/parent"), format!("sha256:{parent}"));
+        }
+        self.write(&format!("{dir}/tar-split.json.gz"), recording(&tar, name, content.as_bytes()));
+        let tree = self.path.join("overlay2").join(cache_id).join("diff");
+        fs::create_dir_all(&tree).expect("because the scratch is ours");
+        fs::write(tree.join(name), content).expect("because the scratch is ours");
+        (chain, diff)
+    }
+
+    /// An image of layers with these diff IDs: its ID, 64 digits.
+    pub fn image(&self, diff_ids: &[&str]) -> String {
+        let diff_ids: Vec<Value> = diff_ids.iter().map(|diff| json!(format!("sha256:{diff}"))).collect();
+        let config = json!({
+            "architecture": crate::image::architecture(), "os": "linux", "config": {},
+            "rootfs": { "type": "layers", "diff_ids": diff_ids },
+        })
+        .to_string();
+        let id = sha256_hex(config.as_bytes());
+        self.write(&format!("imagedb/content/sha256/{id}"), config);
+        id
+    }
+}
+
+/// The tar-split of an archive with one file: its header, its content by checksum, the rest.
+fn recording(tar: &[u8], name: &str, content: &[u8]) -> Vec<u8> {
+    let lines = [
+        json!({ "type": 2, "payload": base64(&tar[..512]), "position": 0 }),
+        json!({ "type": 1, "name": name, "size": content.len(), "payload": base64(&crc64(content)), "position": 1 }),
+        json!({ "type": 2, "payload": base64(&tar[512 + content.len()..]), "position": 2 }),
+    ];
+    let mut packed = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
+    lines.iter().for_each(|line| writeln!(packed, "{line}").expect("because memory takes it"));
+    packed.finish().expect("because memory takes it")
+}
+
+/// CRC-64 with the polynomial of ISO 3309 (Go, `hash/crc64`), big end first.
+fn crc64(bytes: &[u8]) -> [u8; 8] {
+    const POLYNOMIAL: u64 = 0xd800_0000_0000_0000;
+    let step = |crc: u64, byte: &u8| {
+        (0..8).fold(crc ^ u64::from(*byte), |crc, _| if crc & 1 == 1 { crc >> 1 ^ POLYNOMIAL } else { crc >> 1 })
+    };
+    (!bytes.iter().fold(!0, step)).to_be_bytes()
+}
+
+fn base64(bytes: &[u8]) -> String {
+    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let mut text = String::new();
+    for part in bytes.chunks(3) {
+        let number = (0..3).fold(0, |number, place| number << 8 | usize::from(*part.get(place).unwrap_or(&0)));
+        for place in 0..4 {
+            let digit = DIGITS[number >> (18 - 6 * place) & 63];
+            text.push(if place <= part.len() { char::from(digit) } else { '=' });
+        }
+    }
+    text
+}
