@@ -45,7 +45,7 @@ fn chains(removed: &[RemovedLayer]) -> Vec<ChainId> {
     removed.iter().map(|layer| layer.chain_id).collect()
 }
 
-fn new_rw(parent: Option<ChainId>) -> NewRwLayer<'static> {
+fn new_rw<'a>(parent: Option<ChainId>) -> NewRwLayer<'a> {
     NewRwLayer { parent, ..NewRwLayer::default() }
 }
 
