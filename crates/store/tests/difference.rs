@@ -997,6 +997,8 @@ fn lines() -> impl Strategy<Value = Vec<String>> {
     let place = || {
         (dir.clone(), prop_oneof![Just("a"), Just("b"), Just("c"), Just("x"), Just("y"), Just("z")])
             .prop_map(|(dir, name)| format!("{dir}{name}"))
+            // A value of each strategy lies within its parent's otherwise: more than a test's stack in a debug build.
+            .boxed()
     };
     let line = prop_oneof![
         5 => (place(), "[pq]{0,2}").prop_map(|(at, text)| format!("{at}={text}")),
