@@ -20,6 +20,7 @@ use std::ops::ControlFlow;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
+use std::sync::PoisonError;
 
 use plies_oci::{BlobDigest, ChainId, DiffId, ErrorKind};
 use serde::{Deserialize, Serialize};
@@ -320,6 +321,8 @@ impl<'a> Layers<'a> {
     /// # Errors
     /// [`LayerError::NotFound`]; [`LayerError::OtherDiffId`] if it has another.
     pub fn set_diff_id(&self, id: LayerId, diff_id: DiffId) -> Result<(), LayerError> {
+        // Two exports of one layer would take each other's new sidecar away.
+        let _one = self.store.inner.sidecars.lock().unwrap_or_else(PoisonError::into_inner);
         let mut row = self.row(id)?;
         match row.diff_id {
             Some(has) if has == diff_id => return Ok(()),
