@@ -20,7 +20,6 @@ use std::ops::ControlFlow;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
-use std::sync::PoisonError;
 
 use plies_oci::{BlobDigest, ChainId, DiffId, ErrorKind};
 use serde::{Deserialize, Serialize};
@@ -153,12 +152,17 @@ impl Sidecar {
     }
 
     /// Writes it anew, durably; there is always one that is whole.
-    pub(crate) fn replace(dir: &Path, row: &LayerRow) -> Result<(), FileError> {
-        let (new, path) = (dir.join("layer.json.new"), dir.join(SIDECAR));
+    pub(crate) fn replace(store: &Store, id: LayerId, row: &LayerRow) -> Result<(), LayerError> {
+        // Two exports of one layer may come here at once: each writes under a name of its own, where a crash leaves
+        // nothing.
+        let fresh = LayerId::from_bytes(store.inner.fresh_id()?);
+        let new = store.inner.paths.stage.join(format!("{fresh}.json"));
+        let dir = layer_dir(store, id);
+        let path = dir.join(SIDECAR);
         let mut file = File::create(&new).at("create", &new)?;
         file.write_all(&Self::encode(row)).and_then(|()| file.sync_all()).at("write", &new)?;
         fs::rename(&new, &path).at("rename", &new)?;
-        sync_dir(dir)
+        Ok(sync_dir(&dir)?)
     }
 
     fn encode(row: &LayerRow) -> Vec<u8> {
@@ -321,8 +325,6 @@ impl<'a> Layers<'a> {
     /// # Errors
     /// [`LayerError::NotFound`]; [`LayerError::OtherDiffId`] if it has another.
     pub fn set_diff_id(&self, id: LayerId, diff_id: DiffId) -> Result<(), LayerError> {
-        // Two exports of one layer would take each other's new sidecar away.
-        let _one = self.store.inner.sidecars.lock().unwrap_or_else(PoisonError::into_inner);
         let mut row = self.row(id)?;
         match row.diff_id {
             Some(has) if has == diff_id => return Ok(()),
@@ -330,7 +332,7 @@ impl<'a> Layers<'a> {
             None => row.diff_id = Some(diff_id),
         }
         // Bytes before rows: a sidecar that knows more than the row is right all the same.
-        Sidecar::replace(&layer_dir(self.store, id), &row)?;
+        Sidecar::replace(self.store, id, &row)?;
         self.store.write(|tx| {
             let mut row = tx.get(&LAYERS, &id)?.ok_or(LayerError::NotFound { layer: id })?;
             match row.diff_id {

@@ -35,9 +35,8 @@
 //! 1. `collecting`: one garbage collection at a time.
 //! 2. `publishing` (shared by publishers from rename to commit, exclusive for unlinking): without
 //!    it a collection could unlink a blob that was published again after its row had gone.
-//! 3. `sidecars`: one layer at a time is given its diff ID, which writes a file and a row.
-//! 4. the catalogue's gate (taken by `write`, held while a closure runs and while it commits).
-//! 5. `open_ingests`, `mounted`, `session`: leaves; held for a few instructions, except that
+//! 3. the catalogue's gate (taken by `write`, held while a closure runs and while it commits).
+//! 4. `open_ingests`, `mounted`, `session`: leaves; held for a few instructions, except that
 //!    `session` is held over the one commit that begins a session, so it comes before the gate and
 //!    is never asked for inside a closure.
 //!

@@ -177,16 +177,15 @@ impl<'a> Mender<'a> {
 
     /// Where row and sidecar name different tars, the tree says which is right.
     fn sidecar(&self, id: LayerId) -> Result<(), MendError> {
-        let dir = layer_dir(self.store, id);
         let Some(row) = self.store.read(|tx| tx.get(&LAYERS, &id))? else { return Ok(()) };
-        if let Some(sidecar) = Sidecar::read(&dir)?
+        if let Some(sidecar) = Sidecar::read(&layer_dir(self.store, id))?
             && let (Some(_), Some(said)) = (row.diff_id, sidecar.row.diff_id)
             && row.diff_id != sidecar.row.diff_id
             && matches!(self.transfer().tree_is(id, said, row.chain_id.is_some()), Ok(true))
         {
             return Ok(self.put_layer(id, &sidecar.row)?);
         }
-        Ok(Sidecar::replace(&dir, &row)?)
+        Ok(Sidecar::replace(self.store, id, &row)?)
     }
 
     fn transfer(&self) -> Transfer<'_> {
