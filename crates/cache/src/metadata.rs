@@ -11,20 +11,20 @@
 //! | BuildKit's key | here |
 //! |---|---|
 //! | `snapshot.size` | the sum of the sizes of what the record holds, kept by the store |
-//! | `cache.equalMutable` | [`State::Shared`](crate::State::Shared), and `committed_as` of the other |
+//! | `cache.equalMutable` | [`State::Shared`], and `committed_as` of the other |
 //! | `cache.cachePolicy` | `RecordRow::retain` |
 //! | `cache.description` | `RecordRow::description` |
 //! | `cache.createdAt` | `RecordRow::created_at`, in microseconds |
 //! | `cache.lastUsedAt`, `cache.usageCount` | [`UseRow`](crate::UseRow), gathered and written late |
 //! | `cache.layerType` | a value like any other: [`LAYER_TYPE`] |
 //! | `cache.recordType` | `RecordRow::record_type` |
-//! | `snapshot.committed` | [`State`](crate::State): all but `Mutable` |
+//! | `snapshot.committed` | [`State`]: all but `Mutable` |
 //! | `cache.parent`, `cache.mergeParents`, `cache.lowerDiffParent`, `cache.upperDiffParent` | [`Parents`](crate::Parents) |
 //! | `cache.diffID`, `cache.blob`, `cache.mediatype`, `cache.blobsize`, `cache.layer.urls` | [`BlobRow`](crate::BlobRow) |
 //! | `cache.chainID`, index `chainid:` | `RecordRow::chain_id`, [`Accessor::search_chain`] |
 //! | `cache.blobChainID`, index `blobchainid:` | `RecordRow::blob_chain_id`, [`Accessor::search_blob_chain`] |
-//! | `cache.snapshot` | the layer in [`State::Sealed`](crate::State::Sealed), and `RecordRow::snapshot` |
-//! | `cache.blobonly` | [`State::Lazy`](crate::State::Lazy) |
+//! | `cache.snapshot` | the layer in [`State::Sealed`], and `RecordRow::snapshot` |
+//! | `cache.blobonly` | [`State::Lazy`] |
 //! | `cache.imageRefs` | `RecordRow::image_refs` |
 //! | `cache.deleted` | none: a record goes in one transaction |
 //! | `_external` | [`Accessor::external`] |

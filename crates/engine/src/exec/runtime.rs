@@ -82,7 +82,7 @@ pub(super) fn is_program(path: &Path) -> bool {
 
 impl OciRuntime {
     /// With the runtime at `program`. What it left under `state_dir` before stays: it may be another request's of this
-    /// process ([`OciRuntime::end_leftovers`]).
+    /// process (`end_leftovers`).
     ///
     /// # Errors
     /// [`ExecError::NoRuntime`], [`ExecError::Io`].

@@ -3,19 +3,27 @@
 //! A [`Transfer`] is one such piece of work: what it makes is held by its lease. Layers of one request are worked on in
 //! parallel; each blob is read once, hashed, decompressed, unpacked and kept on the way. Nothing is visible until all
 //! of them are whole.
+//!
+//! ```text
+//! mod.rs    blobs, archives and trees become layers
+//! out.rs    layers become tars and blobs again
+//! known.rs  which blob holds which layer's tar
+//! ```
 
-use std::collections::{BTreeMap, VecDeque};
+mod known;
+mod out;
+
+use std::collections::VecDeque;
 use std::fmt;
 use std::fs::File;
 use std::io::{self, BufWriter, Read, Write};
 use std::num::NonZero;
 use std::os::fd::AsFd as _;
 use std::os::unix::fs::FileExt as _;
-use std::sync::mpsc::{Receiver, SyncSender, channel, sync_channel};
 use std::sync::{Mutex, PoisonError};
 
 use plies_archive::compress::{self, DecodeError};
-use plies_archive::hash::{HashingReader, HashingWriter};
+use plies_archive::hash::HashingReader;
 use plies_archive::tar;
 use plies_archive::tarsplit::{self, AssembleError, Recorder};
 use plies_archive::{
@@ -23,65 +31,21 @@ use plies_archive::{
     layer_to_tar, receive, unpack,
 };
 use plies_oci::{BlobDigest, ChainId, Compression, Descriptor, DiffId, ErrorKind, Family};
-use serde::{Deserialize, Serialize};
+
+pub(crate) use known::check_blobs_of_layers;
+use known::{CLAMPED, record_blob, remember_blob};
+pub use known::{blobs_of_diff_id, diff_id_of_blob};
 
 use crate::cancel::canceled_inside;
-use crate::catalogue::{CatalogueError, Row, Rows, Table, Tx};
-use crate::fsck::{Change, Findings, Remedy};
+use crate::catalogue::{CatalogueError, Rows as _};
 use crate::progress::{Outcome, Progress, Task, Watched};
 use crate::{
     ActiveId, ActiveOptions, Attach, BlobError, Cancel, Canceled, CommitError, Expected, FinishedStage, Ingest,
-    IngestError, IngestRef, LayerContents, LayerError, LayerId, Lease, Mounted, Resource, SnapshotError, SnapshotId,
-    Store,
+    IngestError, IngestRef, LayerContents, LayerError, LayerId, Lease, Mounted, SnapshotError, SnapshotId, Store,
 };
-
-// Named for the crate that they began in. Which blobs hold a layer's tar, both ways, as we found it ourselves: memory,
-// not holds, so the blob may be gone.
-const BLOBS_OF_DIFF: Table<(DiffId, BlobDigest), LayerBlobRow> = Table::new("image.blobs");
-const DIFF_OF_BLOB: Table<BlobDigest, DiffIdRow> = Table::new("image.diffs");
-
-// What a layer became when the times in it were cut off at so many seconds since 1970 (as the bits of an `i64`): memory
-// as well. A layer that is its own has nothing later.
-const CLAMPED: Table<(LayerId, u64), LayerId> = Table::new("image.clamped");
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-struct LayerBlobRow {
-    size_bytes: u64,
-    compression: Compression,
-    /// The level that it was packed at here. `None`: it came from elsewhere, or from before this was kept.
-    made_at_level: Option<i32>,
-}
-
-#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
-struct DiffIdRow(DiffId);
-
-impl Row for LayerBlobRow {
-    const VERSION: u8 = 2;
-
-    fn upgrade(version: u8, body: &[u8]) -> Option<Self> {
-        (version == 1).then_some(())?;
-        let (size_bytes, compression) = postcard::from_bytes(body).ok()?;
-        Some(Self { size_bytes, compression, made_at_level: None })
-    }
-}
-impl Row for DiffIdRow {
-    const VERSION: u8 = 1;
-}
 
 /// Buffer in front of a pipe between two threads: as much as a pipe holds (pipe(7)).
 const PIPE_BYTES: usize = 64 << 10;
-
-/// Bytes of a tar that one thread hands to another at once: half a processor's second-level cache or less.
-const PIECE_BYTES: usize = 256 << 10;
-
-/// Pieces that are made before the first of them must be taken.
-const PIECES_AHEAD_MAX: usize = 4;
-
-/// Levels by which a lost gzip blob is tried to be made again: ours, then the others of the format.
-const GZIP_LEVELS: [Option<i32>; 4] = [None, Some(9), Some(6), Some(1)];
-
-/// The same of zstd: ours, then those that BuildKit's four speeds stand for.
-const ZSTD_LEVELS: [Option<i32>; 4] = [None, Some(1), Some(7), Some(11)];
 
 /// Threads that take in layers at once, at most: beyond that they wait for the disk, and each holds buffers and a
 /// decompressor's window.
@@ -984,182 +948,6 @@ impl Transfer<'_> {
         Ok(clamped)
     }
 
-    /// The diff ID of a layer; its tar is written into a hash if nobody knows it yet.
-    ///
-    /// # Errors
-    /// [`TransferError`].
-    pub fn diff_id_of(&self, layer: LayerId) -> Result<DiffId, TransferError> {
-        let layers = self.store().layers();
-        if let Some(diff_id) = layers.info(layer)?.diff_id {
-            return Ok(diff_id);
-        }
-        let sink = Watched { inner: io::sink(), task: None, cancel: self.cancel };
-        let mut tar = HashingWriter::new(sink);
-        self.write_canonical_tar(layer, &mut tar)?;
-        let diff_id = DiffId::from_bytes(tar.finish().1.sha256);
-        layers.set_diff_id(layer, diff_id)?;
-        Ok(diff_id)
-    }
-
-    /// Writes the tar that a layer's files make today: its own, unless it came from an archive.
-    fn write_canonical_tar(&self, layer: LayerId, out: &mut impl Write) -> Result<(), TransferError> {
-        let layers = self.store().layers();
-        let (root, index) = (layers.root(layer)?, layers.index(layer)?);
-        let failed = |source: DiffError| match canceled_inside(&source) {
-            true => Canceled.into(),
-            false => TransferError::Diff { layer, source },
-        };
-        let mut tar = tar::Writer::new(out);
-        layer_to_tar(root.as_fd(), &index, &mut tar).map_err(failed)?;
-        tar.finish().map(drop).map_err(|source| failed(source.into()))
-    }
-
-    /// Writes the tar of a diff ID, byte for byte: out of a blob that is here, put together again from `layer` and its
-    /// tar-split, or from the layer's files if they came from no archive. It is hashed on the way; what does not have
-    /// the diff ID in the end is an error, and the caller throws away what it has of it.
-    ///
-    /// # Errors
-    /// [`TransferError::Changed`], [`TransferError::Gone`] and the others.
-    pub fn write_tar(&self, diff_id: DiffId, layer: Option<LayerId>, out: impl Write) -> Result<(), TransferError> {
-        let mut tar = HashingWriter::new(Watched { inner: out, task: None, cancel: self.cancel });
-        let (made, written) = make_ahead(|ahead| self.make_tar(diff_id, layer, ahead), &mut tar);
-        match written {
-            // It has the cause of what its maker says.
-            Err(error) if canceled_inside(&error) => return Err(Canceled.into()),
-            Err(source) => return Err(TransferError::Write { diff_id, source }),
-            Ok(()) => made?,
-        }
-        match DiffId::from_bytes(tar.finish().1.sha256) {
-            actual if actual == diff_id => Ok(()),
-            actual => Err(TransferError::Changed { diff_id, actual }),
-        }
-    }
-
-    /// Makes the tar of a diff ID, which nobody has compared with it yet.
-    fn make_tar(&self, diff_id: DiffId, layer: Option<LayerId>, tar: &mut impl Write) -> Result<(), TransferError> {
-        if let Some(blob) = self.blobs_of(diff_id)?.first() {
-            let broken = |source| self.reading(&blob.digest.to_string(), source);
-            let bytes = self.store().content().open(blob.digest)?;
-            let mut decoder = compress::Decoder::new(bytes, blob.compression, self.limits).map_err(broken)?;
-            return io::copy(&mut decoder, tar).map(drop).map_err(broken);
-        }
-        self.write_tree(layer.ok_or(TransferError::Gone { diff_id })?, tar)
-    }
-
-    fn assemble(&self, layer: LayerId, recording: impl Read, tar: &mut impl Write) -> Result<(), TransferError> {
-        let root = self.store().layers().root(layer)?;
-        let root = Root::new(root.as_fd()).map_err(|error| self.reading(&layer.to_string(), error))?;
-        let assembled = tarsplit::assemble(recording, |name, _| tarsplit::open_in(&root, name), tar);
-        assembled.map(drop).map_err(|source| match canceled_inside(&source) {
-            true => Canceled.into(),
-            false => TransferError::Assemble { layer, source },
-        })
-    }
-
-    /// The blobs that are here and known to decompress to the tar of a diff ID; held from now on.
-    ///
-    /// # Errors
-    /// [`CatalogueError`].
-    pub fn blobs_of(&self, diff_id: DiffId) -> Result<Vec<LayerBlob>, CatalogueError> {
-        let mut here = Vec::new();
-        for blob in self.store().read(|rows| blobs_of_diff_id(rows, diff_id))? {
-            if self.lease.hold_if_present(blob.digest)? {
-                here.push(blob);
-            }
-        }
-        Ok(here)
-    }
-
-    /// A blob of the layer with this diff ID: the one that it came with, or one packed here as is asked for, made now
-    /// if need be and kept with the layer. Which other blobs happen to be here changes nothing.
-    ///
-    /// # Errors
-    /// [`TransferError`].
-    pub fn blob_as(&self, diff_id: DiffId, packing: &Packing) -> Result<LayerBlob, TransferError> {
-        let Packing { compression, level, force } = *packing;
-        let rows = self.store().read(|rows| rows.prefixed(&BLOBS_OF_DIFF, &diff_id))?;
-        let came = |row: &LayerBlobRow| {
-            row.made_at_level.is_none() && (!force || (row.compression == compression && level.is_none()))
-        };
-        let wanted = Some(compress::level_of(compression, level));
-        let made = |row: &LayerBlobRow| row.compression == compression && row.made_at_level == wanted;
-        let mut rows: Vec<_> = rows.into_iter().filter(|(_, row)| came(row) || made(row)).collect();
-        rows.sort_by_key(|(_, row)| row.made_at_level.is_some());
-        for ((_, digest), row) in rows {
-            if self.lease.hold_if_present(digest)? {
-                return Ok(LayerBlob { digest, size_bytes: row.size_bytes, compression: row.compression });
-            }
-        }
-        self.make_blob(diff_id, None, compression, level)
-    }
-
-    /// Compresses the tar of a diff ID into a blob, which is kept with the layer. `layer` says where its files are, if
-    /// not in the self-contained layer of this diff ID. `level` is the format's own scale; `None` its default.
-    ///
-    /// # Errors
-    /// [`TransferError`].
-    pub fn make_blob(
-        &self,
-        diff_id: DiffId,
-        layer: Option<LayerId>,
-        compression: Compression,
-        level: Option<i32>,
-    ) -> Result<LayerBlob, TransferError> {
-        let layer = match layer {
-            None => self.store().layers().hold_by_diff_id(diff_id, self.lease)?,
-            layer => layer,
-        };
-        let task = Task::start(self.progress, &format!("compress layer {diff_id}"), None);
-        let mut ingest = self.store().content().ingest_unnamed()?;
-        let broken = |source| self.reading(&diff_id.to_string(), source);
-        let encoder = compress::Encoder::with_level(&mut ingest, compression, level, threads()).map_err(broken)?;
-        let mut watched = Watched { inner: encoder, task: Some(&task), cancel: self.cancel };
-        self.write_tar(diff_id, layer, &mut watched)?;
-        watched.inner.finish().map_err(broken)?;
-        let size_bytes = ingest.offset_bytes();
-        let digest = ingest.commit(Expected::anything(), self.lease)?;
-        let blob = LayerBlob { digest, size_bytes, compression };
-        let made_at_level = Some(compress::level_of(compression, level));
-        self.store().write(|tx| {
-            remember_blob(tx, diff_id, &blob, made_at_level)?;
-            layer.map_or(Ok(()), |layer| tx.add_edge(layer, digest))
-        })?;
-        task.end(Outcome::Done);
-        Ok(blob)
-    }
-
-    /// Whether the tree of a layer gives the tar of `diff_id` back. One that was unpacked over the layers below it is believed.
-    pub(crate) fn tree_is(&self, layer: LayerId, diff_id: DiffId, needs_base: bool) -> Result<bool, TransferError> {
-        if needs_base || self.tree_diff_id(layer)? == diff_id {
-            return Ok(true);
-        }
-        if self.store().layers().tar_split(layer)?.is_some() {
-            return Ok(false);
-        }
-        // Of an archive that no recording gives back: what its blob unpacks to now is what it unpacked to then.
-        let mut tree = HashingWriter::new(self.nowhere());
-        self.write_canonical_tar(layer, &mut tree)?;
-        let Some(stage) = self.restage(layer, diff_id)? else { return Ok(false) };
-        let mut again = HashingWriter::new(self.nowhere());
-        let (root, index) = (stage.root(), &stage.contents().index);
-        let failed = |source: DiffError| TransferError::Diff { layer, source };
-        let mut tar = tar::Writer::new(&mut again);
-        layer_to_tar(root, index, &mut tar).map_err(failed)?;
-        tar.finish().map_err(|source| failed(source.into()))?;
-        Ok(tree.finish().1.sha256 == again.finish().1.sha256)
-    }
-
-    /// The digest of the tar that a layer's own files make, whatever blobs there are of it.
-    fn tree_diff_id(&self, layer: LayerId) -> Result<DiffId, TransferError> {
-        let mut tar = HashingWriter::new(self.nowhere());
-        self.write_tree(layer, &mut tar)?;
-        Ok(DiffId::from_bytes(tar.finish().1.sha256))
-    }
-
-    fn nowhere(&self) -> Watched<'_, io::Sink> {
-        Watched { inner: io::sink(), task: None, cancel: self.cancel }
-    }
-
     /// Unpacks a layer again, from one of its blobs or else from what its own tree and recording still give: a stage with the
     /// right diff ID, or nothing if there is no such source.
     pub(crate) fn restage(&self, layer: LayerId, diff_id: DiffId) -> Result<Option<FinishedStage>, TransferError> {
@@ -1217,113 +1005,6 @@ impl Transfer<'_> {
             WorkedLayer::Here(_) | WorkedLayer::NeedsBase => Ok(None),
         }
     }
-
-    /// Makes the bytes of a blob again from its layer: the file, if they have its digest. The way in which it was compressed
-    /// is not known, so the formats' own levels are tried.
-    pub(crate) fn remake_blob(&self, digest: BlobDigest) -> Result<Option<File>, TransferError> {
-        let Some(diff_id) = self.store().read(|rows| diff_id_of_blob(rows, digest))? else { return Ok(None) };
-        let rows = self.store().read(|rows| blobs_of_diff_id(rows, diff_id))?;
-        let Some(blob) = rows.into_iter().find(|blob| blob.digest == digest) else { return Ok(None) };
-        let Some(layer) = self.store().layers().hold_by_diff_id(diff_id, self.lease)? else { return Ok(None) };
-        let levels: &[Option<i32>] = match blob.compression {
-            Compression::None => &[None],
-            // The default first: it is what `ply` itself writes.
-            Compression::Gzip => &GZIP_LEVELS,
-            Compression::Zstd => &ZSTD_LEVELS,
-        };
-        for level in levels {
-            let broken = |source| self.reading(&digest.to_string(), source);
-            let file = HashingWriter::new(BufWriter::new(self.scratch_file()?));
-            let mut encoder =
-                compress::Encoder::with_level(file, blob.compression, *level, threads()).map_err(broken)?;
-            let mut tar = HashingWriter::new(Watched { inner: &mut encoder, task: None, cancel: self.cancel });
-            self.write_tree(layer, &mut tar)?;
-            if DiffId::from_bytes(tar.finish().1.sha256) != diff_id {
-                return Ok(None);
-            }
-            let (file, hashed) = encoder.finish().map_err(broken)?.finish();
-            if BlobDigest::from_bytes(hashed.sha256) == digest {
-                return Ok(Some(file.into_inner().map_err(|error| scratch("write")(error.into_error()))?));
-            }
-        }
-        Ok(None)
-    }
-
-    /// Makes the tar of a layer from its own files.
-    fn write_tree(&self, layer: LayerId, tar: &mut impl Write) -> Result<(), TransferError> {
-        match self.store().layers().tar_split(layer)? {
-            Some(recording) => self.assemble(layer, recording, tar),
-            None => self.write_canonical_tar(layer, tar),
-        }
-    }
-
-    fn reading(&self, digest: &str, source: io::Error) -> TransferError {
-        if canceled_inside(&source) {
-            return Canceled.into();
-        }
-        TransferError::Read { digest: digest.to_owned(), source }
-    }
-}
-
-/// What a thread makes for another one to take, in pieces, a few of them ahead.
-struct Ahead {
-    piece: Vec<u8>,
-    pieces: SyncSender<Vec<u8>>,
-    /// Pieces that were taken, to be filled again.
-    empty: Receiver<Vec<u8>>,
-}
-
-impl Ahead {
-    fn send(&mut self) -> io::Result<()> {
-        let next = self.empty.try_recv().unwrap_or_else(|_| Vec::with_capacity(PIECE_BYTES));
-        let piece = std::mem::replace(&mut self.piece, next);
-        // Whoever took them has stopped, and says why.
-        self.pieces.send(piece).map_err(|_| io::ErrorKind::BrokenPipe.into())
-    }
-}
-
-impl Write for Ahead {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if self.piece.len() == PIECE_BYTES {
-            self.send()?;
-        }
-        let n = bytes.len().min(PIECE_BYTES - self.piece.len());
-        self.piece.extend_from_slice(&bytes[..n]);
-        Ok(n)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-/// Has a thread make bytes while this one writes what was made: what it says, and how the writing went. To find and read
-/// a layer's files takes as long as to hash and write them.
-fn make_ahead<E: Send>(
-    make: impl FnOnce(&mut Ahead) -> Result<(), E> + Send,
-    out: &mut impl Write,
-) -> (Result<(), E>, io::Result<()>) {
-    let (pieces, made) = sync_channel(PIECES_AHEAD_MAX);
-    let (taken, empty) = channel();
-    let mut ahead = Ahead { piece: Vec::with_capacity(PIECE_BYTES), pieces, empty };
-    std::thread::scope(|scope| {
-        let making = scope.spawn(move || {
-            let result = make(&mut ahead);
-            // Nobody takes it any more where that fails.
-            drop(ahead.send());
-            result
-        });
-        let mut written = Ok(());
-        for mut piece in made {
-            written = out.write_all(&piece);
-            if written.is_err() {
-                break;
-            }
-            piece.clear();
-            drop(taken.send(piece));
-        }
-        (making.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)), written)
-    })
 }
 
 fn scratch(op: &'static str) -> impl FnOnce(io::Error) -> TransferError {
@@ -1342,66 +1023,6 @@ impl Read for FromStart {
         self.offset += n as u64;
         Ok(n)
     }
-}
-
-/// Remembers that a blob, decompressed, is the tar of a diff ID. Only for what was hashed here.
-fn remember_blob(
-    tx: &mut Tx<'_>,
-    diff_id: DiffId,
-    blob: &LayerBlob,
-    made_at_level: Option<i32>,
-) -> Result<(), CatalogueError> {
-    // What was made here and comes back is still what is made here.
-    let known = tx.get(&BLOBS_OF_DIFF, &(diff_id, blob.digest))?.and_then(|row| row.made_at_level);
-    let made_at_level = made_at_level.or(known);
-    let row = LayerBlobRow { size_bytes: blob.size_bytes, compression: blob.compression, made_at_level };
-    tx.put(&BLOBS_OF_DIFF, &(diff_id, blob.digest), &row)?;
-    tx.put(&DIFF_OF_BLOB, &blob.digest, &DiffIdRow(diff_id))?;
-    Ok(())
-}
-
-/// As [`remember_blob`], and that the layer keeps the blob alive.
-fn record_blob(tx: &mut Tx<'_>, diff_id: DiffId, blob: &LayerBlob, layer: LayerId) -> Result<(), CatalogueError> {
-    remember_blob(tx, diff_id, blob, None)?;
-    tx.add_edge(layer, blob.digest)
-}
-
-/// The diff ID of a blob, if it was unpacked here before.
-///
-/// # Errors
-/// [`CatalogueError`].
-pub fn diff_id_of_blob(rows: &impl Rows, blob: BlobDigest) -> Result<Option<DiffId>, CatalogueError> {
-    Ok(rows.get(&DIFF_OF_BLOB, &blob)?.map(|row| row.0))
-}
-
-/// Blobs that are known to hold the tar of a diff ID; they may be gone by now.
-///
-/// # Errors
-/// [`CatalogueError`].
-pub fn blobs_of_diff_id(rows: &impl Rows, diff_id: DiffId) -> Result<Vec<LayerBlob>, CatalogueError> {
-    let rows = rows.prefixed(&BLOBS_OF_DIFF, &diff_id)?;
-    let blob =
-        |((_, digest), LayerBlobRow { size_bytes, compression, .. })| LayerBlob { digest, size_bytes, compression };
-    Ok(rows.into_iter().map(blob).collect())
-}
-
-/// Compares the two tables of what is known of blobs with each other: a blob has one diff ID, and is listed under it.
-pub(crate) fn check_blobs_of_layers(rows: &impl Rows, findings: &mut Findings) -> Result<(), CatalogueError> {
-    let listed = findings.rows(rows, &BLOBS_OF_DIFF, |_, changes| Remedy::Rewrite(changes))?;
-    let mut diffs: BTreeMap<BlobDigest, DiffIdRow> = BTreeMap::new();
-    for ((diff_id, digest), _) in listed {
-        match diffs.get(&digest).map(|row| row.0) {
-            Some(other) => {
-                // Both were hashed here, they say, and one of them lies: to know neither is safe.
-                let what = format!("is listed under {diff_id} and {other}");
-                let changes =
-                    [diff_id, other].map(|diff_id| Change::remove(&BLOBS_OF_DIFF, &(diff_id, digest))).to_vec();
-                findings.add("blob-diff-ambiguous", Resource::from(digest), what, Remedy::Rewrite(changes));
-            }
-            None => drop(diffs.insert(digest, DiffIdRow(diff_id))),
-        }
-    }
-    findings.compare(rows, "blob-diff-wrong", &DIFF_OF_BLOB, diffs)
 }
 
 /// Leaves an ingest for a later try, unless there is nothing in it.
@@ -1493,47 +1114,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_blobs_row_of_the_first_version_came_from_elsewhere() {
-        let body = postcard::to_stdvec(&(5_u64, Compression::Zstd)).unwrap();
-        let row = LayerBlobRow { size_bytes: 5, compression: Compression::Zstd, made_at_level: None };
-        assert_eq!(LayerBlobRow::upgrade(1, &body), Some(row));
-        assert_eq!((LayerBlobRow::upgrade(0, &body), LayerBlobRow::upgrade(1, &[5])), (None, None));
-    }
-
-    #[test]
     fn parallel_keeps_the_order_of_items() {
         let items: Vec<u64> = (0..100).collect();
         let doubled = parallel(&items, 4, |item| *item, |item| Ok::<_, ()>(item * 2)).unwrap();
         assert_eq!(doubled, items.iter().map(|item| item * 2).collect::<Vec<_>>());
-    }
-
-    #[test]
-    fn what_is_made_ahead_is_written_in_order_and_both_sides_say_how_they_ended() {
-        let bytes: Vec<u8> = (0..3 * PIECE_BYTES * PIECES_AHEAD_MAX + 17).map(|n| (n / 7) as u8).collect();
-        let mut out = Vec::new();
-        let made = |ahead: &mut Ahead| bytes.chunks(1000).try_for_each(|chunk| ahead.write_all(chunk));
-        let (made, written) = make_ahead(made, &mut out);
-        made.and(written).unwrap();
-        assert!(out == bytes);
-        let (made, written) = make_ahead(|ahead| ahead.write_all(b"half").and(Err(io::Error::other("made"))), &mut out);
-        assert_eq!((made.unwrap_err().to_string(), written.is_ok()), ("made".to_owned(), true));
-        assert!(out.ends_with(b"half"));
-        struct Full;
-        impl Write for Full {
-            fn write(&mut self, _: &[u8]) -> io::Result<usize> {
-                Err(io::ErrorKind::StorageFull.into())
-            }
-            fn flush(&mut self) -> io::Result<()> {
-                Ok(())
-            }
-        }
-        // However much is left to make, it ends.
-        let endless = |ahead: &mut Ahead| loop {
-            ahead.write_all(&bytes)?;
-        };
-        let (made, written): (io::Result<()>, _) = make_ahead(endless, &mut Full);
-        assert_eq!(made.unwrap_err().kind(), io::ErrorKind::BrokenPipe);
-        assert_eq!(written.unwrap_err().kind(), io::ErrorKind::StorageFull);
     }
 
     #[test]
