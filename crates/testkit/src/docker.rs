@@ -120,7 +120,25 @@ impl DataRoot {
     /// When it cannot be written.
     pub fn layer(&self, parent: Option<&str>, name: &str, content: &str) -> (String, String) {
         let tar = archive(&[Member::file(name, content)]);
-        let diff = sha256_hex(&tar);
+        let (chain, diff, tree) = self.add_layer(parent, &tar, recording(&tar, name, content.as_bytes()));
+        fs::write(tree.join(name), content).expect("because the scratch is ours");
+        (chain, diff)
+    }
+
+    /// A layer of this tar, all of which stands in its tar-split, so that nothing of it must be in its tree: its chain ID
+    /// and its diff ID, 64 digits each.
+    ///
+    /// # Panics
+    /// When it cannot be written.
+    pub fn layer_of_tar(&self, tar: &[u8]) -> (String, String) {
+        let line = json!({ "type": 2, "payload": base64(tar), "position": 0 });
+        let (chain, diff, _) = self.add_layer(None, tar, packed(&[line]));
+        (chain, diff)
+    }
+
+    /// Writes down a layer; its chain ID, its diff ID and the directory for its tree.
+    fn add_layer(&self, parent: Option<&str>, tar: &[u8], recording: Vec<u8>) -> (String, String, PathBuf) {
+        let diff = sha256_hex(tar);
         let chain = match parent {
             None => diff.clone(),
             Some(parent) => sha256_hex(format!("sha256:{parent} sha256:{diff}").as_bytes()),
@@ -133,11 +151,10 @@ impl DataRoot {
         if let Some(parent) = parent {
             self.write(&format!("{dir}/parent"), format!("sha256:{parent}"));
         }
-        self.write(&format!("{dir}/tar-split.json.gz"), recording(&tar, name, content.as_bytes()));
+        self.write(&format!("{dir}/tar-split.json.gz"), recording);
         let tree = self.path.join("overlay2").join(cache_id).join("diff");
         fs::create_dir_all(&tree).expect("because the scratch is ours");
-        fs::write(tree.join(name), content).expect("because the scratch is ours");
-        (chain, diff)
+        (chain, diff, tree)
     }
 
     /// An image of layers with these diff IDs: its ID, 64 digits.
@@ -161,7 +178,12 @@ fn recording(tar: &[u8], name: &str, content: &[u8]) -> Vec<u8> {
         json!({ "type": 1, "name": name, "size": content.len(), "payload": base64(&crc64(content)), "position": 1 }),
         json!({ "type": 2, "payload": base64(&tar[512 + content.len()..]), "position": 2 }),
     ];
-    let mut packed = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
+    packed(&lines)
+}
+
+/// The lines of a recording as they are stored.
+fn packed(lines: &[Value]) -> Vec<u8> {
+    let mut packed = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
     lines.iter().for_each(|line| writeln!(packed, "{line}").expect("because memory takes it"));
     packed.finish().expect("because memory takes it")
 }

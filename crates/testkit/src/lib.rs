@@ -5,6 +5,7 @@
 //! | [`bolt`] | writes database files of Go's bbolt library |
 //! | [`docker`] | Docker's state: a daemon with a data root of its own, and data roots made by hand |
 //! | [`tar`] | writes layer tars byte by byte, sound ones and hostile ones |
+//! | [`hostile`] | archives that try what no archive may, with what must become of them |
 //! | [`image`] | puts layers into OCI layouts and docker archives, reads blobs back out of them |
 //! | [`tree`] | lists a directory with everything a layer can carry, and says how two differ |
 //! | [`scratch`] | a directory on a real disk that unmounts and removes what a test left in it |
@@ -20,6 +21,7 @@
 pub mod bolt;
 pub mod catalogue;
 pub mod docker;
+pub mod hostile;
 pub mod image;
 pub mod kill;
 pub mod ply;
@@ -48,6 +50,14 @@ pub fn eventually(mut holds: impl FnMut() -> bool) -> bool {
         }
         std::thread::sleep(std::time::Duration::from_millis(5));
     }
+}
+
+/// 32 random bytes as 64 hexadecimal digits: content that is nowhere else.
+pub fn random_hex() -> String {
+    let mut bytes = [0; 32];
+    let filled = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty());
+    assert_eq!(filled, Ok(bytes.len()), "the kernel gives up to 256 bytes at once");
+    hex(&bytes)
 }
 
 pub(crate) fn hex(bytes: &[u8]) -> String {

@@ -4,7 +4,10 @@ use std::{
     fs,
     os::unix::fs::DirBuilderExt as _,
     path::{Path, PathBuf},
+    process::Command,
 };
+
+use crate::tools;
 
 /// statfs(2): where overlay cannot have its upper directory (overlay itself) or where a test would
 /// measure memory instead of a disk (tmpfs).
@@ -64,6 +67,53 @@ impl Scratch {
         }
         fs::write(&path, content).unwrap_or_else(|error| panic!("write {}: {error}", path.display()));
         path
+    }
+}
+
+/// A kind of file system to mount for a test.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FileSystem {
+    /// In a file, through a loop device.
+    Ext4,
+    /// In memory.
+    Tmpfs,
+    /// In a file, through a loop device.
+    Btrfs,
+}
+
+impl FileSystem {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Ext4, Self::Tmpfs, Self::Btrfs];
+}
+
+impl Scratch {
+    /// A new file system of this kind, 2 GiB at most, mounted on a directory in it until the scratch is dropped. `None`,
+    /// said aloud, where the program that makes one is missing.
+    ///
+    /// # Panics
+    /// When it cannot be made or mounted.
+    #[track_caller]
+    pub fn mount(&self, name: &str, kind: FileSystem) -> Option<PathBuf> {
+        let at = self.dir(name);
+        let make: &[&str] = match kind {
+            FileSystem::Tmpfs => {
+                tools::run(Command::new("mount").args(["-t", "tmpfs", "-o", "size=2g,mode=755", "tmpfs"]).arg(&at));
+                return Some(at);
+            }
+            FileSystem::Ext4 => &["mkfs.ext4", "-q"],
+            FileSystem::Btrfs => &["mkfs.btrfs", "-q"],
+        };
+        if !tools::have(&make[..1]) {
+            return None;
+        }
+        let disk = self.join(format!("{name}.disk"));
+        fs::File::create(&disk)
+            .and_then(|file| file.set_len(2 << 30))
+            .unwrap_or_else(|error| panic!("make {}: {error}", disk.display()));
+        let program = tools::find(make[0]).expect("because it was just found");
+        tools::run(Command::new(program).args(&make[1..]).arg(&disk));
+        tools::run(Command::new("mount").args(["-o", "loop"]).arg(&disk).arg(&at));
+        Some(at)
     }
 }
 

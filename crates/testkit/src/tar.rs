@@ -22,7 +22,30 @@ pub struct Member {
     data: Vec<u8>,
     pax: Vec<(Vec<u8>, Vec<u8>)>,
     size_field: Option<u64>,
+    encoding: Encoding,
 }
+
+/// Where a member's name and link target are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Encoding {
+    /// Into the header, and into PAX records where it has no room.
+    #[default]
+    Ustar,
+    /// The name's directories into ustar's prefix field, where they fit.
+    Prefix,
+    /// Into GNU's long name and long link headers; the header itself has other ones.
+    Gnu,
+    /// Into PAX records; the header itself has other ones.
+    Pax,
+}
+
+impl Encoding {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Ustar, Self::Prefix, Self::Gnu, Self::Pax];
+}
+
+/// What a header says where an extension says something else: who believes it is found out.
+const DECOY: &[u8] = b"decoy";
 
 impl Member {
     fn new(path: impl AsRef<[u8]>, kind: u8, mode: u32) -> Self {
@@ -37,6 +60,7 @@ impl Member {
             data: Vec::new(),
             pax: Vec::new(),
             size_field: None,
+            encoding: Encoding::default(),
         }
     }
 
@@ -134,8 +158,35 @@ impl Member {
         Self { size_field: Some(size_bytes), ..self }
     }
 
-    /// The member as archive bytes: extension header if needed, header, data, padding.
+    /// Name and link target in this encoding.
+    #[must_use]
+    pub fn encoding(self, encoding: Encoding) -> Self {
+        Self { encoding, ..self }
+    }
+
+    /// The member as archive bytes: extension headers if needed, header, data, padding.
     pub fn bytes(&self) -> Vec<u8> {
+        let plain = |member: Self| member.encoding(Encoding::Ustar).bytes();
+        let decoy = |bytes: &[u8]| if bytes.is_empty() { Vec::new() } else { DECOY.to_vec() };
+        match self.encoding {
+            Encoding::Ustar => {}
+            Encoding::Prefix => return self.with_prefix(),
+            Encoding::Pax => {
+                let named = |member: Self| match self.link.is_empty() {
+                    true => member.pax("path", &self.path),
+                    false => member.pax("path", &self.path).pax("linkpath", &self.link),
+                };
+                return plain(named(Self { path: DECOY.to_vec(), link: decoy(&self.link), ..self.clone() }));
+            }
+            Encoding::Gnu => {
+                let long = |kind, name: &[u8]| match name {
+                    [] => Vec::new(),
+                    name => plain(Self { kind, ..Self::file("././@LongLink", [name, b"\0"].concat()) }),
+                };
+                let rest = Self { path: DECOY.to_vec(), link: decoy(&self.link), ..self.clone() };
+                return [long(b'L', &self.path), long(b'K', &self.link), plain(rest)].concat();
+            }
+        }
         let mut records = self.pax.clone();
         let mut ask = |key: &str, value: Vec<u8>| {
             if !records.iter().any(|(have, _)| have == key.as_bytes()) {
@@ -170,6 +221,21 @@ impl Member {
         bytes
     }
 
+    /// The member with its directories in the prefix field; in the ordinary way where there are none or they are too
+    /// long for it.
+    fn with_prefix(&self) -> Vec<u8> {
+        let inner = self.path.strip_suffix(b"/").unwrap_or(&self.path);
+        let slash = inner.iter().rposition(|byte| *byte == b'/').filter(|slash| (1..=155).contains(slash));
+        let plain = self.clone().encoding(Encoding::Ustar);
+        let Some(slash) = slash.filter(|slash| self.path.len() - slash <= 101) else { return plain.bytes() };
+        let mut bytes = Self { path: self.path[slash + 1..].to_vec(), ..plain }.bytes();
+        // The header is the last block before the data, behind extensions for what else has no room.
+        let header = bytes.len() - self.data.len().next_multiple_of(BLOCK) - BLOCK;
+        bytes[header + 345..header + 345 + slash].copy_from_slice(&self.path[..slash]);
+        fix_checksum(&mut bytes[header..header + BLOCK]);
+        bytes
+    }
+
     fn header(&self) -> [u8; BLOCK] {
         let mut header = [0; BLOCK];
         let mut put = |at: usize, bytes: &[u8], room: usize| {
@@ -188,11 +254,16 @@ impl Member {
         put(257, b"ustar\x0000", 8);
         put(329, &octal(u64::from(self.device.0), 7), 7);
         put(337, &octal(u64::from(self.device.1), 7), 7);
-        put(148, b"        ", 8);
-        let sum: u64 = header.iter().map(|byte| u64::from(*byte)).sum();
-        header[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+        fix_checksum(&mut header);
         header
     }
+}
+
+/// Makes the checksum of a header block right.
+pub fn fix_checksum(block: &mut [u8]) {
+    block[148..156].fill(b' ');
+    let sum: u64 = block.iter().map(|byte| u64::from(*byte)).sum();
+    block[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
 }
 
 /// `length key=value\n`, where the length counts its own digits.
@@ -225,6 +296,25 @@ mod tests {
         assert_eq!(pax_record(b"a", b"bcd"), b"8 a=bcd\n");
         let long = pax_record(b"path", &[b'x'; 90]);
         assert!(long.starts_with(format!("{} path=", long.len()).as_bytes()));
+    }
+
+    #[test]
+    fn names_are_the_same_in_every_encoding() {
+        let scratch = Scratch::new();
+        for encoding in Encoding::ALL {
+            let members = [
+                Member::dir("d/e").encoding(encoding),
+                Member::file("d/e/f", "1").mtime(1, 5).encoding(encoding),
+                Member::symlink("d/e/s", "f").encoding(encoding),
+                Member::hard_link("d/g", "d/e/f").encoding(encoding),
+            ];
+            let file = scratch.path().join("a.tar");
+            fs::write(&file, archive(&members)).unwrap();
+            let listing = crate::tools::run(Command::new("tar").arg("-tvf").arg(&file));
+            let names: Vec<_> = listing.lines().collect();
+            assert!(listing.contains("d/g link to d/e/f") && listing.contains("d/e/s -> f"), "{encoding:?}: {names:?}");
+            assert!(!listing.contains("decoy"), "{encoding:?}: {names:?}");
+        }
     }
 
     #[test]

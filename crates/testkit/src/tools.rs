@@ -5,8 +5,9 @@
 
 use std::{
     ffi::OsStr,
+    io::Write as _,
     path::{Path, PathBuf},
-    process::{Command, Output},
+    process::{Command, Output, Stdio},
 };
 
 /// Whether every one of these programs is there. If not, says which test is skipped for want of
@@ -46,6 +47,37 @@ pub fn find(program: &str) -> Option<PathBuf> {
         .chain(["/usr/sbin", "/sbin"].map(PathBuf::from))
         .map(|dir| dir.join(program))
         .find(|file| file.is_file())
+}
+
+/// The first user, of [`USERS_MAPPED`], that root of [`in_user_namespace`] is outside of it.
+pub const MAPPED_ROOT: u32 = 100_000;
+
+/// How many users and groups there are in [`in_user_namespace`].
+pub const USERS_MAPPED: u32 = 65_536;
+
+/// Runs a program to its end as root of a user namespace of its own, with mounts of its own. To be called as root.
+///
+/// # Panics
+/// When it cannot be started.
+pub fn in_user_namespace(program: &Path, args: &[&str], env: &[(&str, &OsStr)]) -> Output {
+    // It waits until its users are known, and becomes root among them then.
+    let wait = r#"read go; exec setpriv --reuid 0 --regid 0 --clear-groups -- "$0" "$@""#;
+    let mut command = Command::new("unshare");
+    command.args(["--user", "--mount", "--keep-caps", "--", "sh", "-c", wait]).arg(program).args(args);
+    command.envs(env.iter().copied()).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap_or_else(|error| panic!("start unshare: {error}"));
+    let proc = PathBuf::from(format!("/proc/{}", child.id()));
+    let own = std::fs::read_link("/proc/self/ns/user").ok();
+    let inside = || std::fs::read_link(proc.join("ns/user")).is_ok_and(|theirs| Some(theirs) != own);
+    assert!(crate::eventually(inside), "unshare makes no user namespace");
+    for map in ["uid_map", "gid_map"] {
+        std::fs::write(proc.join(map), format!("0 {MAPPED_ROOT} {USERS_MAPPED}"))
+            .unwrap_or_else(|error| panic!("write {map}: {error}"));
+    }
+    let mut input = child.stdin.take().expect("because it was asked for");
+    input.write_all(b"go\n").unwrap_or_else(|error| panic!("tell it to go on: {error}"));
+    drop(input);
+    child.wait_with_output().unwrap_or_else(|error| panic!("wait for {}: {error}", program.display()))
 }
 
 /// Runs a command that must succeed and returns what it printed to stdout.
