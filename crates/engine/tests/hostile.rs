@@ -130,7 +130,16 @@ impl Place {
         // Only root of the machine may mark directories for overlayfs.
         let driver = if in_user_namespace { DriverKind::Native } else { DriverKind::Auto };
         let engine = Engine::open(&dir.join("store"), EngineOptions { driver, ..EngineOptions::default() }).unwrap();
-        Self { dir: dir.to_owned(), victim, engine, in_user_namespace, failures: Vec::new(), taken: 0, refused: 0, unable: 0 }
+        Self {
+            dir: dir.to_owned(),
+            victim,
+            engine,
+            in_user_namespace,
+            failures: Vec::new(),
+            taken: 0,
+            refused: 0,
+            unable: 0,
+        }
     }
 
     fn out(&self) -> PathBuf {
@@ -187,7 +196,8 @@ impl Place {
             true => Image::new(&name).layer_raw(
                 &format!("sha256:{}", sha256_hex(&tar)),
                 tar,
-                if case.id.contains("zstd") || case.id.contains("window") { Packing::Zstd } else { Packing::Gzip }.media_type(),
+                if case.id.contains("zstd") || case.id.contains("window") { Packing::Zstd } else { Packing::Gzip }
+                    .media_type(),
             ),
             false => Image::new(&name).layer_tar(&tar, Packing::ALL[index % 3]),
         };
@@ -244,8 +254,7 @@ impl Place {
         let (_, diff) = data.layer_of_tar(&tar);
         data.image(&[&diff]);
         let options = ImportOptions { dry_run: false, copy: false };
-        let report =
-            self.engine.import_docker(&data.path, Containers::List, options, &Silent, &Cancel::new()).unwrap();
+        let report = self.engine.import_docker(&data.path, Containers::List, options, &Silent, &Cancel::new()).unwrap();
         fs::remove_dir_all(&data.path).unwrap();
         let layer = report.items.iter().find(|item| item.kind == "layer");
         let why = || format!("{:?}", layer.and_then(|item| item.why.clone()));
