@@ -67,9 +67,9 @@ impl Default for Limits {
 
 /// Something in an archive is larger than [`Limits`] allow.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{} exceeds the limit {limit} = {max}", Subject(.what, .entry))]
+#[error("{} exceeds the limit {} = {max}", Subject(.what, .entry), key_of(.limit))]
 pub struct LimitExceeded {
-    /// The field of [`Limits`] (or the constant) that was hit.
+    /// The field of [`Limits`] (or the constant) that was hit. Messages name it as the config file does, `limits.path-bytes`.
     pub limit: &'static str,
     /// Its value.
     pub max: u64,
@@ -77,6 +77,14 @@ pub struct LimitExceeded {
     pub what: &'static str,
     /// The entry that asked for it, where there is one.
     pub entry: Option<Escaped>,
+}
+
+/// What the config file calls a limit; constants are not in it.
+fn key_of(limit: &str) -> String {
+    match limit.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'_') {
+        true => format!("limits.{}", limit.replace('_', "-")),
+        false => limit.to_owned(),
+    }
 }
 
 struct Subject<'a>(&'a str, &'a Option<Escaped>);

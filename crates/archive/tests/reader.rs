@@ -212,7 +212,9 @@ fn every_limit_is_named_and_inclusive() {
         assert_eq!(error.kind(), ErrorKind::Limit);
         let TarError::Limit(limit) = &error else { panic!("{name}: {error}") };
         assert_eq!(limit.limit, name);
-        assert!(error.to_string().contains(&format!("{name} = ")), "{error}");
+        // As the config file names it.
+        let key = format!("limits.{} = ", name.replace('_', "-"));
+        assert!(error.to_string().contains(&key), "{error}");
     }
 }
 

@@ -832,7 +832,7 @@ pub(crate) fn place(global: &Global, use_reserve: bool) -> anyhow::Result<(PathB
     })?;
     let disk_bytes = plies_engine::disk_bytes(&root)
         .with_context(|| format!("look how large the file system of {} is", root.display()))?;
-    let (registry, policy) = config::load(global.config.as_deref(), disk_bytes)?;
+    let config::Settings { registry, policy, limits } = config::load(global.config.as_deref(), disk_bytes)?;
     let options = EngineOptions {
         driver: match global.driver {
             args::Driver::Auto => DriverKind::Auto,
@@ -844,6 +844,7 @@ pub(crate) fn place(global: &Global, use_reserve: bool) -> anyhow::Result<(PathB
         on_wait: Box::new(|holder| eprintln!("ply: waiting for {holder}")),
         registry,
         policy,
+        limits,
         command: std::env::args().take(2).collect::<Vec<_>>().join(" "),
         migrate: Migrate::default(),
         progress: Arc::new(plies_engine::progress::Silent),

@@ -19,6 +19,10 @@
 //! filters = ["type==source.local"]
 //! keep-duration = "48h"
 //! max-used-space = "5%"              # of the file system; also all = true
+//!
+//! [limits]                           # what images may cost: numbers, or sizes where a key ends in -bytes
+//! layers = 500                       # all keys: docs/security/model.md
+//! unpacked-bytes = "20GiB"
 //! ```
 //!
 //! Certificates are also looked for where docker looks: in `/etc/docker/certs.d/HOST`, for other users than root in
@@ -29,8 +33,8 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use anyhow::Context as _;
-use plies_engine::PruneOptions;
 use plies_engine::registry::{ClientOptions, Credentials, HostConfig, Proxies, RetryPolicy};
+use plies_engine::{ArchiveLimits, DocumentLimits, PruneOptions};
 use serde::Deserialize;
 
 use crate::commands::search_path;
@@ -50,6 +54,87 @@ const CONFIG_BYTES_MAX: u64 = 1 << 20;
 struct Config {
     registry: BTreeMap<String, HostConfig>,
     gc: Gc,
+    limits: LimitsTable,
+}
+
+/// What images may cost, by the names that errors use.
+#[derive(Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
+struct LimitsTable {
+    header_bytes: Option<Amount>,
+    path_bytes: Option<Amount>,
+    component_bytes: Option<Amount>,
+    path_depth: Option<Amount>,
+    symlink_bytes: Option<Amount>,
+    entries: Option<Amount>,
+    unpacked_bytes: Option<Amount>,
+    file_bytes: Option<Amount>,
+    expansion_ratio: Option<Amount>,
+    xattr_bytes: Option<Amount>,
+    xattrs_count: Option<Amount>,
+    sparse_map_bytes: Option<Amount>,
+    manifest_bytes: Option<Amount>,
+    config_bytes: Option<Amount>,
+    index_entries: Option<Amount>,
+    index_depth: Option<Amount>,
+    layers: Option<Amount>,
+    history: Option<Amount>,
+}
+
+impl LimitsTable {
+    /// The limits of archives and of documents; the default ones where nothing is said.
+    fn limits(&self) -> (ArchiveLimits, DocumentLimits) {
+        let of = |amount: Option<Amount>, or: u64| amount.map_or(or, |amount| amount.0);
+        let (archive, documents) = (ArchiveLimits::default(), DocumentLimits::DEFAULT);
+        let archive = ArchiveLimits {
+            header_bytes: of(self.header_bytes, archive.header_bytes),
+            path_bytes: of(self.path_bytes, archive.path_bytes),
+            component_bytes: of(self.component_bytes, archive.component_bytes),
+            path_depth: of(self.path_depth, archive.path_depth),
+            symlink_bytes: of(self.symlink_bytes, archive.symlink_bytes),
+            entries: of(self.entries, archive.entries),
+            unpacked_bytes: of(self.unpacked_bytes, archive.unpacked_bytes),
+            file_bytes: of(self.file_bytes, archive.file_bytes),
+            expansion_ratio: of(self.expansion_ratio, archive.expansion_ratio),
+            xattr_bytes: of(self.xattr_bytes, archive.xattr_bytes),
+            xattrs_count: of(self.xattrs_count, archive.xattrs_count),
+            sparse_map_bytes: of(self.sparse_map_bytes, archive.sparse_map_bytes),
+        };
+        let documents = DocumentLimits {
+            manifest_bytes: of(self.manifest_bytes, documents.manifest_bytes),
+            config_bytes: of(self.config_bytes, documents.config_bytes),
+            index_entries: of(self.index_entries, documents.index_entries),
+            index_depth: of(self.index_depth, documents.index_depth),
+            layers: of(self.layers, documents.layers),
+            history: of(self.history, documents.history),
+        };
+        (archive, documents)
+    }
+}
+
+/// A number, or a size.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "Written")]
+struct Amount(u64);
+
+/// A number as it may stand in the file.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Written {
+    Number(u64),
+    Text(String),
+}
+
+impl TryFrom<Written> for Amount {
+    type Error = &'static str;
+
+    fn try_from(written: Written) -> Result<Self, Self::Error> {
+        let amount = match written {
+            Written::Number(number) => Some(number),
+            Written::Text(text) => plies_engine::parse_bytes(&text),
+        };
+        amount.map(Self).ok_or("expected a number, or a size such as 500MB or 2GiB")
+    }
 }
 
 /// How the build cache is kept. Keys are BuildKit's; its spelling is understood too.
@@ -169,12 +254,23 @@ impl Gc {
     }
 }
 
-/// What the client of registries is to know, and the rules that the build cache is kept by on a file system of this
-/// size.
-pub(crate) fn load(file: Option<&Path>, disk_bytes: u64) -> anyhow::Result<(ClientOptions, Vec<PruneOptions>)> {
+/// What the file says to an engine.
+pub(crate) struct Settings {
+    /// What the client of registries is to know.
+    pub(crate) registry: ClientOptions,
+    /// The rules that the build cache is kept by.
+    pub(crate) policy: Vec<PruneOptions>,
+    /// What archives may cost.
+    pub(crate) limits: ArchiveLimits,
+}
+
+/// Reads the file, for a store on a file system of this size.
+pub(crate) fn load(file: Option<&Path>, disk_bytes: u64) -> anyhow::Result<Settings> {
     let config = read(file)?;
-    let rules = config.gc.rules(disk_bytes).context("[gc] of the config file is not valid")?;
-    Ok((registries(config.registry), rules))
+    let policy = config.gc.rules(disk_bytes).context("[gc] of the config file is not valid")?;
+    let (limits, documents) = config.limits.limits();
+    let registry = ClientOptions { limits: documents, ..registries(config.registry) };
+    Ok(Settings { registry, policy, limits })
 }
 
 fn registries(hosts: BTreeMap<String, HostConfig>) -> ClientOptions {
@@ -190,6 +286,7 @@ fn registries(hosts: BTreeMap<String, HostConfig>) -> ClientOptions {
             none_for: var(["no_proxy", "NO_PROXY"]).unwrap_or_default(),
         },
         retry: RetryPolicy::default(),
+        limits: DocumentLimits::DEFAULT,
     }
 }
 
@@ -261,6 +358,18 @@ mod tests {
             assert!(error.contains("config.toml"), "{error}");
         }
         assert!(read(Some(&dir.path().join("missing"))).is_err(), "one that was named must be there");
+    }
+
+    #[test]
+    fn limits_are_numbers_or_sizes_and_the_default_ones_where_nothing_is_said() {
+        let limits = |text: &str| toml::from_str::<Config>(text).map(|config| config.limits.limits());
+        assert_eq!(limits("").unwrap(), (ArchiveLimits::default(), DocumentLimits::DEFAULT));
+        let (archive, documents) = limits("[limits]\nunpacked-bytes = \"2GiB\"\nlayers = 3\nentries = 7").unwrap();
+        assert_eq!(archive, ArchiveLimits { unpacked_bytes: 2 << 30, entries: 7, ..ArchiveLimits::default() });
+        assert_eq!(documents, DocumentLimits { layers: 3, ..DocumentLimits::DEFAULT });
+        for bad in ["layer = 1", "layers = -1", "layers = \"many\"", "layers = 1.5", "file_bytes = 1"] {
+            assert!(limits(&format!("[limits]\n{bad}")).is_err(), "{bad}");
+        }
     }
 
     #[test]

@@ -83,7 +83,7 @@ pub enum ArchiveError {
         name: String,
     },
     /// A file that must be read at once is too large for that.
-    #[error("{}: {name} has {actual} bytes, at most {maximum} are read", path.display())]
+    #[error("{}: {name} has {actual} bytes, the limit {limit} is {maximum}", path.display())]
     TooLarge {
         /// Which archive.
         path: PathBuf,
@@ -91,8 +91,10 @@ pub enum ArchiveError {
         name: String,
         /// Its length.
         actual: u64,
-        /// The limit.
+        /// The limit's value.
         maximum: u64,
+        /// The limit's name.
+        limit: &'static str,
     },
     /// A name occurs twice; readers disagree on which one counts.
     #[error("{}: {name} occurs twice in the archive", path.display())]
@@ -237,12 +239,13 @@ impl Archive {
     }
 
     /// Reads a small file whole.
-    pub(crate) fn read(&self, name: &str, maximum: u64) -> Result<Vec<u8>, ArchiveError> {
+    pub(crate) fn read(&self, name: &str, maximum: u64, limit: &'static str) -> Result<Vec<u8>, ArchiveError> {
         let mut section = self.section(name)?;
         if section.size_bytes() > maximum {
             return Err(ArchiveError::TooLarge {
                 path: self.path.clone(),
                 name: name.to_owned(),
+                limit,
                 actual: section.size_bytes(),
                 maximum,
             });

@@ -16,9 +16,7 @@ use std::path::Path;
 
 use plies_cache::{CacheError, RecordOptions};
 use plies_image::{ImageError, LayerStore, LayerStoreError, LayerStoreOptions, NewImage};
-use plies_oci::{
-    BlobDigest, ChainId, Compression, ErrorKind, ImageConfig, ImageId, Manifest, MediaClass, classify, limits,
-};
+use plies_oci::{BlobDigest, ChainId, Compression, ErrorKind, ImageConfig, ImageId, Manifest, MediaClass, classify};
 use plies_store::fsck::{MendError, Mender, Rebuilt, Sample, rebuild_owner};
 use plies_store::{
     Cancel, CatalogueError, CheckError, CheckOptions, Depth, FileError, Finding, Findings, Keeper, LayerError, LayerId,
@@ -398,7 +396,7 @@ impl Repair<'_> {
         let store = &self.engine.store;
         let mut small = Vec::new();
         store.content().scan(|digest, info| {
-            if info.size_bytes <= limits::CONFIG_BYTES_MAX {
+            if info.size_bytes <= self.engine.document_limits().config_bytes {
                 small.push(digest);
             }
             ControlFlow::Continue(())

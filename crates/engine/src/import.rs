@@ -22,7 +22,15 @@ impl Engine {
         cancel: &Cancel,
     ) -> Result<ImportReport, ImportError> {
         let cache = self.cache();
-        let import = Import { store: self.store(), cache: &cache, limits: self.limits(), options, progress, cancel };
+        let import = Import {
+            store: self.store(),
+            cache: &cache,
+            limits: self.limits(),
+            documents: self.document_limits(),
+            options,
+            progress,
+            cancel,
+        };
         self.keep_policy_after(buildkit::import(&import, path), cancel)
     }
 
@@ -40,7 +48,15 @@ impl Engine {
         cancel: &Cancel,
     ) -> Result<ImportReport, ImportError> {
         let cache = self.cache();
-        let import = Import { store: self.store(), cache: &cache, limits: self.limits(), options, progress, cancel };
+        let import = Import {
+            store: self.store(),
+            cache: &cache,
+            limits: self.limits(),
+            documents: self.document_limits(),
+            options,
+            progress,
+            cancel,
+        };
         self.keep_policy_after(docker::import(&import, path, containers), cancel)
     }
 }

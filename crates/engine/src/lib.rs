@@ -48,7 +48,6 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use plies_archive::Limits;
 use plies_cache::{CacheError, CacheKey, Manager, ManagerOptions, SharedChecker};
 pub use plies_cache::{PruneOptions, parse_bytes, parse_duration};
 use plies_oci::{BlobDigest, ErrorKind};
@@ -63,9 +62,11 @@ pub use fsck::{FsckDepth, FsckError, FsckFinding, FsckReport, FsckRequest, Rebui
 pub use images::{HistoryLine, ImageDetails, ImageSummary, ImagesError, familiar};
 pub use layers::{ChangeSummary, LayerDetails, LayerSummary, LayersError, RemovedLayerSummary, RwSummary};
 pub use load::{LoadError, LoadedImage, MovedName};
+pub use plies_archive::Limits as ArchiveLimits;
 pub use plies_image::Removed as RemovedImage;
 pub use plies_import::docker::Containers;
 pub use plies_import::{ImportError, ImportOptions, ImportReport, ImportedItem, Outcome as ImportOutcome};
+pub use plies_oci::DocumentLimits;
 pub use plies_registry as registry;
 pub use plies_store::{
     Canceled, DriverKind, GcMode, IdMapError, IdMaps, IdRange, Migrate, Migrated, MigrationPlan, Packing,
@@ -104,6 +105,8 @@ pub struct EngineOptions {
     pub registry: ClientOptions,
     /// The rules that the build cache is kept by, one after the other; none: it grows until somebody prunes it.
     pub policy: Vec<PruneOptions>,
+    /// What archives may cost. What documents may is said by `registry`, for all that come in.
+    pub limits: ArchiveLimits,
     /// Told of errors that no caller is there to get.
     pub warn: Warn,
 }
@@ -121,6 +124,7 @@ impl Default for EngineOptions {
             progress: Arc::new(progress::Silent),
             registry: ClientOptions::default(),
             policy: Vec::new(),
+            limits: ArchiveLimits::default(),
             warn: Arc::new(|_| {}),
         }
     }
@@ -162,7 +166,7 @@ impl EngineError {
 pub struct Engine {
     store: Store,
     cache: Manager,
-    limits: Limits,
+    limits: ArchiveLimits,
     registry: ClientOptions,
     policy: policy::Policy,
     warn: Warn,
@@ -206,7 +210,7 @@ impl Engine {
     pub fn open(root: &Path, mut options: EngineOptions) -> Result<Self, EngineError> {
         let store_options = Self::store_options(&options);
         let store = Store::open(root, store_options, Self::wait_policy(&mut options))?;
-        let limits = Limits::default();
+        let limits = options.limits;
         let checker: Option<Arc<dyn SharedChecker>> = Some(Arc::new(prune::ImageChecker::new(store.clone())));
         let warn = options.warn;
         let cache_options = ManagerOptions { limits: limits.clone(), checker, warn: Arc::clone(&warn) };
@@ -256,8 +260,12 @@ impl Engine {
         &self.cache_mounts
     }
 
-    pub(crate) fn limits(&self) -> &Limits {
+    pub(crate) fn limits(&self) -> &ArchiveLimits {
         &self.limits
+    }
+
+    pub(crate) fn document_limits(&self) -> &DocumentLimits {
+        &self.registry.limits
     }
 
     pub(crate) fn transfer<'a>(

@@ -6,8 +6,8 @@ use std::io::{self, Read};
 
 use plies_image::{ChainLayer, ImageError, ManifestRow, NewImage};
 use plies_oci::{
-    BlobDigest, ChainId, Compression, Descriptor, DiffId, DocumentError, ErrorKind, Family, ImageConfig, ImageId,
-    Index, Manifest, MediaClass, MediaType, Platform, Reference, classify, limits,
+    BlobDigest, ChainId, Compression, Descriptor, DiffId, DocumentError, DocumentLimits, ErrorKind, Family,
+    ImageConfig, ImageId, Index, Manifest, MediaClass, MediaType, Platform, Reference, classify,
 };
 use plies_store::{
     BlobError, CatalogueError, CommitError, Expected, IngestError, LayerSource, Lease, Origin, SnapshotId, Taken,
@@ -23,10 +23,6 @@ use crate::archive::{Archive, ArchiveError, Input, Section};
 use crate::exec::Cancel;
 use crate::images::{ImagesError, plain_name};
 use crate::progress::Progress;
-
-/// Indexes inside indexes that are followed. Builders nest one level (a manifest list in an `index.json`); a chain of
-/// them could be endless.
-const INDEX_DEPTH_MAX: usize = 4;
 
 /// Bytes of docker's `manifest.json`: a line of names and paths an image.
 const DOCKER_MANIFEST_BYTES_MAX: u64 = 8 << 20;
@@ -172,10 +168,12 @@ pub enum LoadError {
         there: String,
     },
     /// Indexes nested too deep.
-    #[error("{path}: indexes are nested more than {INDEX_DEPTH_MAX} deep (INDEX_DEPTH_MAX)")]
+    #[error("{path}: indexes are nested more than {maximum} deep (limits.index-depth)")]
     Nested {
         /// The archive.
         path: String,
+        /// How deep they may be.
+        maximum: u64,
     },
     /// An archive without images.
     #[error("{path}: there is no image in it")]
@@ -301,6 +299,8 @@ pub struct MovedName {
 pub(crate) trait ImageSource {
     /// What messages call it.
     fn path(&self) -> &str;
+    /// What its documents may cost.
+    fn limits(&self) -> &DocumentLimits;
     /// A document's bytes. Their size and digest are checked by whoever asked.
     fn document(&self, descriptor: &Descriptor, maximum: u64, limit: &'static str) -> Result<Vec<u8>, LoadError>;
     /// A layer, that may be read later on.
@@ -317,6 +317,7 @@ pub(crate) trait ImageSource {
 struct Layout<'a> {
     archive: &'a Archive,
     path: &'a str,
+    limits: &'a DocumentLimits,
 }
 
 impl ImageSource for Layout<'_> {
@@ -324,8 +325,12 @@ impl ImageSource for Layout<'_> {
         self.path
     }
 
-    fn document(&self, descriptor: &Descriptor, maximum: u64, _: &'static str) -> Result<Vec<u8>, LoadError> {
-        Ok(self.archive.read(&blob_name(descriptor.digest), maximum)?)
+    fn limits(&self) -> &DocumentLimits {
+        self.limits
+    }
+
+    fn document(&self, descriptor: &Descriptor, maximum: u64, limit: &'static str) -> Result<Vec<u8>, LoadError> {
+        Ok(self.archive.read(&blob_name(descriptor.digest), maximum, limit)?)
     }
 
     fn layer(
@@ -505,7 +510,7 @@ impl Engine {
 
     fn oci_candidates(&self, archive: &Archive, path: &str) -> Result<Vec<Candidate>, LoadError> {
         if archive.find("oci-layout")?.is_some() {
-            let raw = archive.read("oci-layout", LAYOUT_BYTES_MAX)?;
+            let raw = archive.read("oci-layout", LAYOUT_BYTES_MAX, "LAYOUT_BYTES_MAX")?;
             let layout: Result<OciLayout, _> = serde_json::from_slice(&raw);
             match layout {
                 Ok(layout) if layout.version == LAYOUT_VERSION => {}
@@ -513,10 +518,12 @@ impl Engine {
                 Err(source) => return Err(LoadError::Layout { path: path.to_owned(), source }),
             }
         }
-        let index = Index::parse(&archive.read("index.json", limits::MANIFEST_BYTES_MAX)?)
+        let limits = self.document_limits();
+        let raw = archive.read("index.json", limits.manifest_bytes, "limits.manifest-bytes")?;
+        let index = Index::parse_within(&raw, limits)
             .map_err(|source| LoadError::Document { path: format!("{path}: index.json"), source })?;
         let mut candidates: Vec<Candidate> = Vec::new();
-        let layout = Layout { archive, path };
+        let layout = Layout { archive, path, limits };
         for descriptor in index.manifests() {
             let manifest = manifest_for(&layout, descriptor, &Platform::host(), 0)?;
             let ref_name = || descriptor.annotations.get(REF_NAME_ANNOTATION).filter(|name| name.contains(['/', ':']));
@@ -532,14 +539,14 @@ impl Engine {
     }
 
     fn docker_candidates(&self, archive: &Archive, path: &str) -> Result<Vec<Candidate>, LoadError> {
-        let raw = archive.read("manifest.json", DOCKER_MANIFEST_BYTES_MAX)?;
+        let raw = archive.read("manifest.json", DOCKER_MANIFEST_BYTES_MAX, "DOCKER_MANIFEST_BYTES_MAX")?;
         let images = plies_oci::check_unique_keys(&raw).and_then(|()| serde_json::from_slice(&raw));
         let images: Vec<DockerImage> =
             images.map_err(|source| LoadError::DockerManifest { path: path.to_owned(), source })?;
         let mut candidates = Vec::new();
         for image in images {
-            let raw = archive.read(&image.config, limits::CONFIG_BYTES_MAX)?;
-            let config = ImageConfig::parse(&raw)
+            let raw = archive.read(&image.config, self.document_limits().config_bytes, "limits.config-bytes")?;
+            let config = ImageConfig::parse_within(&raw, self.document_limits())
                 .map_err(|source| LoadError::Document { path: format!("{path}: {}", image.config), source })?;
             let files = image.layers.unwrap_or_default();
             let mut chain = Chain::new(path, &config, files.len())?;
@@ -629,20 +636,20 @@ pub(crate) fn manifest_for(
     from: &dyn ImageSource,
     descriptor: &Descriptor,
     wanted: &Platform,
-    depth: usize,
+    depth: u64,
 ) -> Result<Manifest, LoadError> {
-    let path = from.path();
+    let (path, limits) = (from.path(), from.limits());
     let document = |source| LoadError::Document { path: path.to_owned(), source };
     match classify(&descriptor.media_type) {
         Some(MediaClass::Manifest) => {
-            let raw = document_bytes(from, "manifest", descriptor, limits::MANIFEST_BYTES_MAX, "MANIFEST_BYTES_MAX")?;
-            let manifest = Manifest::parse(&raw).map_err(document)?;
+            let raw = document_bytes(from, "manifest", descriptor, limits.manifest_bytes, "limits.manifest-bytes")?;
+            let manifest = Manifest::parse_within(&raw, limits).map_err(document)?;
             same_media_type(path, descriptor, manifest.document().value().media_type().as_ref())?;
             Ok(manifest)
         }
-        Some(MediaClass::Index) if depth < INDEX_DEPTH_MAX => {
-            let raw = document_bytes(from, "index", descriptor, limits::MANIFEST_BYTES_MAX, "MANIFEST_BYTES_MAX")?;
-            let index = Index::parse(&raw).map_err(document)?;
+        Some(MediaClass::Index) if depth < limits.index_depth => {
+            let raw = document_bytes(from, "index", descriptor, limits.manifest_bytes, "limits.manifest-bytes")?;
+            let index = Index::parse_within(&raw, limits).map_err(document)?;
             same_media_type(path, descriptor, index.document().value().media_type().as_ref())?;
             let is_exact = |one: &&Descriptor| one.platform.as_ref() == Some(wanted);
             let serves = |one: &&Descriptor| one.platform.as_ref().is_none_or(|there| there.serves(wanted));
@@ -654,7 +661,7 @@ pub(crate) fn manifest_for(
             })?;
             manifest_for(from, chosen, wanted, depth + 1)
         }
-        Some(MediaClass::Index) => Err(LoadError::Nested { path: path.to_owned() }),
+        Some(MediaClass::Index) => Err(LoadError::Nested { path: path.to_owned(), maximum: limits.index_depth }),
         _ => Err(LoadError::MediaType {
             path: path.to_owned(),
             digest: descriptor.digest,
@@ -669,9 +676,10 @@ pub(crate) fn candidate(
     manifest: Manifest,
     names: Vec<Reference>,
 ) -> Result<Candidate, LoadError> {
-    let path = from.path();
-    let raw = document_bytes(from, "config", manifest.config(), limits::CONFIG_BYTES_MAX, "CONFIG_BYTES_MAX")?;
-    let config = ImageConfig::parse(&raw).map_err(|source| LoadError::Document { path: path.to_owned(), source })?;
+    let (path, limits) = (from.path(), from.limits());
+    let raw = document_bytes(from, "config", manifest.config(), limits.config_bytes, "limits.config-bytes")?;
+    let config = ImageConfig::parse_within(&raw, limits)
+        .map_err(|source| LoadError::Document { path: path.to_owned(), source })?;
     let mut chain = Chain::new(path, &config, manifest.layers().len())?;
     let mut layers = Vec::new();
     for layer in manifest.layers() {

@@ -14,7 +14,8 @@ use std::sync::Arc;
 use plies_cache::{BlobRow, Provider, Providers, RangeProvider};
 use plies_image::{Found, ImageError};
 use plies_oci::{
-    BlobDigest, ChainId, Compression, Descriptor, DiffId, ErrorKind, ImageId, Manifest, MediaType, Platform, Reference,
+    BlobDigest, ChainId, Compression, Descriptor, DiffId, DocumentLimits, ErrorKind, ImageId, Manifest, MediaType,
+    Platform, Reference,
 };
 use plies_registry::{BlobReader, Client, Fetched, RegistryError, Repository};
 use plies_store::fsck::{Findings, Remedy};
@@ -140,6 +141,10 @@ struct Remote<'a> {
 impl ImageSource for Remote<'_> {
     fn path(&self) -> &str {
         &self.path
+    }
+
+    fn limits(&self) -> &DocumentLimits {
+        self.engine.document_limits()
     }
 
     fn document(&self, descriptor: &Descriptor, maximum: u64, limit: &'static str) -> Result<Vec<u8>, LoadError> {

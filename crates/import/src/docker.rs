@@ -27,7 +27,7 @@ use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use plies_image::{ImageError, LayerRef, LayerStore, LayerStoreError, LayerStoreOptions, NewRwLayer, Taken};
-use plies_oci::{BlobDigest, ChainId, DiffId, ImageConfig, ImageId, Reference, limits};
+use plies_oci::{BlobDigest, ChainId, DiffId, DocumentLimits, ImageConfig, ImageId, Reference};
 use plies_store::progress::{self, Task};
 use plies_store::{Canceled, GcMode, LayerId, Lease, LeaseOptions, parallel};
 use serde::Deserialize;
@@ -42,7 +42,7 @@ const TEXT_BYTES_MAX: u64 = 4096;
 /// Names of all images: 100,000 of 200 bytes, twice.
 const REPOSITORIES_BYTES_MAX: u64 = 64 << 20;
 /// As of an image: most of a container's is the same.
-const CONTAINER_BYTES_MAX: u64 = limits::CONFIG_BYTES_MAX;
+const CONTAINER_BYTES_MAX: u64 = 8 << 20;
 /// Docker calls a layer so while it removes it.
 const REMOVING: &str = "-removing";
 
@@ -122,7 +122,7 @@ pub fn import(import: &Import<'_>, path: &Path, containers: Containers) -> Resul
     }
     import.check_file_system(&path.join("overlay2"))?;
     report.sources.push(path.to_owned());
-    let source = Source::read(path, &mut report);
+    let source = Source::read(path, import.documents, &mut report);
     let task = Task::start(import.progress, &format!("import {} layers", source.layers.len()), None);
     let lease = import.store.lease(LeaseOptions::process("import"))?;
     let layer_store = LayerStore::open(import.store, LayerStoreOptions::default())?;
@@ -197,7 +197,7 @@ fn entries(dir: &Path, report: &mut ImportReport) -> Vec<(String, PathBuf)> {
 }
 
 impl Source {
-    fn read(root: &Path, report: &mut ImportReport) -> Self {
+    fn read(root: &Path, limits: &DocumentLimits, report: &mut ImportReport) -> Self {
         let image = root.join("image/overlay2");
         let mut source =
             Self { layers: BTreeMap::new(), images: BTreeMap::new(), names: Vec::new(), containers: BTreeMap::new() };
@@ -214,7 +214,7 @@ impl Source {
             match ImageId::from_hex(&name) {
                 Ok(id) => {
                     let metadata = image.join("imagedb/metadata/sha256").join(&name);
-                    source.images.insert(id, read_image(id, &path, &metadata));
+                    source.images.insert(id, read_image(id, &path, &metadata, limits));
                 }
                 Err(_) => report.problem("image", name, "its name is no image ID"),
             }
@@ -270,13 +270,13 @@ fn read_layer(root: &Path, dir: &Path, chain_id: ChainId) -> Read<Layer> {
     }
 }
 
-fn read_image(id: ImageId, path: &Path, metadata: &Path) -> Read<Image> {
-    let raw = read_bytes(path, limits::CONFIG_BYTES_MAX)?;
+fn read_image(id: ImageId, path: &Path, metadata: &Path, limits: &DocumentLimits) -> Read<Image> {
+    let raw = read_bytes(path, limits.config_bytes)?;
     match ImageId::from_bytes(*BlobDigest::of(&raw).as_bytes()) {
         actual if actual == id => {}
         actual => return Err(format!("its config is damaged: it has the digest {actual}")),
     }
-    let config = ImageConfig::parse(&raw).map_err(|error| chain(&error))?;
+    let config = ImageConfig::parse_within(&raw, limits).map_err(|error| chain(&error))?;
     let diff_ids = config.diff_ids().to_vec();
     let parent = read_id(&metadata.join("parent"))?;
     Ok(Image { raw, diff_ids, parent, built_here: metadata.join("builtLocally").exists() })

@@ -27,7 +27,7 @@ use plies_archive::Limits;
 use plies_bolt::BoltError;
 use plies_cache::{Accessor, CacheError};
 use plies_image::{ImageError, LayerStoreError};
-use plies_oci::ErrorKind;
+use plies_oci::{DocumentLimits, ErrorKind};
 use plies_store::progress::Progress;
 use plies_store::{Cancel, Canceled, CatalogueError, LayerError, SnapshotError, Store, TransferError};
 use serde::Serialize;
@@ -50,6 +50,8 @@ pub struct Import<'a> {
     pub cache: &'a Accessor,
     /// What archives may ask for.
     pub limits: &'a Limits,
+    /// What documents may.
+    pub documents: &'a DocumentLimits,
     /// How.
     pub options: ImportOptions,
     /// Told what happens.

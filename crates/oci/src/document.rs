@@ -7,18 +7,72 @@ use serde::de::{self, DeserializeOwned, DeserializeSeed, MapAccess, SeqAccess, V
 
 use crate::{BlobDigest, DiffId, DigestError, ErrorKind, Family, ImageId, MediaClass, MediaType, classify};
 
-/// Limits on documents, so that a hostile one costs little.
-pub mod limits {
-    /// Bytes of a manifest or an index. containerd refuses more than 4·1048·1048 (`MaxManifestSize`,
-    /// after CVE-2023-25153); registries commonly stop at 4 MiB.
-    pub const MANIFEST_BYTES_MAX: u64 = 4 * 1024 * 1024;
-    /// Bytes of an image config. The largest seen in public images are below 1 MiB.
-    pub const CONFIG_BYTES_MAX: u64 = 8 * 1024 * 1024;
-    /// Layers of an image. The kernel stacks 500 overlay directories; far deeper images are squashed
-    /// by their builders, and each layer costs a mount slot.
-    pub const LAYERS_MAX: usize = 1000;
-    /// Manifests listed by one index.
-    pub const INDEX_ENTRIES_MAX: usize = 10_000;
+/// Limits on documents that come in, so that a hostile one costs little. All are inclusive: a value equal to the limit
+/// passes. Errors name them as the config file does, `limits.manifest-bytes`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DocumentLimits {
+    /// Bytes of a manifest or an index. Default 4 MiB: containerd refuses more than 4·1048·1048 (`MaxManifestSize`, after
+    /// CVE-2023-25153), and registries commonly stop there too.
+    pub manifest_bytes: u64,
+    /// Bytes of an image config. Default 8 MiB; the largest seen in public images are below 1 MiB.
+    pub config_bytes: u64,
+    /// Manifests listed by one index. Default 10,000.
+    pub index_entries: u64,
+    /// Indexes on the way to a manifest, an archive's `index.json` not counted. Default 4: builders nest one level, and a
+    /// chain of them could be endless.
+    pub index_depth: u64,
+    /// Layers of an image. Default 1,000: the kernel stacks 500 overlay directories, far deeper images are squashed by their
+    /// builders, and each layer costs a mount slot.
+    pub layers: u64,
+    /// Entries of an image's history. Default 10,000: an entry for each layer, and ten without one.
+    pub history: u64,
+}
+
+impl DocumentLimits {
+    /// What holds where nobody says otherwise.
+    pub const DEFAULT: Self = Self {
+        manifest_bytes: 4 << 20,
+        config_bytes: 8 << 20,
+        index_entries: 10_000,
+        index_depth: 4,
+        layers: 1_000,
+        history: 10_000,
+    };
+
+    /// For documents that were held against limits before.
+    const NONE: Self = Self {
+        manifest_bytes: u64::MAX,
+        config_bytes: u64::MAX,
+        index_entries: u64::MAX,
+        index_depth: u64::MAX,
+        layers: u64::MAX,
+        history: u64::MAX,
+    };
+
+    fn check(
+        limit: &'static str,
+        maximum: u64,
+        what: &'static str,
+        actual: usize,
+        unit: &'static str,
+    ) -> Result<(), DocumentError> {
+        let actual = actual as u64;
+        if actual > maximum { Err(DocumentError::Limit { what, actual, unit, limit, maximum }) } else { Ok(()) }
+    }
+
+    fn check_manifest_bytes(&self, what: &'static str, raw: &[u8]) -> Result<(), DocumentError> {
+        Self::check("limits.manifest-bytes", self.manifest_bytes, what, raw.len(), "bytes")
+    }
+
+    fn check_layers(&self, what: &'static str, layers: usize) -> Result<(), DocumentError> {
+        Self::check("limits.layers", self.layers, what, layers, "layers")
+    }
+}
+
+impl Default for DocumentLimits {
+    fn default() -> Self {
+        Self::DEFAULT
+    }
 }
 
 /// Why a document is refused.
@@ -282,9 +336,8 @@ impl<T> Document<T> {
 
 /// Parses JSON for a document whose identity is its bytes. Stricter than JSON: a key that appears twice, in any case
 /// variant, is refused, because readers in other languages disagree on which one counts (hazards J02, J03).
-fn parse_json<T: DeserializeOwned>(what: &'static str, raw: &[u8], limit: Limit) -> Result<Document<T>, DocumentError> {
+fn parse_json<T: DeserializeOwned>(what: &'static str, raw: &[u8]) -> Result<Document<T>, DocumentError> {
     let digest = BlobDigest::of(raw);
-    limit.check(what, raw.len() as u64)?;
     let json = |source| DocumentError::Json { what, digest, source };
     check_unique_keys(raw).map_err(json)?;
     let value = serde_json::from_slice(raw).map_err(json)?;
@@ -362,34 +415,6 @@ impl<'de> Visitor<'de> for UniqueKeys {
     }
 }
 
-/// A named maximum.
-struct Limit {
-    name: &'static str,
-    unit: &'static str,
-    maximum: u64,
-}
-
-impl Limit {
-    const MANIFEST: Self = Self { name: "MANIFEST_BYTES_MAX", unit: "bytes", maximum: limits::MANIFEST_BYTES_MAX };
-    const CONFIG: Self = Self { name: "CONFIG_BYTES_MAX", unit: "bytes", maximum: limits::CONFIG_BYTES_MAX };
-    const LAYERS: Self = Self { name: "LAYERS_MAX", unit: "layers", maximum: limits::LAYERS_MAX as u64 };
-    const INDEX: Self =
-        Self { name: "INDEX_ENTRIES_MAX", unit: "manifests", maximum: limits::INDEX_ENTRIES_MAX as u64 };
-
-    fn check(&self, what: &'static str, actual: u64) -> Result<(), DocumentError> {
-        if actual > self.maximum {
-            return Err(DocumentError::Limit {
-                what,
-                actual,
-                unit: self.unit,
-                limit: self.name,
-                maximum: self.maximum,
-            });
-        }
-        Ok(())
-    }
-}
-
 /// Image manifest: one config and the layers, bottom first.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Manifest {
@@ -409,7 +434,7 @@ struct ShapeProbe {
 }
 
 fn check_shape(what: &'static str, raw: &[u8], wanted: MediaClass) -> Result<(), DocumentError> {
-    let document = parse_json::<ShapeProbe>(what, raw, Limit::MANIFEST)?;
+    let document = parse_json::<ShapeProbe>(what, raw)?;
     let rule = |rule: String| Err(DocumentError::Rule { what, digest: document.digest, rule });
     let probe = &document.value;
     if probe.manifests.is_some() && probe.layers.is_some() {
@@ -424,15 +449,24 @@ fn check_shape(what: &'static str, raw: &[u8], wanted: MediaClass) -> Result<(),
 }
 
 impl Manifest {
-    /// Parses a manifest of either family.
+    /// Parses a manifest of either family that is here already, and was held against limits when it came.
+    ///
+    /// # Errors
+    /// Any [`DocumentError`] but a limit.
+    pub fn parse(raw: &[u8]) -> Result<Self, DocumentError> {
+        Self::parse_within(raw, &DocumentLimits::NONE)
+    }
+
+    /// Parses a manifest of either family that comes from outside.
     ///
     /// # Errors
     /// Any [`DocumentError`]; the config and every layer must have a media type that we know.
-    pub fn parse(raw: &[u8]) -> Result<Self, DocumentError> {
+    pub fn parse_within(raw: &[u8], limits: &DocumentLimits) -> Result<Self, DocumentError> {
         const WHAT: &str = "image manifest";
+        limits.check_manifest_bytes(WHAT, raw)?;
         check_shape(WHAT, raw, MediaClass::Manifest)?;
-        let document: Document<spec::ImageManifest> = parse_json(WHAT, raw, Limit::MANIFEST)?;
-        Limit::LAYERS.check(WHAT, document.value.layers().len() as u64)?;
+        let document: Document<spec::ImageManifest> = parse_json(WHAT, raw)?;
+        limits.check_layers(WHAT, document.value.layers().len())?;
         let digest = document.digest;
         let descriptor = |spec| Descriptor::parse(WHAT, digest, spec);
         let config = descriptor(document.value.config())?;
@@ -448,7 +482,7 @@ impl Manifest {
     /// Makes a manifest of the family that its config is of: the same arguments always give the same bytes.
     ///
     /// # Errors
-    /// [`DocumentError::Limit`]: its annotations or layers are too many.
+    /// [`DocumentError::Limit`]: its annotations or layers are too many for anybody whose limits are the default ones.
     pub fn build(
         config: &Descriptor,
         layers: &[Descriptor],
@@ -467,7 +501,7 @@ impl Manifest {
         if !annotations.is_empty() {
             json["annotations"] = serde_json::json!(annotations);
         }
-        Self::parse(json.to_string().as_bytes())
+        Self::parse_within(json.to_string().as_bytes(), &DocumentLimits::DEFAULT)
     }
 
     /// Free-form notes on the image, sorted by key.
@@ -505,15 +539,25 @@ pub struct Index {
 }
 
 impl Index {
-    /// Parses an index of either family.
+    /// Parses an index of either family that is here already, and was held against limits when it came.
+    ///
+    /// # Errors
+    /// Any [`DocumentError`] but a limit.
+    pub fn parse(raw: &[u8]) -> Result<Self, DocumentError> {
+        Self::parse_within(raw, &DocumentLimits::NONE)
+    }
+
+    /// Parses an index of either family that comes from outside.
     ///
     /// # Errors
     /// Any [`DocumentError`].
-    pub fn parse(raw: &[u8]) -> Result<Self, DocumentError> {
+    pub fn parse_within(raw: &[u8], limits: &DocumentLimits) -> Result<Self, DocumentError> {
         const WHAT: &str = "image index";
+        limits.check_manifest_bytes(WHAT, raw)?;
         check_shape(WHAT, raw, MediaClass::Index)?;
-        let document: Document<spec::ImageIndex> = parse_json(WHAT, raw, Limit::MANIFEST)?;
-        Limit::INDEX.check(WHAT, document.value.manifests().len() as u64)?;
+        let document: Document<spec::ImageIndex> = parse_json(WHAT, raw)?;
+        let entries = document.value.manifests().len();
+        DocumentLimits::check("limits.index-entries", limits.index_entries, WHAT, entries, "manifests")?;
         let digest = document.digest;
         let manifests = document.value.manifests().iter().map(|spec| Descriptor::parse(WHAT, digest, spec));
         let manifests = manifests.collect::<Result<Vec<_>, _>>()?;
@@ -549,14 +593,23 @@ pub struct ImageConfig {
 }
 
 impl ImageConfig {
-    /// Parses a config of either family.
+    /// Parses a config of either family that is here already, and was held against limits when it came.
+    ///
+    /// # Errors
+    /// Any [`DocumentError`] but a limit.
+    pub fn parse(raw: &[u8]) -> Result<Self, DocumentError> {
+        Self::parse_within(raw, &DocumentLimits::NONE)
+    }
+
+    /// Parses a config of either family that comes from outside.
     ///
     /// # Errors
     /// Any [`DocumentError`]; more non-empty history entries than diff IDs are refused, since indexing layers by
     /// history would run past the end.
-    pub fn parse(raw: &[u8]) -> Result<Self, DocumentError> {
+    pub fn parse_within(raw: &[u8], limits: &DocumentLimits) -> Result<Self, DocumentError> {
         const WHAT: &str = "image config";
-        let document: Document<spec::ImageConfiguration> = parse_json(WHAT, raw, Limit::CONFIG)?;
+        DocumentLimits::check("limits.config-bytes", limits.config_bytes, WHAT, raw.len(), "bytes")?;
+        let document: Document<spec::ImageConfiguration> = parse_json(WHAT, raw)?;
         let digest = document.digest;
         let diff_ids = document
             .value
@@ -565,7 +618,9 @@ impl ImageConfig {
             .iter()
             .map(|text| text.parse().map_err(|source| DocumentError::Digest { what: WHAT, digest, source }))
             .collect::<Result<Vec<DiffId>, _>>()?;
-        Limit::LAYERS.check(WHAT, diff_ids.len() as u64)?;
+        limits.check_layers(WHAT, diff_ids.len())?;
+        let entries = document.value.history().as_ref().map_or(0, Vec::len);
+        DocumentLimits::check("limits.history", limits.history, WHAT, entries, "history entries")?;
         let history = document.value.history().iter().flatten();
         let filled = history.filter(|entry| !entry.empty_layer().unwrap_or(false)).count();
         if filled > diff_ids.len() {
@@ -715,9 +770,9 @@ mod tests {
 
     #[test]
     fn b09_an_oversized_manifest_is_refused_by_name() {
-        let big = format!("{}{}", manifest(""), " ".repeat(limits::MANIFEST_BYTES_MAX as usize));
-        let text = Manifest::parse(big.as_bytes()).unwrap_err().to_string();
-        assert!(text.contains("MANIFEST_BYTES_MAX"), "{text}");
+        let big = format!("{}{}", manifest(""), " ".repeat(DocumentLimits::DEFAULT.manifest_bytes as usize));
+        let text = Manifest::parse_within(big.as_bytes(), &DocumentLimits::DEFAULT).unwrap_err().to_string();
+        assert!(text.contains("limits.manifest-bytes"), "{text}");
     }
 
     #[test]
@@ -728,9 +783,9 @@ mod tests {
         let built = Manifest::build(&config, &[], &notes).unwrap();
         assert_eq!(built.document().raw(), Manifest::build(&config, &[], &notes).unwrap().document().raw());
         assert_eq!((built.config(), built.annotations()), (&config, notes));
-        let huge = BTreeMap::from([("a".to_owned(), "x".repeat(limits::MANIFEST_BYTES_MAX as usize))]);
+        let huge = BTreeMap::from([("a".to_owned(), "x".repeat(DocumentLimits::DEFAULT.manifest_bytes as usize))]);
         let refused = Manifest::build(&config, &[], &huge).unwrap_err();
-        assert!(matches!(refused, DocumentError::Limit { limit: "MANIFEST_BYTES_MAX", .. }), "{refused}");
+        assert!(matches!(refused, DocumentError::Limit { limit: "limits.manifest-bytes", .. }), "{refused}");
         assert_eq!(Index::build(&[built.descriptor()]).manifests(), &[built.descriptor()]);
     }
 
@@ -747,5 +802,54 @@ mod tests {
             assert_eq!(built.descriptor().media_type.to_string(), media_type);
             assert_eq!(built.layers(), layers);
         }
+    }
+
+    /// A document at a bound passes, one beyond it fails by the bound's name; what is here already has none.
+    fn at_the_bound<T: std::fmt::Debug>(
+        parse: impl Fn(&DocumentLimits) -> Result<T, DocumentError>,
+        key: &str,
+        maximum: impl Fn(u64) -> DocumentLimits,
+        actual: u64,
+    ) {
+        parse(&maximum(actual)).unwrap();
+        match parse(&maximum(actual - 1)).unwrap_err() {
+            DocumentError::Limit { limit, maximum, actual: said, .. } => {
+                assert_eq!((limit, maximum, said), (key, actual - 1, actual));
+            }
+            other => panic!("{key}: {other}"),
+        }
+    }
+
+    #[test]
+    fn b09_b10_every_limit_of_documents_is_inclusive_and_named() {
+        let default = || DocumentLimits::DEFAULT;
+        let layer = format!(r#"{{"mediaType":"application/vnd.oci.image.layer.v1.tar","digest":"{DIGEST}","size":3}}"#);
+        let layers = manifest("").replace("[]", &format!("[{layer},{layer},{layer}]"));
+        let of_manifest = |limits: &DocumentLimits| Manifest::parse_within(layers.as_bytes(), limits);
+        let bytes = layers.len() as u64;
+        at_the_bound(
+            of_manifest,
+            "limits.manifest-bytes",
+            |n| DocumentLimits { manifest_bytes: n, ..default() },
+            bytes,
+        );
+        at_the_bound(of_manifest, "limits.layers", |n| DocumentLimits { layers: n, ..default() }, 3);
+        let entry = layer.replace("layer.v1.tar", "manifest.v1+json");
+        let index = format!(r#"{{"schemaVersion":2,"manifests":[{entry},{entry}]}}"#);
+        let of_index = |limits: &DocumentLimits| Index::parse_within(index.as_bytes(), limits);
+        let bytes = index.len() as u64;
+        at_the_bound(of_index, "limits.manifest-bytes", |n| DocumentLimits { manifest_bytes: n, ..default() }, bytes);
+        at_the_bound(of_index, "limits.index-entries", |n| DocumentLimits { index_entries: n, ..default() }, 2);
+        let config = format!(
+            r#"{{"architecture":"amd64","os":"linux","rootfs":{{"type":"layers","diff_ids":["{DIGEST}","{DIGEST}"]}},
+            "history":[{{"empty_layer":true}},{{}},{{"empty_layer":true}}]}}"#
+        );
+        let of_config = |limits: &DocumentLimits| ImageConfig::parse_within(config.as_bytes(), limits);
+        let bytes = config.len() as u64;
+        at_the_bound(of_config, "limits.config-bytes", |n| DocumentLimits { config_bytes: n, ..default() }, bytes);
+        at_the_bound(of_config, "limits.layers", |n| DocumentLimits { layers: n, ..default() }, 2);
+        at_the_bound(of_config, "limits.history", |n| DocumentLimits { history: n, ..default() }, 3);
+        let large = format!("{}{}", manifest(""), " ".repeat(5 << 20));
+        Manifest::parse(large.as_bytes()).unwrap();
     }
 }

@@ -17,7 +17,7 @@ mod kind;
 mod media;
 mod reference;
 
-pub use document::{Document, DocumentError, ImageConfig, Index, Manifest, check_unique_keys, limits};
+pub use document::{Document, DocumentError, DocumentLimits, ImageConfig, Index, Manifest, check_unique_keys};
 pub use id::{BlobDigest, ChainId, DiffId, DigestError, ImageId, Sha256Hasher};
 pub use kind::ErrorKind;
 pub use media::{Compression, Family, MediaClass, MediaType, classify};

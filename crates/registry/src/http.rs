@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
-use plies_oci::BlobDigest;
+use plies_oci::{BlobDigest, DocumentLimits};
 use serde::Deserialize;
 use ureq::http::header::{self, HeaderName, HeaderValue};
 use ureq::http::{Method, Request, Response, StatusCode, Uri};
@@ -113,6 +113,8 @@ pub struct ClientOptions {
     pub proxies: Proxies,
     /// Trying again.
     pub retry: RetryPolicy,
+    /// What documents may cost.
+    pub limits: DocumentLimits,
 }
 
 /// A client of registries.

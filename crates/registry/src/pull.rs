@@ -4,7 +4,7 @@ use std::fmt;
 use std::io::{self, Read};
 use std::sync::Arc;
 
-use plies_oci::{BlobDigest, Descriptor, MediaType, Reference, classify, limits};
+use plies_oci::{BlobDigest, Descriptor, MediaType, Reference, classify};
 use serde::Deserialize;
 use ureq::Body;
 use ureq::http::header;
@@ -155,7 +155,7 @@ impl Client {
         let said = said_digest(&response);
         let content_type = response.headers().get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
         let content_type = content_type.map(|text| text.split(';').next().unwrap_or_default().trim().to_owned());
-        let bytes = self.read_all(response, &url, limits::MANIFEST_BYTES_MAX, "MANIFEST_BYTES_MAX")?;
+        let bytes = self.read_all(response, &url, self.options.limits.manifest_bytes, "limits.manifest-bytes")?;
         let digest = BlobDigest::of(&bytes);
         for wanted in expected.into_iter().chain(said) {
             same_digest(&url, wanted, digest)?;

@@ -121,7 +121,7 @@ fn documents_have_a_size_that_is_not_passed() {
     registry.fault("manifests/", 1, Fault::Answer(200, vec![], vec![b' '; (4 << 20) + 1]));
     let large = client.resolve(&reference(&registry, ":1")).unwrap_err();
     assert_eq!(large.kind(), ErrorKind::Limit);
-    assert!(large.to_string().contains("MANIFEST_BYTES_MAX"), "{large}");
+    assert!(large.to_string().contains("limits.manifest-bytes"), "{large}");
     let bytes = noise(100);
     registry.put_blob("team/app", &bytes);
     let small = |maximum| client.small_blob(&repository(&registry), &blob(&bytes), maximum, "TEST_MAX");

@@ -171,7 +171,7 @@ fn privileged_p12_a_resolved_path_has_a_depth_limit() {
     let items = [dir(&deep(most - 10)), symlink("far", &deep(most - 10)), file(&format!("far/{}/f", deep(11)), "1")];
     let error = place.apply(Layer, &items).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Limit);
-    assert!(error.to_string().contains("path_depth"), "{error}");
+    assert!(error.to_string().contains("limits.path-depth"), "{error}");
 }
 
 #[test]

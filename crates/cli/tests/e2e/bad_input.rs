@@ -698,3 +698,32 @@ fn names_that_layers_keep_for_themselves_are_refused_before_the_copy() {
         before.assert_same(&State::of(&ply), line);
     }
 }
+
+#[test]
+fn limits_of_the_config_file_hold_and_are_named() {
+    let Some(refusal) = Refusal::new() else { return };
+    let config = refusal.ply.scratch().join("limits.toml");
+    let image = Image::new("localhost/bad:1")
+        .layer(&[Member::dir("d"), Member::file("d/f", "limits of their own")], Packing::Gzip)
+        .layer(&[Member::file("g", "")], Packing::Plain);
+    let path = image.write_oci_tar(&refusal.ply.scratch().join("image.tar"));
+    for (key, too_low, enough) in [
+        ("layers", "1", "2"),
+        ("history", "1", "2"),
+        ("entries", "1", "1000"),
+        ("path-depth", "1", "100"),
+        ("file-bytes", "4", "\"1MB\""),
+        ("config-bytes", "\"100B\"", "\"1MiB\""),
+        ("manifest-bytes", "100", "100000"),
+    ] {
+        let with = |value: &str| {
+            fs::write(&config, format!("[limits]\n{key} = {value}\n")).unwrap();
+            args!["--config", config, "load", "-i", path].to_vec()
+        };
+        let ran = refusal.ply.fails(1, &with(too_low));
+        assert_clear(key, &ran, &[&format!("limits.{key}")]);
+        refusal.before.assert_same(&State::of(&refusal.ply), key);
+        refusal.ply.ok(&with(enough));
+        refusal.ply.ok(args!["rmi", "localhost/bad:1"]);
+    }
+}

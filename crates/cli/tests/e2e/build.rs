@@ -428,7 +428,7 @@ fn b15_a_step_that_floods_its_log_is_clipped_and_runs_to_its_end() {
 #[test]
 fn a_layer_too_many_is_told_at_its_line() {
     let Some(ply) = store() else { return };
-    // One layer a thousand times: LAYERS_MAX are allowed, whatever is in them.
+    // One layer a thousand times: so many are allowed, whatever is in them.
     let mut image = Image::new("localhost/deep:1");
     for _ in 0..1000 {
         image = image.layer(&[Member::file("f", "")], Packing::Plain);
@@ -436,7 +436,7 @@ fn a_layer_too_many_is_told_at_its_line() {
     load(&ply, &image);
     let context = Context::new(&ply, "FROM localhost/deep:1\nLABEL a=b\nCOPY Dockerfile /one\nLABEL c=d\n");
     let ran = context.build_fails(&[]);
-    for text in ["Dockerfile:3", "1001 layers", "LAYERS_MAX", "1000"] {
+    for text in ["Dockerfile:3", "1001 layers", "limits.layers", "1000"] {
         assert!(ran.stderr.contains(text), "does not say {text}: {ran}");
     }
     assert_eq!(ply.json(args!["images"]).as_array().unwrap().len(), 1);

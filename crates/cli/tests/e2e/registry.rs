@@ -375,7 +375,7 @@ fn the_image_for_the_platform_is_taken_out_of_an_index() {
     }
     ply.ok(args!["pull", format!("{}/multi:deep-0", registry.host())]);
     let deep = ply.fails(1, args!["pull", format!("{}/multi:deep-4", registry.host())]);
-    assert!(deep.stderr.contains("INDEX_DEPTH_MAX"), "{deep}");
+    assert!(deep.stderr.contains("limits.index-depth"), "{deep}");
 }
 
 #[test]

@@ -19,7 +19,7 @@ use plies_cache::{
     Accessor, CacheError, CacheKey, Changes, ImmutableRef, KeyBuilder, MutableRef, Parents, RecordOptions, RecordRow,
     State, Value,
 };
-use plies_oci::{BlobDigest, Compression, DiffId, ErrorKind, limits};
+use plies_oci::{BlobDigest, Compression, DiffId, ErrorKind};
 use plies_registry::{self as registry, Client};
 use plies_store::{Attach, CatalogueError, LayerError, LayerId, Mounted, SnapshotError, Stamp, canceled_inside};
 
@@ -131,8 +131,10 @@ pub enum SolveError {
         source: UnpackError,
     },
     /// It makes more layers than an image may have.
-    #[error("the image would have {layers} layers, the limit LAYERS_MAX is {}", limits::LAYERS_MAX)]
+    #[error("the image would have {layers} layers, the limit limits.layers is {maximum}")]
     TooManyLayers {
+        /// How many may be.
+        maximum: u64,
         /// How many.
         layers: usize,
     },
@@ -542,8 +544,9 @@ impl Solver<'_> {
             }
         };
         let layers = solved.base_diff_ids.len() + solved.layers.len();
-        if layers > limits::LAYERS_MAX {
-            return Err(failed(SolveError::TooManyLayers { layers }));
+        let maximum = self.engine.document_limits().layers;
+        if layers as u64 > maximum {
+            return Err(failed(SolveError::TooManyLayers { layers, maximum }));
         }
         if let Some(task) = task {
             task.end(outcome);
