@@ -8,7 +8,7 @@ use std::process::{Child, Command, Stdio};
 use serde_json::{Value, json};
 
 use crate::tar::{Member, archive};
-use crate::{eventually, sha256_hex, tools};
+use crate::{base64, eventually, sha256_hex, tools};
 
 /// A daemon without a network, on the overlay2 driver.
 #[derive(Debug)]
@@ -195,17 +195,4 @@ fn crc64(bytes: &[u8]) -> [u8; 8] {
         (0..8).fold(crc ^ u64::from(*byte), |crc, _| if crc & 1 == 1 { crc >> 1 ^ POLYNOMIAL } else { crc >> 1 })
     };
     (!bytes.iter().fold(!0, step)).to_be_bytes()
-}
-
-fn base64(bytes: &[u8]) -> String {
-    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    let mut text = String::new();
-    for part in bytes.chunks(3) {
-        let number = (0..3).fold(0, |number, place| number << 8 | usize::from(*part.get(place).unwrap_or(&0)));
-        for place in 0..4 {
-            let digit = DIGITS[number >> (18 - 6 * place) & 63];
-            text.push(if place <= part.len() { char::from(digit) } else { '=' });
-        }
-    }
-    text
 }

@@ -6,7 +6,7 @@
 use std::{
     collections::BTreeMap,
     fs,
-    io::Write as _,
+    io::{Read as _, Write as _},
     path::{Path, PathBuf},
     process::Command,
 };
@@ -55,6 +55,21 @@ impl Packing {
             Self::Zstd => zstd::encode_all(bytes, 1).expect("because memory takes every write"),
         }
     }
+}
+
+/// What some bytes were before they were packed.
+///
+/// # Panics
+/// When they were not packed so.
+pub fn unpack(packing: Packing, bytes: &[u8]) -> Vec<u8> {
+    let mut unpacked = Vec::new();
+    let read = match packing {
+        Packing::Plain => return bytes.to_vec(),
+        Packing::Gzip => flate2::read::MultiGzDecoder::new(bytes).read_to_end(&mut unpacked).map(drop),
+        Packing::Zstd => zstd::stream::copy_decode(bytes, &mut unpacked),
+    };
+    read.unwrap_or_else(|error| panic!("unpack: {error}"));
+    unpacked
 }
 
 /// Packs with zstd what is written to it, for inputs too big to hold.

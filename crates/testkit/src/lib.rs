@@ -52,12 +52,41 @@ pub fn eventually(mut holds: impl FnMut() -> bool) -> bool {
     }
 }
 
+/// The seed of a test that tries other inputs each time: printed, so that `PLIES_SEED` can bring them back.
+pub fn seed() -> u64 {
+    let given = std::env::var("PLIES_SEED").ok().and_then(|text| text.parse().ok());
+    let random = || u64::from_str_radix(&random_hex()[..15], 16).expect("because these are hexadecimal digits");
+    // Some generators stay at 0.
+    let seed = given.unwrap_or_else(random).max(1);
+    println!("PLIES_SEED={seed} tries the same again");
+    seed
+}
+
+/// How often a test that tries random inputs does so: twenty times as often in the long version, `PLIES_CHAOS=1`.
+pub fn rounds(usual: usize) -> usize {
+    if std::env::var_os("PLIES_CHAOS").is_some() { usual * 20 } else { usual }
+}
+
 /// 32 random bytes as 64 hexadecimal digits: content that is nowhere else.
 pub fn random_hex() -> String {
     let mut bytes = [0; 32];
     let filled = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty());
     assert_eq!(filled, Ok(bytes.len()), "the kernel gives up to 256 bytes at once");
     hex(&bytes)
+}
+
+/// Base64 with padding (RFC 4648, 4).
+pub fn base64(bytes: &[u8]) -> String {
+    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let mut text = String::new();
+    for part in bytes.chunks(3) {
+        let number = (0..3).fold(0, |number, place| number << 8 | usize::from(*part.get(place).unwrap_or(&0)));
+        for place in 0..4 {
+            let digit = DIGITS[number >> (18 - 6 * place) & 63];
+            text.push(if place <= part.len() { char::from(digit) } else { '=' });
+        }
+    }
+    text
 }
 
 pub(crate) fn hex(bytes: &[u8]) -> String {
