@@ -388,3 +388,42 @@ places! {
     privileged_hostile_archives_on_tmpfs, privileged_hostile_archives_in_a_user_namespace_on_tmpfs: Tmpfs;
     privileged_hostile_archives_on_btrfs, privileged_hostile_archives_in_a_user_namespace_on_btrfs: Btrfs;
 }
+
+/// A number of `/proc/self/status`, in KiB.
+fn memory_kib(key: &str) -> u64 {
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix(key)).unwrap();
+    line.trim_start_matches(':').trim().trim_end_matches(" kB").parse().unwrap()
+}
+
+/// What a refusal costs, of the archives that are large or say that they are. Memory is asserted, time is printed.
+#[test]
+fn hostile_archives_cost_little_memory() {
+    const MEMORY_KIB_MAX: u64 = 64 << 10;
+    let scratch = Scratch::new();
+    let mut cases = corpus(&scratch.join("victim"));
+    cases.retain(|case| case.id.starts_with('B') || case.id.contains("mebibyte"));
+    // A mebibyte of each of these, the rest is said only.
+    let mebibyte = |case: &Case| case.bytes.len() < 8 << 20;
+    assert!(cases.len() > 10 && cases.iter().all(mebibyte));
+    // Bytes behind the end are part of the diff ID, and read to the last one.
+    let mut long_tail = plies_testkit::tar::archive([&plies_testkit::tar::Member::file("f", "")]);
+    long_tail.resize(300 << 20, 0);
+    let packed = Packing::Zstd.pack(&long_tail);
+    drop(long_tail);
+    cases.push(Case { id: "B08".to_owned(), bytes: packed, expect: Expect::Either, shows: vec![], only_layers: false });
+    for case in cases {
+        let dir = scratch.dir("out");
+        let root = fs::File::open(&dir).unwrap();
+        // From here on the peak is counted anew (proc(5), clear_refs).
+        fs::write("/proc/self/clear_refs", "5").unwrap();
+        let (before, began) = (memory_kib("VmRSS"), Instant::now());
+        let (compression, fd) = (compress::detect(&case.bytes), std::os::fd::AsFd::as_fd(&root));
+        let result = unpack(&case.bytes[..], compression, fd, ApplyStyle::Merged, &Limits::default(), None);
+        let (took, grew) = (began.elapsed(), memory_kib("VmHWM").saturating_sub(before));
+        println!("{}: {} bytes, {took:?}, {grew} KiB, {:?}", case.id, case.bytes.len(), result.as_ref().err());
+        assert!(case.expect != Expect::Refused || result.is_err(), "{}", case.id);
+        assert!(grew < MEMORY_KIB_MAX, "{} took {grew} KiB", case.id);
+        fs::remove_dir_all(&dir).unwrap();
+    }
+}

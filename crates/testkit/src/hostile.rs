@@ -787,6 +787,44 @@ mod tests {
         }
     }
 
+    /// All sources below a directory, one after the other.
+    fn sources(dir: &Path, into: &mut String) {
+        for entry in fs::read_dir(dir).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                sources(&path, into);
+            } else if path.extension().is_some_and(|extension| extension == "rs") {
+                into.push_str(&fs::read_to_string(&path).unwrap());
+            }
+        }
+    }
+
+    #[test]
+    fn coverage_names_tests_that_exist() {
+        let crates = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+        let page = fs::read_to_string(crates.parent().unwrap().join("docs/security/coverage.md")).unwrap();
+        let mut all = String::new();
+        sources(crates, &mut all);
+        let words: std::collections::BTreeSet<&str> =
+            all.split(|c: char| !(c.is_ascii_alphanumeric() || c == '_')).collect();
+        let is_name =
+            |name: &&str| name.matches('_').count() > 2 && name.bytes().all(|c| c.is_ascii_alphanumeric() || c == b'_');
+        let named: Vec<_> = page.split('`').skip(1).step_by(2).filter(is_name).collect();
+        assert!(named.len() > 150, "only {} tests are named", named.len());
+        let missing: Vec<_> = named.into_iter().filter(|name| !words.contains(name)).collect();
+        assert!(missing.is_empty(), "coverage.md names tests that do not exist: {missing:#?}");
+        for case in corpus(Path::new("/victim")) {
+            let number = &case.id[..3];
+            assert!(
+                page.contains(&format!("| {number}"))
+                    || number.starts_with('W')
+                    || number.starts_with('L')
+                    || number.starts_with('M'),
+                "{number} is not on the page"
+            );
+        }
+    }
+
     #[test]
     fn whatever_is_done_to_a_victim_is_noticed() {
         type Deed = fn(&Path);

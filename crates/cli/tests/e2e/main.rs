@@ -15,6 +15,7 @@ mod crash;
 mod dockerfiles;
 mod export;
 mod fsck;
+mod guard;
 mod import;
 mod import_docker;
 mod layers;
