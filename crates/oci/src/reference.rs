@@ -83,12 +83,19 @@ impl Reference {
         Self { tag: None, digest: Some(digest), ..self.clone() }
     }
 
-    /// The name without tag and digest, as short as docker prints it.
+    /// The name without tag and digest, as short as docker prints it, and no shorter than means the same.
     pub fn familiar_name(&self) -> String {
+        let full = format!("{}/{}", self.registry, self.repository);
         if self.registry != DEFAULT_REGISTRY {
-            return format!("{}/{}", self.registry, self.repository);
+            return full;
         }
-        self.repository.strip_prefix(DEFAULT_NAMESPACE).unwrap_or(&self.repository).to_owned()
+        // `library/a/b` is not `a/b`, and `docker.io/x.org/a` not on x.org.
+        let means_this = |short: &&str| {
+            let read = short.parse::<Self>();
+            read.is_ok_and(|read| read.registry == self.registry && read.repository == self.repository)
+        };
+        let short = self.repository.strip_prefix(DEFAULT_NAMESPACE).into_iter().chain([self.repository.as_str()]);
+        short.into_iter().find(means_this).map_or(full, str::to_owned)
     }
 
     /// The whole reference, as short as docker prints it.
@@ -196,10 +203,14 @@ mod tests {
             ("localhost:5000/a/b:t", "localhost:5000/a/b:t", "localhost:5000/a/b:t"),
             ("localhost/app", "localhost/app:latest", "localhost/app:latest"),
             ("index.docker.io/library/x", "docker.io/library/x:latest", "x:latest"),
+            ("library/a/b", "docker.io/library/a/b:latest", "library/a/b:latest"),
+            ("docker.io/x.org/a", "docker.io/x.org/a:latest", "docker.io/x.org/a:latest"),
+            ("library/sha256", "docker.io/library/sha256:latest", "library/sha256:latest"),
         ] {
             let reference: Reference = text.parse().unwrap();
             assert_eq!((reference.to_string().as_str(), reference.familiar().as_str()), (full, familiar));
             assert_eq!(reference.to_string().parse::<Reference>().unwrap(), reference);
+            assert_eq!(reference.familiar().parse::<Reference>().unwrap(), reference);
         }
         let pinned = format!("app@sha256:{}", "0a".repeat(32));
         let reference: Reference = pinned.parse().unwrap();
