@@ -21,10 +21,13 @@ test-privileged *FILTER:
 edits COUNT="100000" SEED="1":
     PLIES_EDITS={{COUNT}} PROPTEST_RNG_SEED={{SEED}} cargo test --release -p plies-engine --test edits
 
-# Fuzzes every target for a while.
-fuzz SECONDS="60":
-    @if [ ! -d fuzz ]; then echo "there are no fuzz targets yet"; exit 1; fi
-    cd fuzz && for target in $(cargo fuzz list); do cargo fuzz run "$target" -- -max_total_time={{SECONDS}} || exit 1; done
+# The long versions of what every test run does in short: as root, with other seeds each time; one table at the end.
+chaos *FILTER:
+    scripts/chaos.sh {{FILTER}}
+
+# Fuzzes every target for so many seconds, each with another seed every time: just fuzz 3600
+fuzz SECONDS="60" TARGET="all":
+    cargo run --release -p plies-fuzz -- {{TARGET}} {{SECONDS}}
 
 # Compares with other engines, as root: just bench --help
 bench *OPTIONS:
