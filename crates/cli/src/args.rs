@@ -236,11 +236,13 @@ pub(crate) enum Import {
     /// BuildKit's build cache: the state directory of its daemon, which must not run, or of one worker
     Buildkit(ImportFrom),
     /// Docker's images, of the overlay2 driver: its data root
-    Docker(ImportDocker),
+    Docker(ImportImages),
+    /// Images of podman, buildah or CRI-O, of the overlay driver: their graph root
+    ContainersStorage(ImportImages),
 }
 
 #[derive(Debug, Args)]
-pub(crate) struct ImportDocker {
+pub(crate) struct ImportImages {
     #[command(flatten)]
     pub(crate) from: ImportFrom,
     /// Take containers' writable layers too: they are called by the containers' IDs (see `ply layer rw ls`)

@@ -14,9 +14,9 @@ use plies_engine::build::{BuildRequest, Entitlement, RunOptions};
 use plies_engine::dockerfile::Warning;
 use plies_engine::exec::Cancel;
 use plies_engine::{
-    Containers, DriverKind, Engine, EngineOptions, GcMode, ImportOptions, ImportOutcome, ImportedItem, Input, Migrate,
-    Migrated, Output, PolicyRow, PruneOptions, PullPolicy, PullRequest, RemovedImage, RunRequest, SaveFormat,
-    SpaceTotals, TreeNode, WhyNode,
+    Containers, DriverKind, Engine, EngineOptions, GcMode, ImportOptions, ImportOutcome, ImportSource, ImportedItem,
+    Input, Migrate, Migrated, Output, PolicyRow, PruneOptions, PullPolicy, PullRequest, RemovedImage, RunRequest,
+    SaveFormat, SpaceTotals, TreeNode, WhyNode,
 };
 use serde::Serialize;
 use serde_json::json;
@@ -332,16 +332,18 @@ fn run_import(
     import: &args::Import,
     cancel: &Cancel,
 ) -> anyhow::Result<ExitCode> {
-    let (args::Import::Buildkit(from) | args::Import::Docker(args::ImportDocker { from, .. })) = import;
+    let containers = |images: &args::ImportImages| match images.containers {
+        true => Containers::Take,
+        false => Containers::List,
+    };
+    let (from, source) = match import {
+        args::Import::Buildkit(from) => (from, ImportSource::Buildkit),
+        args::Import::Docker(images) => (&images.from, ImportSource::Docker(containers(images))),
+        args::Import::ContainersStorage(images) => (&images.from, ImportSource::ContainersStorage(containers(images))),
+    };
     let options = ImportOptions { dry_run: from.dry_run, copy: from.copy };
     let progress = style.renderer();
-    let report = match import {
-        args::Import::Buildkit(_) => engine.import_buildkit(&from.path, options, &*progress, cancel)?,
-        args::Import::Docker(docker) => {
-            let containers = if docker.containers { Containers::Take } else { Containers::List };
-            engine.import_docker(&from.path, containers, options, &*progress, cancel)?
-        }
-    };
+    let report = engine.import(&source, &from.path, options, &*progress, cancel)?;
     let failed = report.count(ImportOutcome::Failed);
     let code = if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE };
     for item in report.items.iter().filter(|item| item.outcome == ImportOutcome::Failed) {
@@ -352,10 +354,8 @@ fn run_import(
         print_json(&report)?;
         return Ok(code);
     }
-    let name = match import {
-        args::Import::Buildkit(_) => "RECORD",
-        args::Import::Docker(_) => "NAME",
-    };
+    let is_cache = source == ImportSource::Buildkit;
+    let name = if is_cache { "RECORD" } else { "NAME" };
     let columns = [Column::Left(name), Column::Right("SIZE"), Column::Left("FATE"), Column::Left("DESCRIPTION")];
     let took = if report.dry_run { "would come" } else { "taken" };
     let name_of = |item: &ImportedItem| {
@@ -391,15 +391,15 @@ fn run_import(
         report.items.iter().filter(taken).count()
     };
     let layers = format!("{} layers ({})", report.layers_count, format::size(report.layer_bytes));
-    let what = match import {
-        args::Import::Buildkit(_) => format!(
+    let what = match is_cache {
+        true => format!(
             "{} records with {layers}, {} blobs ({}) and {} results of steps",
             count(ImportOutcome::Taken),
             report.blobs_count,
             format::size(report.blob_bytes),
             report.keys_count,
         ),
-        args::Import::Docker(_) => {
+        false => {
             let (images, names, containers) = (taken("image"), taken("name"), taken("container"));
             format!("{images} images, {names} names and {containers} containers with {layers}")
         }

@@ -6,7 +6,9 @@
 //! listing.rs     whether a tree is what a tar unpacks to
 //! containerd.rs  containerd's two databases: what its names stand for
 //! buildkit/      a BuildKit worker's state: v1 and v2
-//! docker.rs      a Docker data root: layers, images, names, containers' writable layers
+//! images.rs      layers, images, names and writable layers on their way, wherever they come from
+//! docker.rs              a Docker data root
+//! containers_storage.rs  a storage of podman, buildah and CRI-O
 //! ```
 //!
 //! # Invariants
@@ -17,9 +19,13 @@
 
 pub mod buildkit;
 mod containerd;
+pub mod containers_storage;
 pub mod docker;
+mod images;
 mod listing;
 mod take;
+
+pub use images::Containers;
 
 use std::path::PathBuf;
 
