@@ -239,6 +239,17 @@ pub(crate) enum Import {
     Docker(ImportImages),
     /// Images of podman, buildah or CRI-O, of the overlay driver: their graph root
     ContainersStorage(ImportImages),
+    /// Images of containerd, with what its overlayfs snapshotter unpacked: its root directory; it must not run
+    Containerd(ImportContainerd),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ImportContainerd {
+    #[command(flatten)]
+    pub(crate) images: ImportImages,
+    /// Only what this namespace has; several: in this order, and a name is that of the first that has it
+    #[arg(long = "namespace", value_name = "NAME")]
+    pub(crate) namespaces: Vec<String>,
 }
 
 #[derive(Debug, Args)]

@@ -14,9 +14,9 @@ use plies_engine::build::{BuildRequest, Entitlement, RunOptions};
 use plies_engine::dockerfile::Warning;
 use plies_engine::exec::Cancel;
 use plies_engine::{
-    Containers, DriverKind, Engine, EngineOptions, GcMode, ImportOptions, ImportOutcome, ImportSource, ImportedItem,
-    Input, Migrate, Migrated, Output, PolicyRow, PruneOptions, PullPolicy, PullRequest, RemovedImage, RunRequest,
-    SaveFormat, SpaceTotals, TreeNode, WhyNode,
+    ContainerdOptions, Containers, DriverKind, Engine, EngineOptions, GcMode, ImportOptions, ImportOutcome,
+    ImportSource, ImportedItem, Input, Migrate, Migrated, Output, PolicyRow, PruneOptions, PullPolicy, PullRequest,
+    RemovedImage, RunRequest, SaveFormat, SpaceTotals, TreeNode, WhyNode,
 };
 use serde::Serialize;
 use serde_json::json;
@@ -340,6 +340,10 @@ fn run_import(
         args::Import::Buildkit(from) => (from, ImportSource::Buildkit),
         args::Import::Docker(images) => (&images.from, ImportSource::Docker(containers(images))),
         args::Import::ContainersStorage(images) => (&images.from, ImportSource::ContainersStorage(containers(images))),
+        args::Import::Containerd(args::ImportContainerd { images, namespaces }) => {
+            let options = ContainerdOptions { namespaces: namespaces.clone(), containers: containers(images) };
+            (&images.from, ImportSource::Containerd(options))
+        }
     };
     let options = ImportOptions { dry_run: from.dry_run, copy: from.copy };
     let progress = style.renderer();
@@ -360,12 +364,11 @@ fn run_import(
     let took = if report.dry_run { "would come" } else { "taken" };
     let name_of = |item: &ImportedItem| {
         let digits = item.name.strip_prefix("sha256:").unwrap_or(&item.name);
+        let is_digest = digits.len() == 64 && digits.bytes().all(|c| c.is_ascii_hexdigit());
+        let short = if is_digest { &digits[..12] } else { &*item.name };
         match item.kind {
-            "record" => format::safe(digits.get(..12).unwrap_or(digits)),
-            "layer" | "image" | "container" => {
-                format!("{} {}", item.kind, format::safe(digits.get(..12).unwrap_or(digits)))
-            }
-            kind => format!("{kind} {}", format::safe(&item.name)),
+            "record" => format::safe(item.name.get(..12).unwrap_or(&item.name)),
+            kind => format!("{kind} {}", format::safe(short)),
         }
     };
     let rows = report.items.iter().map(|item| {
@@ -401,7 +404,11 @@ fn run_import(
         ),
         false => {
             let (images, names, containers) = (taken("image"), taken("name"), taken("container"));
-            format!("{images} images, {names} names and {containers} containers with {layers}")
+            let blobs = match report.blobs_count {
+                0 => String::new(),
+                count => format!(" and {count} blobs ({})", format::size(report.blob_bytes)),
+            };
+            format!("{images} images, {names} names and {containers} containers with {layers}{blobs}")
         }
     };
     let (here, left) = (count(ImportOutcome::Here), count(ImportOutcome::Left));

@@ -2,15 +2,16 @@
 
 use std::path::Path;
 
+use plies_import::containerd::ContainerdOptions;
 use plies_import::{Containers, Import, ImportError, ImportOptions, ImportReport};
-use plies_import::{buildkit, containers_storage, docker};
+use plies_import::{buildkit, containerd, containers_storage, docker};
 
 use crate::Engine;
 use crate::exec::Cancel;
 use crate::progress::Progress;
 
 /// Whose state is taken over.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ImportSource {
     /// The build cache of a BuildKit daemon, or of one of its workers: its state directory.
     Buildkit,
@@ -18,6 +19,8 @@ pub enum ImportSource {
     Docker(Containers),
     /// Those of podman, buildah or CRI-O: their graph root.
     ContainersStorage(Containers),
+    /// Those of containerd, with manifests and blobs: its root directory.
+    Containerd(ContainerdOptions),
 }
 
 impl Engine {
@@ -39,6 +42,7 @@ impl Engine {
             ImportSource::Buildkit => buildkit::import(&import, path),
             ImportSource::Docker(containers) => docker::import(&import, path, *containers),
             ImportSource::ContainersStorage(containers) => containers_storage::import(&import, path, *containers),
+            ImportSource::Containerd(options) => containerd::import(&import, path, options),
         };
         self.keep_policy_after(imported, cancel)
     }

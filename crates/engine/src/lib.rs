@@ -65,6 +65,7 @@ pub use import::ImportSource;
 pub use layers::{ChangeSummary, LayerDetails, LayerSummary, LayersError, RemovedLayerSummary, RwSummary};
 pub use load::{LoadError, LoadedImage, MovedName};
 pub use plies_image::Removed as RemovedImage;
+pub use plies_import::containerd::ContainerdOptions;
 pub use plies_import::{Containers, ImportError, ImportOptions, ImportReport, ImportedItem, Outcome as ImportOutcome};
 pub use plies_registry as registry;
 pub use plies_store::{

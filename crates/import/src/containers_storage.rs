@@ -22,7 +22,7 @@ use plies_oci::{ChainId, DiffId, ImageId, Reference};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
-use crate::images::{self, Container, Containers, Image, Layer, Name, Read, Source, read_bytes, tell};
+use crate::images::{self, Container, Containers, Files, Image, Layer, Name, Read, Source, read_bytes, tell};
 use crate::{Import, ImportError, ImportReport, Outcome, chain};
 
 const WANTED: &str =
@@ -144,7 +144,7 @@ fn read(root: &Path, report: &mut ImportReport) -> Source {
                 tell(report, "name", name, Outcome::Left, None, 0, Some(why.into()));
                 continue;
             }
-            source.names.push((name, reference.map(|reference| Name { reference, image: id })));
+            source.names.push((name, reference.map(|reference| Name::of(reference, id))));
         }
     }
     for row in container_rows {
@@ -261,7 +261,7 @@ fn read_layer(root: &Path, row: &LayerRow, diff_id: DiffId, parent: Option<Chain
     let tree = row.tree(root)?;
     let recording = root.join("overlay-layers").join(format!("{}.tar-split.gz", row.id));
     match recording.is_file() {
-        true => Ok(Layer { diff_id, parent, tree, recording }),
+        true => Ok(Layer { diff_id, parent, files: Files::Split { tree, recording } }),
         false => Err("it has no tar-split".into()),
     }
 }

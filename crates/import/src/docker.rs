@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 use plies_oci::{ChainId, DiffId, ImageId, Reference, limits};
 use serde::Deserialize;
 
-use crate::images::{self, Container, Containers, Image, Layer, Name, Read, Source, entries, read_bytes, tell};
+use crate::images::{self, Container, Containers, Files, Image, Layer, Name, Read, Source, entries, read_bytes, tell};
 use crate::{Import, ImportError, ImportReport, Outcome, chain};
 
 const WANTED: &str = "data root of Docker with the overlay2 driver: there is no image/overlay2/layerdb in it";
@@ -128,7 +128,7 @@ fn read(root: &Path, report: &mut ImportReport) -> Source {
             continue;
         }
         let id = id.parse::<ImageId>().map_err(|error| chain(&error));
-        source.names.push((name, reference.and_then(|reference| Ok(Name { reference, image: id? }))));
+        source.names.push((name, reference.and_then(|reference| Ok(Name::of(reference, id?)))));
     }
     for (name, dir) in entries(&image.join("layerdb/mounts"), report) {
         let container = read_container(root, &name, &dir);
@@ -146,7 +146,7 @@ fn read_layer(root: &Path, dir: &Path, chain_id: ChainId) -> Read<Layer> {
     let tree = tree_of(root, &dir.join("cache-id"))?.ok_or("it does not say where its files are")?;
     let recording = dir.join("tar-split.json.gz");
     match recording.is_file() {
-        true => Ok(Layer { diff_id, parent, tree, recording }),
+        true => Ok(Layer { diff_id, parent, files: Files::Split { tree, recording } }),
         false => Err("it has no tar-split".into()),
     }
 }

@@ -10,19 +10,19 @@
 //!
 //! The source may be in use meanwhile: what nobody writes to any more is linked, and what goes under our hands is told.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs;
 use std::io::{self, Read as _};
-use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd as _, BorrowedFd};
 use std::path::{Path, PathBuf};
 
 use plies_image::{ImageError, LayerRef, LayerStore, LayerStoreError, LayerStoreOptions, NewRwLayer, Taken};
-use plies_oci::{BlobDigest, ChainId, DiffId, ImageConfig, ImageId, Reference, limits};
+use plies_oci::{BlobDigest, ChainId, DiffId, ImageConfig, ImageId, Manifest, Reference, limits};
 use plies_store::progress::{self, Task};
-use plies_store::{Canceled, GcMode, LayerId, Lease, LeaseOptions, parallel};
+use plies_store::{Canceled, GcMode, LayerBlob, LayerId, Lease, LeaseOptions, parallel};
 
-use crate::containerd::{SnapshotInfo, SnapshotKind};
-use crate::take::{Tar, TookLayer, WantedLayer, measure, open_dir, open_file, workers};
+use crate::containerd::SnapshotInfo;
+use crate::take::{Tar, TookLayer, WantedBlob, WantedLayer, measure, open_dir, open_file, workers};
 use crate::{Import, ImportError, ImportReport, ImportedItem, Outcome, chain};
 
 /// What becomes of writable layers.
@@ -34,22 +34,32 @@ pub enum Containers {
     Take,
 }
 
-/// A layer as its source has it: an overlay's upper directory, and what says which tar it is.
+/// A layer as its source has it.
 #[derive(Debug)]
 pub(crate) struct Layer {
     pub(crate) diff_id: DiffId,
     pub(crate) parent: Option<ChainId>,
-    pub(crate) tree: PathBuf,
-    pub(crate) recording: PathBuf,
+    pub(crate) files: Files,
+}
+
+/// The files of a layer, and what says which tar they are. A tree is an overlay's upper directory.
+#[derive(Debug)]
+pub(crate) enum Files {
+    /// A tree that gives its tar back with a tar-split.
+    Split { tree: PathBuf, recording: PathBuf },
+    /// A blob, and the tree that it was unpacked to, if it was.
+    Blob { blob: WantedBlob, tree: Option<PathBuf> },
 }
 
 /// An image, by the digest of its config.
 #[derive(Debug)]
 pub(crate) struct Image {
     raw: Vec<u8>,
-    diff_ids: Vec<DiffId>,
+    pub(crate) diff_ids: Vec<DiffId>,
     pub(crate) parent: Option<ImageId>,
     pub(crate) built_here: bool,
+    /// The manifests that its source has of it, with the blobs of their layers.
+    pub(crate) manifests: Vec<(Manifest, Vec<WantedBlob>)>,
 }
 
 /// A name of an image.
@@ -57,6 +67,10 @@ pub(crate) struct Image {
 pub(crate) struct Name {
     pub(crate) reference: Reference,
     pub(crate) image: ImageId,
+    /// The one of its manifests that the name stands for, where that is kept.
+    pub(crate) manifest: Option<BlobDigest>,
+    /// Whose name it is, where there may be several.
+    pub(crate) description: String,
 }
 
 /// A writable layer.
@@ -81,6 +95,14 @@ struct Came {
     layer: Option<LayerId>,
 }
 
+/// A blob that is here by now, or would be.
+#[derive(Debug, Clone, Copy)]
+struct TakenBlob {
+    blob: LayerBlob,
+    /// What it decompresses to, in a dry run.
+    tar_bytes: u64,
+}
+
 /// All that there is.
 #[derive(Debug, Default)]
 pub(crate) struct Source {
@@ -100,7 +122,8 @@ pub(crate) fn take(
     let task = Task::start(import.progress, &format!("import {} layers", source.layers.len()), None);
     let lease = import.store.lease(LeaseOptions::process("import"))?;
     let layer_store = LayerStore::open(import.store, LayerStoreOptions::default())?;
-    let mut passage = Passage { import, source, lease: &lease, layer_store, report, came: BTreeMap::new() };
+    let (came, blobs) = (BTreeMap::new(), HashMap::new());
+    let mut passage = Passage { import, source, lease: &lease, layer_store, report, came, blobs };
     let done = passage.run(containers);
     let report = passage.report;
     lease.release()?;
@@ -113,6 +136,22 @@ pub(crate) fn take(
     Ok(report)
 }
 
+impl Layer {
+    fn blob(&self) -> Option<&WantedBlob> {
+        match &self.files {
+            Files::Split { .. } => None,
+            Files::Blob { blob, .. } => Some(blob),
+        }
+    }
+}
+
+impl Name {
+    /// A name of an image of which its source keeps no manifests.
+    pub(crate) fn of(reference: Reference, image: ImageId) -> Self {
+        Self { reference, image, manifest: None, description: String::new() }
+    }
+}
+
 impl Image {
     /// Reads the config of the image `id`.
     pub(crate) fn read(id: ImageId, path: &Path) -> Read<Self> {
@@ -123,7 +162,7 @@ impl Image {
         }
         let config = ImageConfig::parse(&raw).map_err(|error| chain(&error))?;
         let diff_ids = config.diff_ids().to_vec();
-        Ok(Self { raw, diff_ids, parent: None, built_here: false })
+        Ok(Self { raw, diff_ids, parent: None, built_here: false, manifests: Vec::new() })
     }
 }
 
@@ -192,6 +231,7 @@ struct Passage<'a> {
     layer_store: LayerStore,
     report: ImportReport,
     came: BTreeMap<ChainId, Read<Came>>,
+    blobs: HashMap<BlobDigest, Read<TakenBlob>>,
 }
 
 impl Passage<'_> {
@@ -240,7 +280,7 @@ impl Passage<'_> {
 
     fn take_level(&mut self, level: &[ChainId]) -> Result<(), ImportError> {
         let (source, import) = (self.source, self.import);
-        let (mut new, mut wanted) = (Vec::new(), Vec::new());
+        let mut new: Vec<(ChainId, &Layer, Vec<Came>)> = Vec::new();
         for chain_id in level {
             let Some(Ok(layer)) = source.layers.get(chain_id) else { continue };
             let below = match self.stack(layer.parent) {
@@ -256,44 +296,44 @@ impl Passage<'_> {
                 self.came.insert(*chain_id, Ok(known));
                 continue;
             }
-            let snapshot =
-                SnapshotInfo { kind: SnapshotKind::Committed, parent: None, dir: layer.tree.clone(), whole: false };
-            let tar = Some((layer.diff_id, Tar::Split(layer.recording.clone())));
-            let below = below.iter().filter_map(|below| below.layer).collect();
-            wanted.push(WantedLayer { snapshot, before: None, below, tar, may_change: false });
-            new.push((*chain_id, layer));
+            new.push((*chain_id, layer, below));
         }
+        self.take_blobs(new.iter().filter_map(|(_, layer, _)| layer.blob()))?;
         if import.options.dry_run {
-            let checked = parallel(
-                &new,
-                workers(),
-                |_| 0,
-                |(_, layer)| {
-                    import.cancel.check().map_err(|_| Canceled)?;
-                    let tree = open_dir(&layer.tree).map_err(|error| chain(&error));
-                    let check =
-                        |tree: OwnedFd| import.check_recording(layer.diff_id, &layer.recording, tree.as_fd()).map(drop);
-                    Ok::<_, Canceled>(tree.and_then(check))
-                },
-            )?;
-            for ((chain_id, layer), checked) in new.into_iter().zip(checked) {
-                match checked {
-                    Ok(()) => self.took(chain_id, layer, None, measure(&layer.tree)),
-                    Err(why) => self.fail_layer(chain_id, why),
-                }
-            }
-            return Ok(());
+            return self.check_level(&new);
         }
-        let taken = import.take_layers(&wanted, self.lease)?;
-        for (((chain_id, layer), wanted), taken) in new.into_iter().zip(wanted).zip(taken) {
-            let id = match taken {
-                TookLayer::Taken(taken) => Ok(taken.id),
-                TookLayer::Differs => {
-                    let below = (wanted.below.as_slice(), layer.parent);
-                    import.unpack_recording(layer.diff_id, &layer.recording, &layer.tree, below, self.lease)
+        // What is linked is staged together; the others are unpacked, one after the other.
+        let mut wanted = Vec::new();
+        let mut linked: Vec<Read<bool>> = Vec::new();
+        for (_, layer, below) in &new {
+            let linked_from = match &layer.files {
+                Files::Split { tree, recording } => Ok(Some((tree, Tar::Split(recording.clone())))),
+                Files::Blob { blob, tree } => {
+                    self.blob(blob).map(|taken| tree.as_ref().map(|tree| (tree, Tar::Blob(taken.blob))))
                 }
-                TookLayer::Wrong(why) => Err(why),
-                TookLayer::Failed(error) => Err(chain(&error)),
+            };
+            linked.push(linked_from.map(|from| match from {
+                Some((tree, tar)) => {
+                    wanted.push(WantedLayer {
+                        snapshot: SnapshotInfo::upper(tree.clone()),
+                        before: None,
+                        below: below.iter().filter_map(|below| below.layer).collect(),
+                        tar: Some((layer.diff_id, tar)),
+                        may_change: false,
+                    });
+                    true
+                }
+                None => false,
+            }));
+        }
+        let mut taken = import.take_layers(&wanted, self.lease)?.into_iter();
+        for ((chain_id, layer, below), linked) in new.into_iter().zip(linked) {
+            let taken = linked.map(|linked| if linked { taken.next() } else { None });
+            let id = match taken {
+                Ok(Some(TookLayer::Taken(taken))) => Ok(taken.id),
+                Ok(Some(TookLayer::Differs) | None) => self.unpack(layer, chain_id, &below),
+                Ok(Some(TookLayer::Wrong(why))) | Err(why) => Err(why),
+                Ok(Some(TookLayer::Failed(error))) => Err(chain(&error)),
             };
             import.cancel.check().map_err(|_| Canceled)?;
             match id {
@@ -303,6 +343,80 @@ impl Passage<'_> {
                 }
                 Err(why) => self.fail_layer(chain_id, why),
             }
+        }
+        Ok(())
+    }
+
+    /// What would become of layers whose blobs were looked at.
+    fn check_level(&mut self, level: &[(ChainId, &Layer, Vec<Came>)]) -> Result<(), ImportError> {
+        let import = self.import;
+        let check = |layer: &Layer| match &layer.files {
+            Files::Split { tree, recording } => {
+                let root = open_dir(tree).map_err(|error| chain(&error))?;
+                import.check_recording(layer.diff_id, recording, root.as_fd())?;
+                Ok(measure(tree))
+            }
+            Files::Blob { blob, tree } => {
+                let tar_bytes = self.blob(blob)?.tar_bytes;
+                Ok(tree.as_ref().map_or(tar_bytes, |tree| measure(tree)))
+            }
+        };
+        let checked = parallel(
+            level,
+            workers(),
+            |_| 0,
+            |(_, layer, _)| {
+                import.cancel.check().map_err(|_| Canceled)?;
+                Ok::<_, Canceled>(check(layer))
+            },
+        )?;
+        for ((chain_id, layer, _), checked) in level.iter().zip(checked) {
+            match checked {
+                Ok(size_bytes) => self.took(*chain_id, layer, None, size_bytes),
+                Err(why) => self.fail_layer(*chain_id, why),
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes a layer of what its tar unpacks to.
+    fn unpack(&self, layer: &Layer, chain_id: ChainId, below: &[Came]) -> Read<LayerId> {
+        let below: Vec<LayerId> = below.iter().filter_map(|below| below.layer).collect();
+        match &layer.files {
+            Files::Split { tree, recording } => {
+                let below = (below.as_slice(), layer.parent);
+                self.import.unpack_recording(layer.diff_id, recording, tree, below, self.lease)
+            }
+            Files::Blob { blob, .. } => self.import.unpack_blob(blob, chain_id, &below, self.lease),
+        }
+    }
+
+    /// A blob that was taken in, or why it was not.
+    fn blob(&self, wanted: &WantedBlob) -> Read<TakenBlob> {
+        let taken = self.blobs.get(&wanted.digest);
+        taken.map_or_else(|| Err(format!("blob {} was not looked for", wanted.digest)), Clone::clone)
+    }
+
+    /// Takes in blobs, each once, or looks whether it could be.
+    fn take_blobs<'w>(&mut self, wanted: impl Iterator<Item = &'w WantedBlob>) -> Result<(), ImportError> {
+        let mut new: BTreeMap<BlobDigest, WantedBlob> = wanted.map(|blob| (blob.digest, blob.clone())).collect();
+        new.retain(|digest, _| !self.blobs.contains_key(digest));
+        let new: Vec<WantedBlob> = new.into_values().collect();
+        let content = self.import.store.content();
+        let mut here = BTreeSet::new();
+        for blob in &new {
+            if content.info(blob.digest)?.is_some() {
+                here.insert(blob.digest);
+            }
+        }
+        for (digest, taken) in self.take_or_check(&new)? {
+            if let Ok(taken) = &taken
+                && !here.contains(&digest)
+            {
+                self.report.blobs_count += 1;
+                self.report.blob_bytes += taken.blob.size_bytes;
+            }
+            self.blobs.insert(digest, taken);
         }
         Ok(())
     }
@@ -373,16 +487,17 @@ impl Passage<'_> {
         Ok(())
     }
 
-    fn is_here(&self, id: &ImageId) -> Result<bool, ImportError> {
-        Ok(self.import.store.read(|rows| plies_image::get(rows, id))?.is_some())
-    }
-
     fn take_image(&mut self, id: ImageId, image: &Image) -> Result<(), ImportError> {
         let (store, is_dry) = (self.import.store, self.import.options.dry_run);
         let here = store.read(|rows| plies_image::get(rows, &id))?;
         // One that was pulled lazily has its layers now.
-        let is_whole = |row: &plies_image::ImageRow| row.chain.is_some() || image.diff_ids.is_empty();
+        let is_whole = |row: &plies_image::ImageRow| {
+            let has = |digest| row.manifests.iter().any(|manifest| manifest.digest == digest);
+            (row.chain.is_some() || image.diff_ids.is_empty())
+                && image.manifests.iter().all(|(manifest, _)| has(manifest.document().digest()))
+        };
         let outcome = if here.as_ref().is_some_and(is_whole) { Outcome::Here } else { Outcome::Taken };
+        let mut why = None;
         if outcome == Outcome::Taken {
             let stack = match self.stack(ChainId::of(&image.diff_ids)) {
                 Ok(stack) => stack,
@@ -402,8 +517,8 @@ impl Passage<'_> {
                     Err(other) => return Err(other.into()),
                 }
             }
+            why = self.take_manifests(id, image)?;
         }
-        let mut why = None;
         if let Some(parent) = image.parent
             && !is_dry
             && here.is_none_or(|row| row.parent.is_none())
@@ -420,34 +535,92 @@ impl Passage<'_> {
         Ok(())
     }
 
+    fn take_or_check(&self, wanted: &[WantedBlob]) -> Result<Vec<(BlobDigest, Read<TakenBlob>)>, ImportError> {
+        if !self.import.options.dry_run {
+            let taken = self.import.take_blobs(wanted, self.lease)?;
+            let taken = taken.into_iter().map(|(digest, taken)| {
+                (digest, taken.map(|blob| TakenBlob { blob, tar_bytes: 0 }).map_err(|error| chain(&error)))
+            });
+            return Ok(taken.collect());
+        }
+        Ok(parallel(
+            wanted,
+            workers(),
+            |_| 0,
+            |wanted| {
+                self.import.cancel.check().map_err(|_| Canceled)?;
+                let checked = self.import.check_blob(wanted);
+                Ok::<_, Canceled>((wanted.digest, checked.map(|(blob, tar_bytes)| TakenBlob { blob, tar_bytes })))
+            },
+        )?)
+    }
+
+    /// Takes the manifests of an image that is here by now; without which of them it has to do.
+    fn take_manifests(&mut self, id: ImageId, image: &Image) -> Result<Option<String>, ImportError> {
+        let store = self.import.store;
+        let mut without = None;
+        for (manifest, blobs) in &image.manifests {
+            self.take_blobs(blobs.iter())?;
+            if let Some(why) = blobs.iter().find_map(|blob| self.blob(blob).err()) {
+                without = Some(format!("without its manifest {}: {why}", manifest.document().digest()));
+                continue;
+            }
+            if !self.import.options.dry_run {
+                let blobs: Vec<BlobDigest> = blobs.iter().map(|blob| blob.digest).collect();
+                plies_image::keep_documents(store, manifest, &image.raw, &blobs, self.lease)?;
+                store.write(|tx| plies_image::add_manifest(tx, id, &manifest.into()))?;
+            }
+        }
+        Ok(without)
+    }
+
     fn take_names(&mut self) -> Result<(), ImportError> {
-        let (store, source) = (self.import.store, self.source);
-        for (name, read) in &source.names {
+        // In a dry run, what would be there.
+        let mut names: BTreeMap<String, ImageId> = BTreeMap::new();
+        for (name, read) in &self.source.names {
             let (outcome, why) = match read {
                 Err(why) => (Outcome::Failed, Some(why.clone())),
-                Ok(Name { reference, image: id }) => {
-                    let would_be = self.import.options.dry_run
-                        && self.report.items.iter().any(|item| {
-                            item.kind == "image" && item.outcome == Outcome::Taken && item.name == id.to_string()
-                        });
-                    match store.read(|rows| plies_image::named(rows, reference))? {
-                        Some(named) if named == *id => (Outcome::Here, None),
-                        Some(named) => (Outcome::Left, Some(format!("it is the name of image {named} here"))),
-                        None if !would_be && !self.is_here(id)? => {
-                            (Outcome::Failed, Some(format!("its image {id} did not come over")))
-                        }
-                        None => {
-                            if !self.import.options.dry_run {
-                                store.write(|tx| plies_image::add_name(tx, reference, *id, None, Taken::Refuse))?;
-                            }
-                            (Outcome::Taken, None)
-                        }
-                    }
-                }
+                Ok(read) => self.take_name(read, &mut names)?,
             };
             self.tell("name", name, outcome, why);
+            if let (Some(item), Ok(read)) = (self.report.items.last_mut(), read) {
+                item.description.clone_from(&read.description);
+            }
         }
         Ok(())
+    }
+
+    fn take_name(
+        &self,
+        name: &Name,
+        names: &mut BTreeMap<String, ImageId>,
+    ) -> Result<(Outcome, Option<String>), ImportError> {
+        let (store, is_dry) = (self.import.store, self.import.options.dry_run);
+        let Name { reference, image, manifest, .. } = name;
+        let named = store.read(|rows| plies_image::named(rows, reference))?;
+        match named.or_else(|| names.get(&reference.to_string()).copied()) {
+            Some(named) if named == *image => return Ok((Outcome::Here, None)),
+            Some(named) => return Ok((Outcome::Left, Some(format!("it is the name of image {named} here")))),
+            None => {}
+        }
+        let row = store.read(|rows| plies_image::get(rows, image))?;
+        let would_be = || {
+            let text = image.to_string();
+            let is_it = |item: &&ImportedItem| item.kind == "image" && item.name == text;
+            self.report.items.iter().rev().find(is_it).is_some_and(|item| item.outcome == Outcome::Taken)
+        };
+        if row.is_none() && !(is_dry && would_be()) {
+            return Ok((Outcome::Failed, Some(format!("its image {image} did not come over"))));
+        }
+        // Without its manifest the name stands for the image alone.
+        let manifest = manifest.filter(|digest| {
+            row.as_ref().is_some_and(|row| row.manifests.iter().any(|manifest| manifest.digest == *digest))
+        });
+        match is_dry {
+            true => drop(names.insert(reference.to_string(), *image)),
+            false => store.write(|tx| plies_image::add_name(tx, reference, *image, manifest, Taken::Refuse))?,
+        }
+        Ok((Outcome::Taken, None))
     }
 
     fn take_containers(&mut self, containers: Containers) -> Result<(), ImportError> {

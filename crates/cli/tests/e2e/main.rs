@@ -16,6 +16,7 @@ mod dockerfiles;
 mod export;
 mod fsck;
 mod import;
+mod import_containerd;
 mod import_containers_storage;
 mod import_docker;
 mod imported;
