@@ -293,3 +293,111 @@ fn read_container(
 fn config_file(id: ImageId) -> String {
     format!("={}", STANDARD.encode(id.to_string()))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use proptest::prelude::*;
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    /// What layers.json says of a layer, but for its ID: parent and digest, by their first letters.
+    type Said = (Option<usize>, Option<u8>);
+
+    const IDS: [&str; 6] = ["a", "b", "c", "d", "e", "f"];
+
+    fn digest(of: u8) -> String {
+        // One of the seven is none.
+        if of == 6 { "sha256:none".to_owned() } else { format!("sha256:{:064x}", u32::from(of) + 1) }
+    }
+
+    fn layers() -> impl Strategy<Value = Vec<Said>> {
+        // The last parent is a layer that is not there.
+        prop::collection::vec((prop::option::of(0..=IDS.len()), prop::option::weighted(0.9, 0..7_u8)), 0..=IDS.len())
+    }
+
+    fn rows(said: &[Said]) -> Value {
+        let parent = |at: usize| IDS.get(at).copied().unwrap_or("nowhere");
+        let row = |(id, (from, of)): (&&str, &Said)| json!({ "id": id, "parent": from.map(parent), "diff-digest": of.map(digest) });
+        IDS.iter().zip(said).map(row).collect()
+    }
+
+    /// The same, found from the definition.
+    fn chain_of(said: &[Said], at: usize, depth: usize) -> Option<ChainId> {
+        let (parent, of) = said.get(at)?;
+        let below = match parent {
+            Some(_) if depth > said.len() => return None,
+            Some(parent) => Some(chain_of(said, *parent, depth + 1)?),
+            None => None,
+        };
+        Some(ChainId::extend(below, digest((*of)?).parse().ok()?))
+    }
+
+    /// A storage whose lists are these bytes.
+    fn storage(layers: &[u8], images: &[u8], containers: &[u8]) -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        for (name, bytes) in [
+            ("overlay-layers/layers.json", layers),
+            ("overlay-images/images.json", images),
+            ("overlay-containers/containers.json", containers),
+        ] {
+            let path = dir.path().join(name);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, bytes).unwrap();
+        }
+        for id in IDS {
+            fs::create_dir_all(dir.path().join("overlay").join(id).join("diff")).unwrap();
+            fs::write(dir.path().join("overlay-layers").join(format!("{id}.tar-split.gz")), "").unwrap();
+        }
+        dir
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(256))]
+
+        #[test]
+        fn chains_are_those_of_the_definition(said in layers()) {
+            let rows: Vec<LayerRow> = serde_json::from_value(rows(&said)).unwrap();
+            let rows: BTreeMap<String, LayerRow> = rows.into_iter().map(|row| (row.id.clone(), row)).collect();
+            let chains = chains(&rows);
+            prop_assert_eq!(chains.len(), said.len());
+            for (at, id) in IDS.iter().enumerate().take(said.len()) {
+                let found = chains[id].as_ref().ok().map(|(chain_id, ..)| *chain_id);
+                prop_assert_eq!(found, chain_of(&said, at, 0), "{}", id);
+            }
+        }
+
+        #[test]
+        fn changed_lists_are_read_without_harm(
+            said in layers(),
+            changes in prop::collection::vec((0..3_usize, any::<prop::sample::Index>(), any::<u8>()), 0..6),
+            cut in prop::option::of((0..3_usize, any::<prop::sample::Index>())),
+        ) {
+            let images = json!([{ "id": "1".repeat(64), "names": ["x:1", "NO NAME"] }, { "id": "2" }]);
+            let containers = json!([{ "id": "k", "names": ["k"], "layer": "a" }, { "id": "l", "layer": "nowhere" }]);
+            let mut lists = [rows(&said), images, containers].map(|list| list.to_string().into_bytes());
+            for (list, at, byte) in changes {
+                let at = at.index(lists[list].len());
+                lists[list][at] = byte;
+            }
+            if let Some((list, at)) = cut {
+                let at = at.index(lists[list].len());
+                lists[list].truncate(at);
+            }
+            let dir = storage(&lists[0], &lists[1], &lists[2]);
+            let mut report = ImportReport::default();
+            let source = read(dir.path(), &mut report);
+            let root = dir.path().join("overlay");
+            let trees = source.layers.values().flatten().map(|layer| match &layer.files {
+                Files::Split { tree, .. } => tree,
+                Files::Blob { .. } => unreachable!("because there are no blobs"),
+            });
+            for tree in trees.chain(source.containers.values().flatten().map(|container| &container.upper)) {
+                let canonical = tree.canonicalize().unwrap();
+                prop_assert!(canonical.starts_with(root.canonicalize().unwrap()), "{}", canonical.display());
+            }
+        }
+    }
+}

@@ -339,3 +339,100 @@ impl NamespaceReading<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use plies_testkit::bolt::{self, Node, Tree};
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn bucket<const N: usize>(rows: [(&str, Node); N]) -> Node {
+        Node::Bucket(rows.into_iter().map(|(key, node)| (key.as_bytes().to_vec(), node)).collect())
+    }
+
+    fn value(text: &str) -> Node {
+        Node::Value(text.as_bytes().to_vec())
+    }
+
+    /// The metadata of one namespace: two images, a container, snapshots and a blob; and the snapshotter's own.
+    fn databases() -> [Tree; 2] {
+        let digest = format!("sha256:{}", "1".repeat(64));
+        let target =
+            || bucket([("digest", value(&digest)), ("mediatype", value("application/vnd.oci.image.index.v1+json"))]);
+        let image = || bucket([("target", target())]);
+        let snapshot = |name: &str, parent: &str| bucket([("name", value(name)), ("parent", value(parent))]);
+        let namespace = bucket([
+            ("images", bucket([("example.com/x:1", image()), ("sha256:2", image()), ("without", bucket([]))])),
+            (
+                "containers",
+                bucket([("box", bucket([("snapshotKey", value("box")), ("snapshotter", value("overlayfs"))]))]),
+            ),
+            (
+                "snapshots",
+                bucket([(
+                    "overlayfs",
+                    bucket([("box", snapshot("n/1/box", &digest)), (&*digest, snapshot("n/2/x", ""))]),
+                )]),
+            ),
+            ("content", bucket([("blob", bucket([(&*digest, bucket([("labels", bucket([]))]))]))])),
+        ]);
+        let own = |id: u8, kind: u8| bucket([("id", Node::Value(vec![id])), ("kind", Node::Value(vec![kind]))]);
+        let own = bucket([("snapshots", bucket([("n/1/box", own(1, 2)), ("n/2/x", own(2, 3))]))]);
+        let file = |inner: Node| Tree::from([(b"v1".to_vec(), inner)]);
+        [file(bucket([("default", namespace)])), file(own)]
+    }
+
+    /// What is read of databases of these bytes, if they are any.
+    fn read(meta: &[u8], own: &[u8]) -> Option<(Source, ImportReport)> {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        fs::write(at("meta"), meta).unwrap();
+        fs::write(at("own"), own).unwrap();
+        let (meta, own) = (Bolt::open(&at("meta")).ok()?, Bolt::open(&at("own")).ok());
+        let mut reading = Reading { content: at("blobs"), source: Source::default(), report: ImportReport::default() };
+        for name in databases::namespaces(&meta).0 {
+            let (rows, _) = Namespace::read_of(&meta, own.as_ref(), &name, Some(SNAPSHOTTER), dir.path());
+            let (clients, _) = Clients::read(&meta, &name);
+            let namespace =
+                NamespaceReading { name: &name, rows: &rows, blobs: BTreeSet::new(), snapshots: BTreeSet::new() };
+            reading.read(namespace, &clients);
+        }
+        Some((reading.source, reading.report))
+    }
+
+    #[test]
+    fn what_stands_for_nothing_is_named() {
+        let [meta, own] = databases().map(|tree| bolt::file(&tree, 4096, 4));
+        let (source, report) = read(&meta, &own).unwrap();
+        let failed: Vec<&str> =
+            report.items.iter().filter(|item| item.outcome == Outcome::Failed).map(|item| &*item.name).collect();
+        assert_eq!(failed, ["example.com/x:1", "sha256:2", "without"], "{report:#?}");
+        assert!(source.containers["box"].as_ref().is_err_and(|why| why.contains("are gone")), "{source:?}");
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(256))]
+
+        #[test]
+        fn changed_databases_are_read_without_harm(
+            changes in prop::collection::vec((any::<bool>(), any::<prop::sample::Index>(), any::<u8>()), 1..12),
+            cut in prop::option::of(any::<prop::sample::Index>()),
+        ) {
+            let mut files = databases().map(|tree| bolt::file(&tree, 512, 2));
+            for (own, at, byte) in changes {
+                let file = &mut files[usize::from(own)];
+                // Behind the meta pages, whose checksums would tell.
+                let at = 1024 + at.index(file.len() - 1024);
+                file[at] = byte;
+            }
+            if let Some(at) = cut {
+                let at = 1024 + at.index(files[0].len() - 1024);
+                files[0].truncate(at);
+            }
+            read(&files[0], &files[1]);
+        }
+    }
+}
