@@ -25,6 +25,9 @@ use crate::containerd::SnapshotInfo;
 use crate::take::{Tar, TookLayer, WantedBlob, WantedLayer, measure, open_dir, open_file, workers};
 use crate::{Import, ImportError, ImportReport, ImportedItem, Outcome, chain};
 
+/// Layers that come over together: enough to keep all threads busy, and what a kill can undo.
+const LAYERS_AT_ONCE: usize = 256;
+
 /// What becomes of writable layers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Containers {
@@ -86,6 +89,16 @@ pub(crate) struct Container {
 
 /// What could be read of a thing, or why not.
 pub(crate) type Read<T> = Result<T, String>;
+
+/// How far a layer came by itself.
+enum Staged {
+    /// It is here.
+    Layer(LayerId),
+    /// It is to be unpacked over those below it.
+    ToUnpack,
+    /// In a dry run: it would be here, with so many bytes.
+    WouldBe(u64),
+}
 
 /// A layer that is here by now, or would be.
 #[derive(Debug, Clone, Copy)]
@@ -246,7 +259,7 @@ impl Passage<'_> {
         tell(&mut self.report, kind, name, outcome, None, 0, why);
     }
 
-    /// Layers that somebody needs, all of one depth at the same time.
+    /// Layers that somebody needs.
     fn take_layers(&mut self, containers: Containers) -> Result<(), ImportError> {
         let images = self.source.images.values().flatten().filter_map(|image| ChainId::of(&image.diff_ids));
         let wanted = self.source.containers.values().flatten().filter(|_| containers == Containers::Take);
@@ -254,12 +267,11 @@ impl Passage<'_> {
         for top in images.chain(wanted.filter_map(|container| container.parent)).collect::<BTreeSet<_>>() {
             needed.extend(self.source.below(Some(top)).into_iter().flatten());
         }
-        let mut levels: BTreeMap<usize, Vec<ChainId>> = BTreeMap::new();
+        // Each behind those that it stands on.
+        let mut ordered: Vec<(usize, ChainId, &Layer)> = Vec::new();
         for (chain_id, layer) in &self.source.layers {
             match (layer, self.source.below(Some(*chain_id))) {
-                (Ok(_), Ok(below)) if needed.contains(chain_id) => {
-                    levels.entry(below.len()).or_default().push(*chain_id);
-                }
+                (Ok(layer), Ok(below)) if needed.contains(chain_id) => ordered.push((below.len(), *chain_id, layer)),
                 (Ok(_), Ok(_)) => {
                     self.tell("layer", chain_id, Outcome::Left, Some("no image needs it".into()));
                 }
@@ -267,8 +279,9 @@ impl Passage<'_> {
                 (Ok(_), Err(why)) => self.fail_layer(*chain_id, format!("what it stands on failed: {why}")),
             }
         }
-        for level in levels.into_values() {
-            self.take_level(&level)?;
+        ordered.sort_by_key(|(depth, chain_id, _)| (*depth, *chain_id));
+        for some in ordered.chunks(LAYERS_AT_ONCE) {
+            self.take_some(some)?;
         }
         Ok(())
     }
@@ -278,77 +291,99 @@ impl Passage<'_> {
         self.tell("layer", chain_id, Outcome::Failed, Some(why));
     }
 
-    fn take_level(&mut self, level: &[ChainId]) -> Result<(), ImportError> {
-        let (source, import) = (self.source, self.import);
-        let mut new: Vec<(ChainId, &Layer, Vec<Came>)> = Vec::new();
-        for chain_id in level {
-            let Some(Ok(layer)) = source.layers.get(chain_id) else { continue };
-            let below = match self.stack(layer.parent) {
-                Ok(below) => below,
-                Err(why) => {
-                    self.fail_layer(*chain_id, format!("what it stands on failed: {why}"));
-                    continue;
-                }
-            };
-            if let Some(known) = self.known(*chain_id, layer, &below)? {
-                let id = known.layer.map(|layer| layer.to_string());
-                tell(&mut self.report, "layer", chain_id, Outcome::Here, id, 0, None);
-                self.came.insert(*chain_id, Ok(known));
+    /// Takes layers in, all at the same time: a tree that was unpacked is a layer whatever it stands on.
+    fn take_some(&mut self, some: &[(usize, ChainId, &Layer)]) -> Result<(), ImportError> {
+        let import = self.import;
+        let mut new: Vec<(ChainId, &Layer)> = Vec::new();
+        // Those that are one with another of them, which comes first.
+        let mut seen: BTreeSet<DiffId> = BTreeSet::new();
+        let mut later: BTreeSet<ChainId> = BTreeSet::new();
+        for (_, chain_id, layer) in some {
+            if let Some(known) = self.known(*chain_id, layer)? {
+                self.here(*chain_id, known);
+            } else if seen.insert(layer.diff_id) {
+                new.push((*chain_id, layer));
+            } else {
+                later.insert(*chain_id);
+            }
+        }
+        self.take_blobs(new.iter().filter_map(|(_, layer)| layer.blob()))?;
+        let mut came: BTreeMap<ChainId, Read<Staged>> = match import.options.dry_run {
+            true => self.check_some(&new)?,
+            false => self.link_some(&new)?,
+        };
+        for (_, chain_id, layer) in some {
+            if self.came.contains_key(chain_id) {
                 continue;
             }
-            new.push((*chain_id, layer, below));
-        }
-        self.take_blobs(new.iter().filter_map(|(_, layer, _)| layer.blob()))?;
-        if import.options.dry_run {
-            return self.check_level(&new);
-        }
-        // What is linked is staged together; the others are unpacked, one after the other.
-        let mut wanted = Vec::new();
-        let mut linked: Vec<Read<bool>> = Vec::new();
-        for (_, layer, below) in &new {
-            let linked_from = match &layer.files {
-                Files::Split { tree, recording } => Ok(Some((tree, Tar::Split(recording.clone())))),
-                Files::Blob { blob, tree } => {
-                    self.blob(blob).map(|taken| tree.as_ref().map(|tree| (tree, Tar::Blob(taken.blob))))
-                }
-            };
-            linked.push(linked_from.map(|from| match from {
-                Some((tree, tar)) => {
-                    wanted.push(WantedLayer {
-                        snapshot: SnapshotInfo::upper(tree.clone()),
-                        before: None,
-                        below: below.iter().filter_map(|below| below.layer).collect(),
-                        tar: Some((layer.diff_id, tar)),
-                        may_change: false,
-                    });
-                    true
-                }
-                None => false,
-            }));
-        }
-        let mut taken = import.take_layers(&wanted, self.lease)?.into_iter();
-        for ((chain_id, layer, below), linked) in new.into_iter().zip(linked) {
-            let taken = linked.map(|linked| if linked { taken.next() } else { None });
-            let id = match taken {
-                Ok(Some(TookLayer::Taken(taken))) => Ok(taken.id),
-                Ok(Some(TookLayer::Differs) | None) => self.unpack(layer, chain_id, &below),
-                Ok(Some(TookLayer::Wrong(why))) | Err(why) => Err(why),
-                Ok(Some(TookLayer::Failed(error))) => Err(chain(&error)),
-            };
             import.cancel.check().map_err(|_| Canceled)?;
-            match id {
-                Ok(id) => {
+            if later.contains(chain_id)
+                && let Some(known) = self.known(*chain_id, layer)?
+            {
+                self.here(*chain_id, known);
+                continue;
+            }
+            let below = self.stack(layer.parent).map_err(|why| format!("what it stands on failed: {why}"));
+            let staged = below.and_then(|below| match came.remove(chain_id) {
+                Some(Ok(Staged::Layer(id))) => Ok((Some(id), 0)),
+                Some(Ok(Staged::WouldBe(size_bytes))) => Ok((None, size_bytes)),
+                Some(Err(why)) => Err(why),
+                None if import.options.dry_run => Ok((None, 0)),
+                Some(Ok(Staged::ToUnpack)) | None => self.unpack(layer, *chain_id, &below).map(|id| (Some(id), 0)),
+            });
+            import.cancel.check().map_err(|_| Canceled)?;
+            match staged {
+                Ok((Some(id), _)) => {
                     let size_bytes = import.store.layers().info(id)?.usage.size_bytes;
-                    self.took(chain_id, layer, Some(id), size_bytes);
+                    self.took(*chain_id, layer, Some(id), size_bytes);
                 }
-                Err(why) => self.fail_layer(chain_id, why),
+                Ok((None, size_bytes)) => self.took(*chain_id, layer, None, size_bytes),
+                Err(why) => self.fail_layer(*chain_id, why),
             }
         }
         Ok(())
     }
 
+    /// Links the trees of layers whose blobs are here.
+    fn link_some(&self, some: &[(ChainId, &Layer)]) -> Result<BTreeMap<ChainId, Read<Staged>>, ImportError> {
+        let mut staged = BTreeMap::new();
+        let (mut wanted, mut whose) = (Vec::new(), Vec::new());
+        for (chain_id, layer) in some {
+            let (tree, tar) = match &layer.files {
+                Files::Split { tree, recording } => (tree, Tar::Split(recording.clone())),
+                Files::Blob { blob, tree } => match (self.blob(blob), tree) {
+                    (Ok(taken), Some(tree)) => (tree, Tar::Unpacked(taken.blob)),
+                    (taken, _) => {
+                        staged.insert(*chain_id, taken.map(|_| Staged::ToUnpack));
+                        continue;
+                    }
+                },
+            };
+            whose.push(*chain_id);
+            wanted.push(WantedLayer {
+                snapshot: SnapshotInfo::upper(tree.clone()),
+                before: None,
+                below: Vec::new(),
+                tar: Some((layer.diff_id, tar)),
+                may_change: false,
+            });
+        }
+        for (chain_id, taken) in whose.into_iter().zip(self.import.take_layers(&wanted, self.lease)?) {
+            staged.insert(
+                chain_id,
+                match taken {
+                    TookLayer::Taken(taken) => Ok(Staged::Layer(taken.id)),
+                    TookLayer::Differs => Ok(Staged::ToUnpack),
+                    TookLayer::Wrong(why) => Err(why),
+                    TookLayer::Failed(error) => Err(chain(&error)),
+                },
+            );
+        }
+        Ok(staged)
+    }
+
     /// What would become of layers whose blobs were looked at.
-    fn check_level(&mut self, level: &[(ChainId, &Layer, Vec<Came>)]) -> Result<(), ImportError> {
+    fn check_some(&self, some: &[(ChainId, &Layer)]) -> Result<BTreeMap<ChainId, Read<Staged>>, ImportError> {
         let import = self.import;
         let check = |layer: &Layer| match &layer.files {
             Files::Split { tree, recording } => {
@@ -362,21 +397,21 @@ impl Passage<'_> {
             }
         };
         let checked = parallel(
-            level,
+            some,
             workers(),
             |_| 0,
-            |(_, layer, _)| {
+            |(chain_id, layer)| {
                 import.cancel.check().map_err(|_| Canceled)?;
-                Ok::<_, Canceled>(check(layer))
+                Ok::<_, Canceled>((*chain_id, check(layer).map(Staged::WouldBe)))
             },
         )?;
-        for ((chain_id, layer, _), checked) in level.iter().zip(checked) {
-            match checked {
-                Ok(size_bytes) => self.took(*chain_id, layer, None, size_bytes),
-                Err(why) => self.fail_layer(*chain_id, why),
-            }
-        }
-        Ok(())
+        Ok(checked.into_iter().collect())
+    }
+
+    fn here(&mut self, chain_id: ChainId, known: Came) {
+        let id = known.layer.map(|layer| layer.to_string());
+        tell(&mut self.report, "layer", chain_id, Outcome::Here, id, 0, None);
+        self.came.insert(chain_id, Ok(known));
     }
 
     /// Makes a layer of what its tar unpacks to.
@@ -429,13 +464,22 @@ impl Passage<'_> {
         self.came.insert(chain_id, Ok(Came { diff_id: layer.diff_id, layer: id }));
     }
 
-    /// A layer that is here, and held now.
-    fn known(&self, chain_id: ChainId, layer: &Layer, below: &[Came]) -> Result<Option<Came>, ImportError> {
+    /// A layer that is here, and held now; in a dry run, one that is or would be.
+    fn known(&self, chain_id: ChainId, layer: &Layer) -> Result<Option<Came>, ImportError> {
         let layers = self.import.store.layers();
         if self.import.options.dry_run {
-            let diff_ids: Vec<DiffId> = below.iter().map(|below| below.diff_id).chain([layer.diff_id]).collect();
-            let is_here = layers.find_by_diff_id(layer.diff_id)?.is_some()
-                || self.import.store.read(|rows| plies_image::layers_of_chain(rows, &diff_ids))?.is_some();
+            let would_be = self.came.values().flatten().any(|came| came.diff_id == layer.diff_id);
+            let diff_ids = || -> Read<Vec<DiffId>> {
+                let below = self.source.below(Some(chain_id))?;
+                Ok(below.iter().filter_map(|id| Some(self.source.layers.get(id)?.as_ref().ok()?.diff_id)).collect())
+            };
+            let is_here = would_be
+                || layers.find_by_diff_id(layer.diff_id)?.is_some()
+                || self
+                    .import
+                    .store
+                    .read(|rows| plies_image::layers_of_chain(rows, &diff_ids().unwrap_or_default()))?
+                    .is_some_and(|layers| !layers.is_empty());
             return Ok(is_here.then_some(Came { diff_id: layer.diff_id, layer: None }));
         }
         let found = match layers.hold_by_diff_id(layer.diff_id, self.lease)? {
