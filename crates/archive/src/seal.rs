@@ -101,7 +101,21 @@ struct Frame {
 /// # Errors
 /// [`SealError`]. The directory is still a valid upper then, for another try or a mount.
 pub fn seal_upper(upper: BorrowedFd<'_>, lower: Option<BorrowedFd<'_>>) -> Result<Sealed, SealError> {
+    seal(upper, lower, false)
+}
+
+/// Makes `upper` a canonical layer whatever lies below it, as a tar unpacked to: only the marks go, and all directories are
+/// explicit.
+///
+/// # Errors
+/// [`SealError`], also for an opaque directory: which names it hides is known over a lower tree only.
+pub fn seal_alone(upper: BorrowedFd<'_>) -> Result<Sealed, SealError> {
+    seal(upper, None, true)
+}
+
+fn seal(upper: BorrowedFd<'_>, lower: Option<BorrowedFd<'_>>, alone: bool) -> Result<Sealed, SealError> {
     let mut seal = Seal {
+        alone,
         upper: Descent::new(upper).map_err(io_error(&EntryPath::root()))?,
         lower: Below::new(lower).map_err(io_error(&EntryPath::root()))?,
         here: EntryPath::root(),
@@ -132,6 +146,8 @@ fn io_error(path: &EntryPath) -> impl FnOnce(rustix::io::Errno) -> SealError + '
 }
 
 struct Seal {
+    /// What lies below is not known.
+    alone: bool,
     upper: Descent,
     lower: Below,
     here: EntryPath,
@@ -150,6 +166,9 @@ impl Seal {
         let subject = Subject::Fd(self.upper.here());
         let opaque = self.clean(subject, &self.here)?;
         let here = self.here.clone();
+        if self.alone && opaque.is_some() {
+            return Err(SealError::NotSelfContained { path: here, mark: "trusted.overlay.opaque" });
+        }
         let look = || -> SysResult<_> {
             let upper = self.upper.here();
             let stat = rustix::fs::fstat(upper)?;
@@ -240,7 +259,7 @@ impl Seal {
             && stat.st_size == 0
             && subject.get(WHITEOUT).map_err(at())?.is_some();
         if as_file || sys::is_whiteout(&stat) {
-            let hides = self.lower.stat(name).map_err(at())?.is_some();
+            let hides = self.alone || self.lower.stat(name).map_err(at())?.is_some();
             let upper = self.upper.here();
             if as_file || !hides {
                 frame.changed = true;

@@ -8,14 +8,14 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
-use plies_archive::hash::HashingWriter;
+use plies_archive::hash::{HashingReader, HashingWriter};
 use plies_archive::tar::Reader;
 use plies_archive::tarsplit::{self, Recorder};
-use plies_archive::{Root, compress};
+use plies_archive::{Root, SealError, compress};
 use plies_oci::{BlobDigest, ChainId, Compression, DiffId};
 use plies_store::{
     ActiveId, ActiveOptions, Attach, Cancel, ForeignTree, LayerBlob, LayerContents, LayerId, LayerSource, Lease,
-    Origin, SnapshotError, Stage, Taking, Transfer, TransferError, parallel,
+    Origin, Over, SnapshotError, Stage, Taking, Transfer, TransferError, parallel,
 };
 
 use crate::containerd::SnapshotInfo;
@@ -35,7 +35,7 @@ pub(crate) struct WantedLayer {
     pub(crate) snapshot: SnapshotInfo,
     /// Where those are that it began as, if the snapshot is a whole tree.
     pub(crate) before: Option<PathBuf>,
-    /// The layers that it stands on here, bottom first.
+    /// The layers that it stands on here, bottom first, where its tree was made by writing to them.
     pub(crate) below: Vec<LayerId>,
     /// The digest of its tar, and where that can be had.
     pub(crate) tar: Option<(DiffId, Tar)>,
@@ -43,11 +43,24 @@ pub(crate) struct WantedLayer {
     pub(crate) may_change: bool,
 }
 
+impl WantedLayer {
+    /// What grows with the work that it makes, for layers of one source.
+    fn weight(&self) -> u64 {
+        match &self.tar {
+            Some((_, Tar::Split(recording))) => fs::metadata(recording).map_or(0, |meta| meta.len()),
+            Some((_, Tar::Blob(blob) | Tar::Unpacked(blob))) => blob.size_bytes,
+            None => 0,
+        }
+    }
+}
+
 /// Where the tar of a tree can be had.
 #[derive(Debug)]
 pub(crate) enum Tar {
-    /// In a blob that was taken in.
+    /// In a blob that was taken in and that was made of the tree.
     Blob(LayerBlob),
+    /// In a blob that was taken in and that the tree was unpacked from.
+    Unpacked(LayerBlob),
     /// From the tree itself, with a tar-split recording in this file.
     Split(PathBuf),
 }
@@ -103,15 +116,10 @@ impl Import<'_> {
     pub(crate) fn take_layers(&self, wanted: &[WantedLayer], lease: &Lease) -> Result<Vec<TookLayer>, ImportError> {
         let mut taken = Vec::with_capacity(wanted.len());
         for batch in wanted.chunks(BATCH_MAX) {
-            let staged = parallel(
-                batch,
-                workers(),
-                |_| 0,
-                |wanted| {
-                    self.cancel.check().map_err(|_| plies_store::Canceled)?;
-                    Ok::<_, plies_store::Canceled>(self.stage(wanted, lease))
-                },
-            )?;
+            let staged = parallel(batch, workers(), WantedLayer::weight, |wanted| {
+                self.cancel.check().map_err(|_| plies_store::Canceled)?;
+                Ok::<_, plies_store::Canceled>(self.stage(wanted, lease))
+            })?;
             // What was cut off on the way looks like a failure.
             if self.cancel.is_canceled() {
                 return Err(plies_store::Canceled.into());
@@ -154,9 +162,11 @@ impl Import<'_> {
         {
             return Ok(Staged::Here(layer));
         }
-        let base = match wanted.below.as_slice() {
-            [] => None,
-            below => Some(self.store.snapshots().ensure(below, lease)?),
+        let over = match (&wanted.tar, wanted.below.as_slice()) {
+            // What was unpacked is what the tar says, whatever lies below.
+            (Some((_, Tar::Unpacked(_) | Tar::Split(_))), _) => Over::Anything,
+            (_, []) => Over::Base(None),
+            (_, below) => Over::Base(Some(self.store.snapshots().ensure(below, lease)?)),
         };
         let after = open_dir(&wanted.snapshot.dir)?;
         let tree = match wanted.snapshot.whole {
@@ -168,7 +178,7 @@ impl Import<'_> {
         let judge = |stage: &mut Stage, contents: LayerContents| {
             let Some((diff_id, tar)) = &wanted.tar else { return Some(contents) };
             let listing = match tar {
-                Tar::Blob(blob) => self.listing(blob, stage).ok().flatten()?,
+                Tar::Blob(blob) | Tar::Unpacked(blob) => self.listing(blob, stage).ok().flatten()?,
                 Tar::Split(recording) => {
                     let kept = self.keep_recording(*diff_id, recording, stage);
                     kept.map_err(|why| wrong = Some(why)).ok().flatten()?
@@ -177,7 +187,11 @@ impl Import<'_> {
             let index = listing.judge(stage.root(), &contents.index)?;
             Some(LayerContents { diff_id: Some(*diff_id), index, ..contents })
         };
-        let stage = self.store.snapshots().stage_foreign(base, &tree, taking, self.cancel, judge)?;
+        let stage = match self.store.snapshots().stage_foreign(over, &tree, taking, self.cancel, judge) {
+            // Its tar says what is meant.
+            Err(SnapshotError::Seal(SealError::NotSelfContained { .. })) if over == Over::Anything => None,
+            staged => staged?,
+        };
         Ok(match (stage, wrong) {
             (_, Some(why)) => Staged::Wrong(why),
             (None, None) => Staged::Differs,
@@ -239,6 +253,45 @@ impl Import<'_> {
                 Ok(Err(why)) => Err(why),
                 _ => Err("it changed meanwhile".to_owned()),
             },
+        }
+    }
+
+    /// Takes in a blob and the layer that it unpacks to over the layers `below`, with which it completes a chain.
+    pub(crate) fn unpack_blob(
+        &self,
+        wanted: &WantedBlob,
+        chain_id: ChainId,
+        below: &[LayerId],
+        lease: &Lease,
+    ) -> Result<LayerId, String> {
+        let transfer = Transfer { lease, limits: self.limits, progress: self.progress, cancel: self.cancel };
+        let source = layer_source(wanted, chain_id).map_err(|error| chain(&error))?;
+        let taken = transfer.take_layers(&[source], below).map_err(|error| chain(&error))?;
+        Ok(*taken.layers.first().expect("because one source makes one layer"))
+    }
+
+    /// Whether a blob has its digest and decompresses to the tar that it is said to hold; what it is, and the bytes of that tar.
+    pub(crate) fn check_blob(&self, wanted: &WantedBlob) -> Result<(LayerBlob, u64), String> {
+        let failed = |error: io::Error| format!("read {}: {}", wanted.path.display(), chain(&error));
+        let LayerSource { size_bytes, compression, .. } =
+            layer_source(wanted, ChainId::extend(None, wanted.diff_id)).map_err(failed)?;
+        let mut blob = HashingReader::new(open_file(&wanted.path).map_err(failed)?);
+        let decoder = compress::Decoder::new(&mut blob, compression, self.limits);
+        let mut tar = HashingReader::new(decoder.map_err(failed)?);
+        let read = io::copy(&mut tar, &mut WhileWanted { out: None, cancel: self.cancel });
+        let (_, tar) = tar.finish();
+        // The rest of the blob, and all of it if it does not decompress: other bytes explain that.
+        io::copy(&mut blob, &mut WhileWanted { out: None, cancel: self.cancel }).map_err(failed)?;
+        match BlobDigest::from_bytes(blob.finish().1.sha256) {
+            actual if actual == wanted.digest => {}
+            actual => return Err(format!("blob {} has other bytes: they give {actual}", wanted.digest)),
+        }
+        read.map_err(failed)?;
+        match DiffId::from_bytes(tar.sha256) {
+            actual if actual == wanted.diff_id => {
+                Ok((LayerBlob { digest: wanted.digest, size_bytes, compression }, tar.size_bytes))
+            }
+            actual => Err(format!("blob {} decompresses to {actual}, not {}", wanted.digest, wanted.diff_id)),
         }
     }
 
@@ -339,26 +392,31 @@ enum Staged {
     New(Box<plies_store::FinishedStage>),
 }
 
-fn take_blob(transfer: &Transfer<'_>, wanted: &WantedBlob) -> Result<LayerBlob, TransferError> {
-    let failed = |source| TransferError::Read { digest: wanted.digest.to_string(), source };
-    let mut file = open_file(&wanted.path).map_err(failed)?;
+/// A blob of the source, as something that is offered for the chain `chain_id`.
+fn layer_source(wanted: &WantedBlob, chain_id: ChainId) -> io::Result<LayerSource<'_>> {
+    let mut file = open_file(&wanted.path)?;
     let mut first = Vec::new();
-    Read::by_ref(&mut file).take(8).read_to_end(&mut first).map_err(failed)?;
-    let size_bytes = file.metadata().map_err(failed)?.len();
+    Read::by_ref(&mut file).take(8).read_to_end(&mut first)?;
+    let size_bytes = file.metadata()?.len();
     let open = |at: u64| -> io::Result<Box<dyn Read + Send>> {
         let mut file = open_file(&wanted.path)?;
         file.seek(SeekFrom::Start(at))?;
         Ok(Box::new(file))
     };
-    transfer.take_blob(&LayerSource {
+    Ok(LayerSource {
         digest: Some(wanted.digest),
         size_bytes,
         compression: compress::detect(&first),
         diff_id: wanted.diff_id,
-        chain_id: ChainId::extend(None, wanted.diff_id),
+        chain_id,
         origin: Origin::Near,
         open: Box::new(open),
     })
+}
+
+fn take_blob(transfer: &Transfer<'_>, wanted: &WantedBlob) -> Result<LayerBlob, TransferError> {
+    let failed = |source| TransferError::Read { digest: wanted.digest.to_string(), source };
+    transfer.take_blob(&layer_source(wanted, ChainId::extend(None, wanted.diff_id)).map_err(failed)?)
 }
 
 pub(crate) fn open_file(path: &Path) -> io::Result<File> {

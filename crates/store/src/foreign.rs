@@ -43,6 +43,15 @@ pub enum ForeignTree {
     },
 }
 
+/// What a foreign tree is a difference to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Over {
+    /// This snapshot, or nothing: what says nothing new over it goes, and what hides nothing.
+    Base(Option<SnapshotId>),
+    /// Whatever lies below: it is what a tar unpacked to.
+    Anything,
+}
+
 /// What overlayfs says of a file whose content is not in this layer.
 const NEEDS_LOWER: [(&[u8], &str); 4] = [
     (b"trusted.overlay.redirect", "trusted.overlay.redirect"),
@@ -55,15 +64,16 @@ const OPAQUE: &CStr = c"trusted.overlay.opaque";
 const USER_OPAQUE: &[u8] = b"user.overlay.opaque";
 
 impl Snapshots<'_> {
-    /// A stage with what `tree` changes of `base`, not published yet; the source is only read. The caller holds the base.
+    /// A stage with what `tree` changes of what it lies over, not published yet; the source is only read. The caller holds a base.
     /// `judge` sees the stage with the canonical layer, may keep a tar-split with it, and says what else is known of it; or that
     /// there shall be none.
     ///
     /// # Errors
-    /// [`SnapshotError::Seal`] for an upper whose files lie elsewhere in part; [`SnapshotError::File`].
+    /// [`SnapshotError::Seal`] for an upper whose files lie elsewhere in part, and over anything for one with opaque directories;
+    /// [`SnapshotError::File`].
     pub fn stage_foreign(
         &self,
-        base: Option<SnapshotId>,
+        over: Over,
         tree: &ForeignTree,
         taking: Taking,
         cancel: &Cancel,
@@ -92,7 +102,10 @@ impl Snapshots<'_> {
                 compare.run().at("compare", &path)?;
             }
         }
-        let sealed = self.seal_over(base, stage.root())?;
+        let sealed = match over {
+            Over::Base(base) => self.seal_over(base, stage.root())?,
+            Over::Anything => plies_archive::seal_alone(stage.root())?,
+        };
         let contents = LayerContents { usage: sealed.usage, index: sealed.index, ..LayerContents::default() };
         let judged = judge(&mut stage, contents);
         Ok(judged.map(|contents| stage.finish(contents)))

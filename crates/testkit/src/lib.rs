@@ -3,6 +3,7 @@
 //! | module | role |
 //! |---|---|
 //! | [`bolt`] | writes database files of Go's bbolt library |
+//! | [`containerd`] | a containerd with state of its own |
 //! | [`docker`] | Docker's state: a daemon with a data root of its own, and data roots made by hand |
 //! | [`tar`] | writes layer tars byte by byte, sound ones and hostile ones |
 //! | [`hostile`] | archives that try what no archive may, with what must become of them |
@@ -20,6 +21,7 @@
 
 pub mod bolt;
 pub mod catalogue;
+pub mod containerd;
 pub mod docker;
 pub mod hostile;
 pub mod image;
