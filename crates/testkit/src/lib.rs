@@ -3,6 +3,7 @@
 //! | module | role |
 //! |---|---|
 //! | [`bolt`] | writes database files of Go's bbolt library |
+//! | [`buildkit`] | BuildKit workers' state directories, made by hand |
 //! | [`docker`] | Docker's state: a daemon with a data root of its own, and data roots made by hand |
 //! | [`tar`] | writes layer tars byte by byte, sound ones and hostile ones |
 //! | [`image`] | puts layers into OCI layouts and docker archives, reads blobs back out of them |
@@ -18,6 +19,7 @@
 //! mistakes too. Helpers panic with the whole story, since a test that cannot go on has failed.
 
 pub mod bolt;
+pub mod buildkit;
 pub mod catalogue;
 pub mod docker;
 pub mod image;

@@ -6,7 +6,7 @@ use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use plies_testkit::bolt::{self, Node};
+use plies_testkit::buildkit::{ACTIVE, COMMITTED, Worker};
 use plies_testkit::kill::{self, Outcome};
 use plies_testkit::ply::Ply;
 use plies_testkit::tree::Tree;
@@ -372,84 +372,19 @@ fn ply_records(ply: &Ply, _: &Value) -> BTreeSet<(String, String)> {
     records.as_array().unwrap().iter().map(|record| (text(record, "id"), text(record, "description"))).collect()
 }
 
-/// A made worker: rows of its metadata, and snapshots of a snapshotter.
-struct Made {
-    dir: PathBuf,
-    snapshotter: &'static str,
-    rows: bolt::Tree,
-    meta: bolt::Tree,
-    own: bolt::Tree,
-}
-
-fn bucket(entries: Vec<(&str, Node)>) -> Node {
-    Node::Bucket(entries.into_iter().map(|(key, node)| (key.as_bytes().to_vec(), node)).collect())
-}
-
-fn bytes(bytes: impl AsRef<[u8]>) -> Node {
-    Node::Value(bytes.as_ref().to_vec())
-}
-
-impl Made {
-    fn new(dir: PathBuf, snapshotter: &'static str) -> Self {
-        fs::create_dir_all(dir.join("snapshots/snapshots")).unwrap();
-        let none = bolt::Tree::new;
-        Self { dir, snapshotter, rows: none(), meta: none(), own: none() }
-    }
-
-    fn row(&mut self, id: &str, keys: Value) -> &mut Self {
-        let keys = keys.as_object().unwrap();
-        let entry =
-            |(key, value): (&String, &Value)| (key.as_bytes().to_vec(), bytes(json!({ "value": value }).to_string()));
-        self.rows.insert(id.as_bytes().to_vec(), Node::Bucket(keys.iter().map(entry).collect()));
-        self
-    }
-
-    /// A snapshot; the directory that its files go to.
-    fn snapshot(&mut self, key: &str, kind: u8, parent: Option<&str>) -> PathBuf {
-        let number = u8::try_from(self.own.len() + 1).unwrap();
-        let name = |key: &str| format!("buildkit/1/{key}");
-        let mut meta = vec![("name", bytes(name(key)))];
-        let mut own = vec![("id", bytes([number])), ("kind", bytes([kind]))];
-        if let Some(parent) = parent {
-            meta.push(("parent", bytes(parent)));
-            own.push(("parent", bytes(name(parent))));
-        }
-        self.meta.insert(key.as_bytes().to_vec(), bucket(meta));
-        self.own.insert(name(key).into_bytes(), bucket(own));
-        let dir = self.dir.join("snapshots/snapshots").join(number.to_string());
-        let dir = if self.snapshotter == "native" { dir } else { dir.join("fs") };
-        fs::create_dir_all(&dir).unwrap();
-        dir
-    }
-
-    fn write(&self) {
-        let file = |name: &str, tree: Node| {
-            let Node::Bucket(tree) = tree else { unreachable!() };
-            fs::write(self.dir.join(name), bolt::file(&tree, 4096, 20)).unwrap();
-        };
-        file("metadata_v2.db", bucket(vec![("_main", Node::Bucket(self.rows.clone()))]));
-        let snapshots = bucket(vec![(self.snapshotter, Node::Bucket(self.meta.clone()))]);
-        let content = bucket(vec![("blob", bucket(vec![]))]);
-        let namespace = bucket(vec![("snapshots", snapshots), ("content", content)]);
-        file("containerdmeta.db", bucket(vec![("v1", bucket(vec![("buildkit", namespace)]))]));
-        let own = bucket(vec![("snapshots", Node::Bucket(self.own.clone()))]);
-        file("snapshots/metadata.db", bucket(vec![("v1", own)]));
-    }
-}
-
 #[test]
 fn whole_trees_of_the_native_snapshotter_become_layers() {
     let Some(ply) = store() else { return };
-    let mut made = Made::new(ply.scratch().dir("state/runc-native"), "native");
+    let mut made = Worker::new(ply.scratch().dir("state/runc-native"), "native");
     let committed =
         |parent: Value| json!({"snapshot.committed": true, "cache.parent": parent, "cache.description": "r"});
-    let below = made.snapshot("below", 3, None);
+    let below = made.snapshot("below", COMMITTED, None);
     fs::write(below.join("same"), "same").unwrap();
     fs::write(below.join("gone"), "gone").unwrap();
     fs::write(below.join("other"), "one").unwrap();
     fs::create_dir(below.join("dir")).unwrap();
     fs::write(below.join("dir/inside"), "x").unwrap();
-    let above = made.snapshot("above", 3, Some("below"));
+    let above = made.snapshot("above", COMMITTED, Some("below"));
     tools::run(Command::new("cp").arg("-a").arg(below.join(".")).arg(&above));
     fs::remove_file(above.join("gone")).unwrap();
     fs::write(above.join("other"), "two").unwrap();
@@ -472,13 +407,13 @@ fn whole_trees_of_the_native_snapshotter_become_layers() {
 #[test]
 fn odd_rows_are_judged_one_by_one() {
     let Some(ply) = store() else { return };
-    let mut made = Made::new(ply.scratch().dir("state/one"), "overlayfs");
+    let mut made = Worker::new(ply.scratch().dir("state/one"), "overlayfs");
     for key in ["plain", "used", "retained"] {
-        let kind = if key == "plain" { 3 } else { 2 };
+        let kind = if key == "plain" { COMMITTED } else { ACTIVE };
         fs::write(made.snapshot(key, kind, None).join("f"), key).unwrap();
     }
-    fs::remove_dir_all(made.snapshot("no-files", 3, None)).unwrap();
-    made.snapshot("on-no-files", 3, Some("no-files"));
+    fs::remove_dir_all(made.snapshot("no-files", COMMITTED, None)).unwrap();
+    made.snapshot("on-no-files", COMMITTED, Some("no-files"));
     let digest = |c: &str| format!("sha256:{}", c.repeat(64));
     made.row("plain", json!({"snapshot.committed": true}))
         .row("used", json!({}))
@@ -497,8 +432,8 @@ fn odd_rows_are_judged_one_by_one() {
         .row("lost", json!({"cache.equalMutable": "vanished", "snapshot.committed": true}));
     made.write();
     // A second worker of the same daemon.
-    let mut other = Made::new(ply.scratch().dir("state/two"), "overlayfs");
-    fs::write(other.snapshot("elsewhere", 3, None).join("f"), "x").unwrap();
+    let mut other = Worker::new(ply.scratch().dir("state/two"), "overlayfs");
+    fs::write(other.snapshot("elsewhere", COMMITTED, None).join("f"), "x").unwrap();
     other.row("elsewhere", json!({"snapshot.committed": true}));
     other.write();
 
