@@ -22,8 +22,13 @@ use crate::containerd::SnapshotInfo;
 use crate::listing::Listing;
 use crate::{Import, ImportError, chain};
 
-/// Layers that are published together: one sync of the file system for all of them.
-const BATCH_MAX: usize = 256;
+/// Layers that are published together: one sync of the file system for all of them. What is staged and not published is lost
+/// when the process is killed.
+const BATCH_MAX: usize = 4096;
+
+/// Layers that are staged at the same time for each that a core works on: the others wait for the kernel, which takes most
+/// of a millisecond to let go of a mount.
+const STAGED_PER_WORKER: usize = 4;
 
 /// Of one `st_blocks` (stat(3type)).
 const STAT_BLOCK_BYTES: u64 = 512;
@@ -105,7 +110,7 @@ impl Import<'_> {
         for batch in wanted.chunks(BATCH_MAX) {
             let staged = parallel(
                 batch,
-                workers(),
+                workers() * STAGED_PER_WORKER,
                 |_| 0,
                 |wanted| {
                     self.cancel.check().map_err(|_| plies_store::Canceled)?;
@@ -154,10 +159,6 @@ impl Import<'_> {
         {
             return Ok(Staged::Here(layer));
         }
-        let base = match wanted.below.as_slice() {
-            [] => None,
-            below => Some(self.store.snapshots().ensure(below, lease)?),
-        };
         let after = open_dir(&wanted.snapshot.dir)?;
         let tree = match wanted.snapshot.whole {
             false => ForeignTree::Upper(after),
@@ -177,7 +178,7 @@ impl Import<'_> {
             let index = listing.judge(stage.root(), &contents.index)?;
             Some(LayerContents { diff_id: Some(*diff_id), index, ..contents })
         };
-        let stage = self.store.snapshots().stage_foreign(base, &tree, taking, self.cancel, judge)?;
+        let stage = self.store.snapshots().stage_foreign((&wanted.below, lease), &tree, taking, self.cancel, judge)?;
         Ok(match (stage, wrong) {
             (_, Some(why)) => Staged::Wrong(why),
             (None, None) => Staged::Differs,

@@ -18,7 +18,7 @@ use crate::layers::Stage;
 use crate::open::make_dir;
 use crate::snapshots::{SnapshotError, Snapshots};
 use crate::tree::{self, Material, Metadata};
-use crate::{Cancel, FinishedStage, LayerContents, SnapshotId};
+use crate::{Cancel, FinishedStage, LayerContents, LayerId, Lease};
 
 /// How files come over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,7 +55,8 @@ const OPAQUE: &CStr = c"trusted.overlay.opaque";
 const USER_OPAQUE: &[u8] = b"user.overlay.opaque";
 
 impl Snapshots<'_> {
-    /// A stage with what `tree` changes of `base`, not published yet; the source is only read. The caller holds the base.
+    /// A stage with what `tree` changes of the layers `below`, bottom first, not published yet; the source is only read. The
+    /// caller holds those layers, by `lease` or otherwise.
     /// `judge` sees the stage with the canonical layer, may keep a tar-split with it, and says what else is known of it; or that
     /// there shall be none.
     ///
@@ -63,7 +64,7 @@ impl Snapshots<'_> {
     /// [`SnapshotError::Seal`] for an upper whose files lie elsewhere in part; [`SnapshotError::File`].
     pub fn stage_foreign(
         &self,
-        base: Option<SnapshotId>,
+        (below, lease): (&[LayerId], &Lease),
         tree: &ForeignTree,
         taking: Taking,
         cancel: &Cancel,
@@ -92,7 +93,7 @@ impl Snapshots<'_> {
                 compare.run().at("compare", &path)?;
             }
         }
-        let sealed = self.seal_over(base, stage.root())?;
+        let sealed = self.seal_over(below, lease, stage.root())?;
         let contents = LayerContents { usage: sealed.usage, index: sealed.index, ..LayerContents::default() };
         let judged = judge(&mut stage, contents);
         Ok(judged.map(|contents| stage.finish(contents)))

@@ -53,7 +53,7 @@ const SOLVER: &str = "cache.db";
 const NAMESPACE: &str = "buildkit";
 /// The key under which BuildKit keeps a cache mount's ID, and the beginning of its index; the same here.
 const CACHE_DIR: &str = "cache-dir";
-/// Rows that are written in one transaction: enough for the syncs not to be what takes the time.
+/// Rows that are written in one transaction: while it is made, nobody else writes.
 const ROWS_MAX: usize = 10_000;
 
 /// How this store calls a record of BuildKit's: always the same.
@@ -134,6 +134,8 @@ pub fn import(import: &Import<'_>, path: &Path) -> Result<ImportReport, ImportEr
         });
         report.keys_count += adopt_keys(import, &keys)?;
     }
+    // Rows were written in order, and not one by one to the disk.
+    import.store.sync()?;
     Ok(report)
 }
 
