@@ -164,7 +164,7 @@ fn a_root_of_version_1_comes_over_with_trees_records_and_diff_ids() {
         .collect();
     assert_eq!(found, diff_ids("v1.oci.tar"));
 
-    // C2: nothing of the source is written. Files have one name more, where they lie in both.
+    // Files have one name more, where they lie in both.
     let same = |tree: Tree| tree.map(|_, node| node.links = 0);
     same(Tree::of(&source)).assert_same(&same(before), "the source");
     let snapshots = source.join("runc-overlayfs/snapshots/snapshots");
@@ -184,6 +184,63 @@ fn c01_if_there_is_a_file_of_version_2_the_other_is_not_looked_at() {
     assert_listed(&ply, &report, "mig.du.txt");
     assert_shows(&ply, items(&report, "taken")["smkctz3g0sxytyvh9dayitkfc"]["id"].as_str().unwrap(), "v1.oci.tar");
     assert!(report["keys_count"].as_u64().unwrap() > 5, "the solver's keys lie beside the worker: {report:#}");
+}
+
+/// BuildKit worked on a copy that it then put in place; we need neither.
+#[test]
+fn c02_and_c12_nothing_of_the_source_is_written_and_each_row_is_told_once() {
+    let Some(ply) = store() else { return };
+    let source = root(&ply, "v1-root");
+    // What an earlier try of BuildKit's left is nobody's business.
+    fs::write(source.join("runc-overlayfs/metadata_v2.db.tmp"), "half a copy").unwrap();
+    let whole = |tree: Tree| tree.map(|_, node| node.links = 0);
+    let before = whole(Tree::of(&source));
+    let report = import(&ply, &source);
+    whole(Tree::of(&source)).assert_same(&before, "the source: the old database stays, and no other appears");
+    let told: Vec<&str> =
+        report["items"].as_array().unwrap().iter().map(|item| item["name"].as_str().unwrap()).collect();
+    let rows = flate2::read::GzDecoder::new(fs::File::open(fixture("v1.metadata.json.gz")).unwrap());
+    let rows: Value = serde_json::from_reader(rows).unwrap();
+    let rows: Vec<&str> = rows["_main"].as_object().unwrap().keys().map(String::as_str).collect();
+    assert_eq!(told, rows);
+}
+
+/// BuildKit held everything by its new leases before it took the old roots away. Here each record holds its own from the
+/// transaction on in which it appears: with the source gone, no collection takes anything.
+#[test]
+fn c12_what_came_over_is_held_without_the_source() {
+    let Some(ply) = store() else { return };
+    let source = root(&ply, "v1-root");
+    let report = import(&ply, &source);
+    fs::remove_dir_all(&source).unwrap();
+    ply.ok(args!["gc"]);
+    ply.ok(args!["fsck", "--read-data"]);
+    let taken = items(&report, "taken");
+    assert_shows(&ply, taken["smkctz3g0sxytyvh9dayitkfc"]["id"].as_str().unwrap(), "v1.oci.tar");
+    for item in taken.values() {
+        let id = item["id"].as_str().unwrap();
+        let is_mutable = ply.json(args!["ref", "inspect", id])["state"] == "mutable";
+        drop(if is_mutable { ply.mount_with(id, args!["--rw"]) } else { ply.mount(id) });
+    }
+}
+
+/// BuildKit of 2026 refuses such a root, and advises to start an older version of it first.
+#[test]
+fn c13_a_root_of_version_1_alone_is_read_as_it_is() {
+    let Some(ply) = store() else { return };
+    let source = root(&ply, "v1-root");
+    assert!(!source.join("runc-overlayfs/metadata_v2.db").exists());
+    let (one, migrated) = (import(&ply, &source), {
+        let other = Ply::new(env!("CARGO_BIN_EXE_ply"));
+        import(&other, &root(&other, "mig-root"))
+    });
+    // What comes over is what comes over from the copy of it that BuildKit migrated.
+    for outcome in ["taken", "left", "failed"] {
+        assert_eq!(names(&one, outcome), names(&migrated, outcome), "{outcome}");
+    }
+    assert_eq!(one["keys_count"], migrated["keys_count"]);
+    let ids = |report: &Value| items(report, "taken").values().map(|item| item["id"].clone()).collect::<Vec<_>>();
+    assert_eq!(ids(&one), ids(&migrated));
 }
 
 #[test]
