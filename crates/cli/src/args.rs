@@ -236,11 +236,24 @@ pub(crate) enum Import {
     /// BuildKit's build cache: the state directory of its daemon, which must not run, or of one worker
     Buildkit(ImportFrom),
     /// Docker's images, of the overlay2 driver: its data root
-    Docker(ImportDocker),
+    Docker(ImportImages),
+    /// Images of podman, buildah or CRI-O, of the overlay driver: their graph root
+    ContainersStorage(ImportImages),
+    /// Images of containerd, with what its overlayfs snapshotter unpacked: its root directory; it must not run
+    Containerd(ImportContainerd),
 }
 
 #[derive(Debug, Args)]
-pub(crate) struct ImportDocker {
+pub(crate) struct ImportContainerd {
+    #[command(flatten)]
+    pub(crate) images: ImportImages,
+    /// Only what this namespace has; several: in this order, and a name is that of the first that has it
+    #[arg(long = "namespace", value_name = "NAME")]
+    pub(crate) namespaces: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ImportImages {
     #[command(flatten)]
     pub(crate) from: ImportFrom,
     /// Take containers' writable layers too: they are called by the containers' IDs (see `ply layer rw ls`)

@@ -14,9 +14,9 @@ use plies_engine::build::{BuildRequest, Entitlement, RunOptions};
 use plies_engine::dockerfile::Warning;
 use plies_engine::exec::Cancel;
 use plies_engine::{
-    Containers, DriverKind, Engine, EngineOptions, GcMode, ImportOptions, ImportOutcome, ImportedItem, Input, Migrate,
-    Migrated, Output, PolicyRow, PruneOptions, PullPolicy, PullRequest, RemovedImage, RunRequest, SaveFormat,
-    SpaceTotals, TreeNode, WhyNode,
+    ContainerdOptions, Containers, DriverKind, Engine, EngineOptions, GcMode, ImportOptions, ImportOutcome,
+    ImportSource, ImportedItem, Input, Migrate, Migrated, Output, PolicyRow, PruneOptions, PullPolicy, PullRequest,
+    RemovedImage, RunRequest, SaveFormat, SpaceTotals, TreeNode, WhyNode,
 };
 use serde::Serialize;
 use serde_json::json;
@@ -332,16 +332,22 @@ fn run_import(
     import: &args::Import,
     cancel: &Cancel,
 ) -> anyhow::Result<ExitCode> {
-    let (args::Import::Buildkit(from) | args::Import::Docker(args::ImportDocker { from, .. })) = import;
-    let options = ImportOptions { dry_run: from.dry_run, copy: from.copy };
-    let progress = style.renderer();
-    let report = match import {
-        args::Import::Buildkit(_) => engine.import_buildkit(&from.path, options, &*progress, cancel)?,
-        args::Import::Docker(docker) => {
-            let containers = if docker.containers { Containers::Take } else { Containers::List };
-            engine.import_docker(&from.path, containers, options, &*progress, cancel)?
+    let containers = |images: &args::ImportImages| match images.containers {
+        true => Containers::Take,
+        false => Containers::List,
+    };
+    let (from, source) = match import {
+        args::Import::Buildkit(from) => (from, ImportSource::Buildkit),
+        args::Import::Docker(images) => (&images.from, ImportSource::Docker(containers(images))),
+        args::Import::ContainersStorage(images) => (&images.from, ImportSource::ContainersStorage(containers(images))),
+        args::Import::Containerd(args::ImportContainerd { images, namespaces }) => {
+            let options = ContainerdOptions { namespaces: namespaces.clone(), containers: containers(images) };
+            (&images.from, ImportSource::Containerd(options))
         }
     };
+    let options = ImportOptions { dry_run: from.dry_run, copy: from.copy };
+    let progress = style.renderer();
+    let report = engine.import(&source, &from.path, options, &*progress, cancel)?;
     let failed = report.count(ImportOutcome::Failed);
     let code = if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE };
     for item in report.items.iter().filter(|item| item.outcome == ImportOutcome::Failed) {
@@ -352,20 +358,17 @@ fn run_import(
         print_json(&report)?;
         return Ok(code);
     }
-    let name = match import {
-        args::Import::Buildkit(_) => "RECORD",
-        args::Import::Docker(_) => "NAME",
-    };
+    let is_cache = source == ImportSource::Buildkit;
+    let name = if is_cache { "RECORD" } else { "NAME" };
     let columns = [Column::Left(name), Column::Right("SIZE"), Column::Left("FATE"), Column::Left("DESCRIPTION")];
     let took = if report.dry_run { "would come" } else { "taken" };
     let name_of = |item: &ImportedItem| {
         let digits = item.name.strip_prefix("sha256:").unwrap_or(&item.name);
+        let is_digest = digits.len() == 64 && digits.bytes().all(|c| c.is_ascii_hexdigit());
+        let short = if is_digest { &digits[..12] } else { &*item.name };
         match item.kind {
-            "record" => format::safe(digits.get(..12).unwrap_or(digits)),
-            "layer" | "image" | "container" => {
-                format!("{} {}", item.kind, format::safe(digits.get(..12).unwrap_or(digits)))
-            }
-            kind => format!("{kind} {}", format::safe(&item.name)),
+            "record" => format::safe(item.name.get(..12).unwrap_or(&item.name)),
+            kind => format!("{kind} {}", format::safe(short)),
         }
     };
     let rows = report.items.iter().map(|item| {
@@ -391,17 +394,21 @@ fn run_import(
         report.items.iter().filter(taken).count()
     };
     let layers = format!("{} layers ({})", report.layers_count, format::size(report.layer_bytes));
-    let what = match import {
-        args::Import::Buildkit(_) => format!(
+    let what = match is_cache {
+        true => format!(
             "{} records with {layers}, {} blobs ({}) and {} results of steps",
             count(ImportOutcome::Taken),
             report.blobs_count,
             format::size(report.blob_bytes),
             report.keys_count,
         ),
-        args::Import::Docker(_) => {
+        false => {
             let (images, names, containers) = (taken("image"), taken("name"), taken("container"));
-            format!("{images} images, {names} names and {containers} containers with {layers}")
+            let blobs = match report.blobs_count {
+                0 => String::new(),
+                count => format!(" and {count} blobs ({})", format::size(report.blob_bytes)),
+            };
+            format!("{images} images, {names} names and {containers} containers with {layers}{blobs}")
         }
     };
     let (here, left) = (count(ImportOutcome::Here), count(ImportOutcome::Left));

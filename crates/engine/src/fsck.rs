@@ -26,7 +26,6 @@ use plies_store::{
 };
 use serde::Serialize;
 
-use crate::load::manifest_row;
 use crate::progress::{Progress, Silent};
 use crate::{Engine, EngineError, EngineOptions, RunError};
 
@@ -462,7 +461,7 @@ impl Repair<'_> {
         let chain = plies_image::chain_layers(store, config.diff_ids(), &layers).map_err(SnapshotError::from)?;
         let new = NewImage {
             config,
-            manifests: manifests.iter().map(manifest_row).collect(),
+            manifests: manifests.iter().map(Into::into).collect(),
             snapshot,
             layers: Some(&chain),
             size_bytes,

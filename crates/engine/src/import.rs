@@ -2,45 +2,48 @@
 
 use std::path::Path;
 
-use plies_import::docker::{self, Containers};
-use plies_import::{Import, ImportError, ImportOptions, ImportReport, buildkit};
+use plies_import::containerd::ContainerdOptions;
+use plies_import::{Containers, Import, ImportError, ImportOptions, ImportReport};
+use plies_import::{buildkit, containerd, containers_storage, docker};
 
 use crate::Engine;
 use crate::exec::Cancel;
 use crate::progress::Progress;
 
-impl Engine {
-    /// Takes over the build cache of a BuildKit daemon, or of one of its workers, whose state directory is `path`.
-    ///
-    /// # Errors
-    /// [`ImportError`]. What of the source cannot be read is in the report instead.
-    pub fn import_buildkit(
-        &self,
-        path: &Path,
-        options: ImportOptions,
-        progress: &dyn Progress,
-        cancel: &Cancel,
-    ) -> Result<ImportReport, ImportError> {
-        let cache = self.cache();
-        let import = Import { store: self.store(), cache: &cache, limits: self.limits(), options, progress, cancel };
-        self.keep_policy_after(buildkit::import(&import, path), cancel)
-    }
+/// Whose state is taken over.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ImportSource {
+    /// The build cache of a BuildKit daemon, or of one of its workers: its state directory.
+    Buildkit,
+    /// Docker's layers, images and names: its data root.
+    Docker(Containers),
+    /// Those of podman, buildah or CRI-O: their graph root.
+    ContainersStorage(Containers),
+    /// Those of containerd, with manifests and blobs: its root directory.
+    Containerd(ContainerdOptions),
+}
 
-    /// Takes over the layers, images and names of a Docker daemon whose data root is `path`, and its containers' writable
-    /// layers if that is asked for.
+impl Engine {
+    /// Takes over what another program keeps at `path`.
     ///
     /// # Errors
     /// [`ImportError`]. What of the source cannot be read is in the report instead.
-    pub fn import_docker(
+    pub fn import(
         &self,
+        source: &ImportSource,
         path: &Path,
-        containers: Containers,
         options: ImportOptions,
         progress: &dyn Progress,
         cancel: &Cancel,
     ) -> Result<ImportReport, ImportError> {
         let cache = self.cache();
         let import = Import { store: self.store(), cache: &cache, limits: self.limits(), options, progress, cancel };
-        self.keep_policy_after(docker::import(&import, path, containers), cancel)
+        let imported = match source {
+            ImportSource::Buildkit => buildkit::import(&import, path),
+            ImportSource::Docker(containers) => docker::import(&import, path, *containers),
+            ImportSource::ContainersStorage(containers) => containers_storage::import(&import, path, *containers),
+            ImportSource::Containerd(options) => containerd::import(&import, path, options),
+        };
+        self.keep_policy_after(imported, cancel)
     }
 }

@@ -61,11 +61,12 @@ use plies_store::{
 pub use archive::{ArchiveError, Input};
 pub use fsck::{FsckDepth, FsckError, FsckFinding, FsckReport, FsckRequest, Rebuild, RebuiltSummary};
 pub use images::{HistoryLine, ImageDetails, ImageSummary, ImagesError, familiar};
+pub use import::ImportSource;
 pub use layers::{ChangeSummary, LayerDetails, LayerSummary, LayersError, RemovedLayerSummary, RwSummary};
 pub use load::{LoadError, LoadedImage, MovedName};
 pub use plies_image::Removed as RemovedImage;
-pub use plies_import::docker::Containers;
-pub use plies_import::{ImportError, ImportOptions, ImportReport, ImportedItem, Outcome as ImportOutcome};
+pub use plies_import::containerd::ContainerdOptions;
+pub use plies_import::{Containers, ImportError, ImportOptions, ImportReport, ImportedItem, Outcome as ImportOutcome};
 pub use plies_registry as registry;
 pub use plies_store::{
     Canceled, DriverKind, GcMode, IdMapError, IdMaps, IdRange, Migrate, Migrated, MigrationPlan, Packing,

@@ -2,17 +2,14 @@
 //! layers ([`ImageSource`]).
 
 use std::collections::BTreeMap;
-use std::io::{self, Read};
+use std::io::Read;
 
 use plies_image::{ChainLayer, ImageError, ManifestRow, NewImage};
 use plies_oci::{
     BlobDigest, ChainId, Compression, Descriptor, DiffId, DocumentError, ErrorKind, Family, ImageConfig, ImageId,
     Index, Manifest, MediaClass, MediaType, Platform, Reference, classify, limits,
 };
-use plies_store::{
-    BlobError, CatalogueError, CommitError, Expected, IngestError, LayerSource, Lease, Origin, SnapshotId, Taken,
-    TransferError, Tx,
-};
+use plies_store::{BlobError, CatalogueError, LayerSource, Lease, Origin, SnapshotId, Taken, TransferError, Tx};
 use serde::{Deserialize, Serialize};
 
 use plies_registry::RegistryError;
@@ -209,19 +206,6 @@ pub enum LoadError {
     /// A name.
     #[error(transparent)]
     Name(#[from] ImagesError),
-    /// Writing a document.
-    #[error("write a document")]
-    Write {
-        /// Why it failed.
-        #[source]
-        source: io::Error,
-    },
-    /// Keeping a document.
-    #[error("keep a document")]
-    Ingest(#[from] IngestError),
-    /// Keeping a document.
-    #[error("keep a document")]
-    Commit(#[from] CommitError),
     /// The catalogue failed.
     #[error("read or change the catalogue")]
     Catalogue(#[from] CatalogueError),
@@ -268,9 +252,6 @@ impl LoadError {
             Self::Read(source) => source.kind(),
             Self::Canceled(source) => source.kind(),
             Self::Name(source) => source.kind(),
-            Self::Write { .. } => ErrorKind::Unavailable,
-            Self::Ingest(source) => source.kind(),
-            Self::Commit(source) => source.kind(),
             Self::Catalogue(source) => source.kind(),
         }
     }
@@ -363,7 +344,7 @@ pub(crate) struct ReadyImage {
 impl ReadyImage {
     /// An image whose layers come when they are needed.
     pub(crate) fn lazy(manifest: &Manifest) -> Self {
-        Self { manifest: manifest_row(manifest), snapshot: None, layers: None, size_bytes: 0 }
+        Self { manifest: manifest.into(), snapshot: None, layers: None, size_bytes: 0 }
     }
 }
 
@@ -467,40 +448,9 @@ impl Engine {
             }
         };
         let layer_blobs: Vec<BlobDigest> = blobs.iter().map(|blob| blob.digest).collect();
-        self.keep_documents(&manifest, config, &layer_blobs, lease)?;
+        plies_image::keep_documents(self.store(), &manifest, config, &layer_blobs, lease)?;
         let layers = chain.map_err(|error| failed(error.into()))?;
-        Ok(ReadyImage { manifest: manifest_row(&manifest), snapshot, layers: Some(layers), size_bytes })
-    }
-
-    /// Keeps an image's documents as blobs, and writes down what the manifest needs.
-    pub(crate) fn keep_documents(
-        &self,
-        manifest: &Manifest,
-        config: &[u8],
-        layer_blobs: &[BlobDigest],
-        lease: &Lease,
-    ) -> Result<(), DocumentsError> {
-        let content = self.store().content();
-        let mut ingests = Vec::new();
-        for bytes in [config, manifest.document().raw()] {
-            let mut ingest = content.ingest_unnamed()?;
-            io::Write::write_all(&mut ingest, bytes).map_err(|source| DocumentsError::Write { source })?;
-            ingests.push((ingest, Expected::exactly(BlobDigest::of(bytes), bytes.len() as u64)));
-        }
-        content.commit_all(ingests, lease)?;
-        let (manifest, config) = (manifest.document().digest(), BlobDigest::of(config));
-        self.store().write(|tx| {
-            tx.add_edge(manifest, config)?;
-            for needed in layer_blobs {
-                // One whose layer was here already was not fetched.
-                match tx.add_edge(manifest, *needed) {
-                    Err(CatalogueError::NoSuchResource { .. }) => {}
-                    added => added?,
-                }
-            }
-            Ok::<_, CatalogueError>(())
-        })?;
-        Ok(())
+        Ok(ReadyImage { manifest: (&manifest).into(), snapshot, layers: Some(layers), size_bytes })
     }
 
     fn oci_candidates(&self, archive: &Archive, path: &str) -> Result<Vec<Candidate>, LoadError> {
@@ -562,40 +512,6 @@ impl Engine {
             candidates.push(Candidate { names, manifest: None, config, layers });
         }
         Ok(candidates)
-    }
-}
-
-/// Why documents could not be kept.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum DocumentsError {
-    #[error("write a document")]
-    Write { source: io::Error },
-    #[error(transparent)]
-    Ingest(#[from] IngestError),
-    #[error(transparent)]
-    Commit(#[from] CommitError),
-    #[error(transparent)]
-    Catalogue(#[from] CatalogueError),
-}
-
-impl From<DocumentsError> for LoadError {
-    fn from(error: DocumentsError) -> Self {
-        match error {
-            DocumentsError::Write { source } => Self::Write { source },
-            DocumentsError::Ingest(source) => source.into(),
-            DocumentsError::Commit(source) => source.into(),
-            DocumentsError::Catalogue(source) => source.into(),
-        }
-    }
-}
-
-/// What the image store remembers of a manifest.
-pub(crate) fn manifest_row(manifest: &Manifest) -> ManifestRow {
-    let descriptor = manifest.descriptor();
-    ManifestRow {
-        digest: descriptor.digest,
-        size_bytes: descriptor.size_bytes,
-        media_type: descriptor.media_type.to_string(),
     }
 }
 

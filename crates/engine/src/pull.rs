@@ -305,7 +305,7 @@ impl Engine {
     /// Keeps an image's documents only.
     fn keep_lazily(&self, offered: &Candidate, lease: &Lease) -> Result<ReadyImage, LoadError> {
         let manifest = offered.manifest.as_ref().expect("because registries have manifests");
-        self.keep_documents(manifest, offered.config.document().raw(), &[], lease)?;
+        plies_image::keep_documents(self.store(), manifest, offered.config.document().raw(), &[], lease)?;
         Ok(ReadyImage::lazy(manifest))
     }
 

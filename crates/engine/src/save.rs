@@ -21,14 +21,12 @@ use plies_oci::{
     BlobDigest, Compression, Descriptor, DiffId, DocumentError, ErrorKind, Family, ImageConfig, ImageId, Index,
     Manifest, MediaClass, Reference, classify,
 };
-use plies_store::{
-    BlobError, CatalogueError, CommitError, IngestError, LayerBlob, Lease, Packing, Transfer, TransferError,
-};
+use plies_store::{BlobError, CatalogueError, LayerBlob, Lease, Packing, Transfer, TransferError};
 use serde_json::json;
 
 use crate::exec::Cancel;
 use crate::images::ImagesError;
-use crate::load::{DocumentsError, LoadError, blob_name, manifest_row};
+use crate::load::{LoadError, blob_name};
 use crate::progress::{Outcome, Progress, Task};
 use crate::{Canceled, Engine};
 
@@ -161,12 +159,6 @@ pub enum SaveError {
     /// The layer store.
     #[error(transparent)]
     Layers(#[from] LayerStoreError),
-    /// Keeping a document.
-    #[error("keep a document")]
-    Ingest(#[from] IngestError),
-    /// Keeping a document.
-    #[error("keep a document")]
-    Commit(#[from] CommitError),
     /// The catalogue failed.
     #[error("read or change the catalogue")]
     Catalogue(#[from] CatalogueError),
@@ -201,17 +193,6 @@ impl From<ImageError> for SaveError {
     }
 }
 
-impl From<DocumentsError> for SaveError {
-    fn from(error: DocumentsError) -> Self {
-        match error {
-            DocumentsError::Write { source } => Self::Write { path: "a document".into(), source },
-            DocumentsError::Ingest(source) => source.into(),
-            DocumentsError::Commit(source) => source.into(),
-            DocumentsError::Catalogue(source) => source.into(),
-        }
-    }
-}
-
 impl SaveError {
     /// What a caller can do about it.
     pub fn kind(&self) -> ErrorKind {
@@ -225,8 +206,6 @@ impl SaveError {
             Self::Write { .. } => ErrorKind::Unavailable,
             Self::Archive { source, .. } => source.kind(),
             Self::Layers(source) => source.kind(),
-            Self::Ingest(source) => source.kind(),
-            Self::Commit(source) => source.kind(),
             Self::Catalogue(source) => source.kind(),
             Self::Canceled(source) => source.kind(),
         }
@@ -341,7 +320,7 @@ impl Engine {
         let layer = |source| SaveError::Layer { image: wanted.to_owned(), source };
         let transfer = self.transfer(lease, progress, cancel);
         let manifest = self.make_manifest(&config, &ManifestOptions::default(), &transfer, layer)?;
-        self.store().write(|tx| plies_image::add_manifest(tx, found.id, &manifest_row(&manifest)))?;
+        self.store().write(|tx| plies_image::add_manifest(tx, found.id, &(&manifest).into()))?;
         Ok((manifest, config))
     }
 
@@ -363,7 +342,7 @@ impl Engine {
         let layers: Vec<Descriptor> = blobs.iter().map(|blob| blob.descriptor(*family)).collect();
         let manifest = Manifest::build(&config, &layers, annotations).map_err(SaveError::Manifest)?;
         let layer_blobs: Vec<BlobDigest> = blobs.iter().map(|blob| blob.digest).collect();
-        self.keep_documents(&manifest, raw, &layer_blobs, transfer.lease)?;
+        plies_image::keep_documents(self.store(), &manifest, raw, &layer_blobs, transfer.lease)?;
         Ok(manifest)
     }
 

@@ -21,7 +21,7 @@ use std::io::Write as _;
 use std::ops::ControlFlow;
 use std::str::FromStr as _;
 
-use plies_oci::{BlobDigest, ChainId, DiffId, DocumentError, ErrorKind, ImageConfig, ImageId, Reference};
+use plies_oci::{BlobDigest, ChainId, DiffId, DocumentError, ErrorKind, ImageConfig, ImageId, Manifest, Reference};
 use plies_store::{
     CatalogueError, CommitError, Expected, IngestError, LayerId, Lease, Owner, Resource, Row, Rows, SnapshotError,
     SnapshotId, Stamp, Store, Table, Tx,
@@ -46,6 +46,17 @@ pub struct ManifestRow {
     pub size_bytes: u64,
     /// Its media type.
     pub media_type: String,
+}
+
+impl From<&Manifest> for ManifestRow {
+    fn from(manifest: &Manifest) -> Self {
+        let descriptor = manifest.descriptor();
+        Self {
+            digest: descriptor.digest,
+            size_bytes: descriptor.size_bytes,
+            media_type: descriptor.media_type.to_string(),
+        }
+    }
 }
 
 /// What a list says of an image, so that it need not read every config.
@@ -182,14 +193,14 @@ pub enum ImageError {
     /// Stacking its layers.
     #[error("stack the layers of an image")]
     Snapshot(#[from] SnapshotError),
-    /// Keeping its config.
-    #[error("keep a config")]
+    /// Keeping its config or a manifest.
+    #[error("keep a document")]
     Ingest(#[from] IngestError),
-    /// Keeping its config.
-    #[error("keep a config")]
+    /// Keeping its config or a manifest.
+    #[error("keep a document")]
     Commit(#[from] CommitError),
-    /// Writing its config.
-    #[error("write a config")]
+    /// Writing its config or a manifest.
+    #[error("write a document")]
     Write(#[source] std::io::Error),
     /// The catalogue failed.
     #[error("read or change the image store")]
@@ -344,6 +355,40 @@ pub fn put(tx: &mut Tx<'_>, new: &NewImage<'_>) -> Result<ImageId, ImageError> {
     });
     tx.put(&IMAGES, &id, &row)?;
     Ok(id)
+}
+
+/// Keeps a manifest and its config as blobs, held by `lease`, and writes down that the manifest needs the config and those of
+/// `layer_blobs` that are here.
+///
+/// # Errors
+/// [`ImageError::Write`], [`ImageError::Ingest`], [`ImageError::Commit`], [`ImageError::Catalogue`].
+pub fn keep_documents(
+    store: &Store,
+    manifest: &Manifest,
+    config: &[u8],
+    layer_blobs: &[BlobDigest],
+    lease: &Lease,
+) -> Result<(), ImageError> {
+    let mut ingests = Vec::new();
+    for bytes in [config, manifest.document().raw()] {
+        let mut ingest = store.content().ingest_unnamed()?;
+        ingest.write_all(bytes).map_err(ImageError::Write)?;
+        ingests.push((ingest, Expected::exactly(BlobDigest::of(bytes), bytes.len() as u64)));
+    }
+    store.content().commit_all(ingests, lease)?;
+    let (manifest, config) = (manifest.document().digest(), BlobDigest::of(config));
+    store.write(|tx| {
+        tx.add_edge(manifest, config)?;
+        for needed in layer_blobs {
+            // One whose layer was here already was not fetched.
+            match tx.add_edge(manifest, *needed) {
+                Err(CatalogueError::NoSuchResource { .. }) => {}
+                added => added?,
+            }
+        }
+        Ok::<_, CatalogueError>(())
+    })?;
+    Ok(())
 }
 
 /// Adds a further manifest to an image that is there.

@@ -10,31 +10,18 @@
 //! <root>/containers/<container>/config.v2.json             what people call it
 //! ```
 //!
-//! | there | becomes |
-//! |---|---|
-//! | layer that an image needs | a layer with its tar-split, if both give the tar of its diff ID; files by hard link |
-//! | layer whose tree is not what its tar unpacks to (other owners, opaque directories) | what that tar unpacks to |
-//! | image, name | an image with the same ID, the same name |
-//! | container's writable layer, if asked for | a writable layer under the container's ID, by copy |
-//! | a name with a digest | nothing: Docker does not keep the manifest that it names |
-//!
-//! Docker may run meanwhile: what nobody writes to any more is linked, and what goes under our hands is told.
+//! A name with a digest stays there: Docker does not keep the manifest that it names.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fs;
-use std::io::{self, Read as _};
-use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::io;
 use std::path::{Path, PathBuf};
 
-use plies_image::{ImageError, LayerRef, LayerStore, LayerStoreError, LayerStoreOptions, NewRwLayer, Taken};
-use plies_oci::{BlobDigest, ChainId, DiffId, ImageConfig, ImageId, Reference, limits};
-use plies_store::progress::{self, Task};
-use plies_store::{Canceled, GcMode, LayerId, Lease, LeaseOptions, parallel};
+use plies_oci::{ChainId, DiffId, ImageId, Reference, limits};
 use serde::Deserialize;
 
-use crate::containerd::{SnapshotInfo, SnapshotKind};
-use crate::take::{Tar, TookLayer, WantedLayer, measure, open_dir, open_file, workers};
-use crate::{Import, ImportError, ImportReport, ImportedItem, Outcome, chain};
+use crate::images::{self, Container, Containers, Files, Image, Layer, Name, Read, Source, entries, read_bytes, tell};
+use crate::{Import, ImportError, ImportReport, Outcome, chain};
 
 const WANTED: &str = "data root of Docker with the overlay2 driver: there is no image/overlay2/layerdb in it";
 /// Docker's own files of one ID or number are shorter by far.
@@ -45,58 +32,6 @@ const REPOSITORIES_BYTES_MAX: u64 = 64 << 20;
 const CONTAINER_BYTES_MAX: u64 = limits::CONFIG_BYTES_MAX;
 /// Docker calls a layer so while it removes it.
 const REMOVING: &str = "-removing";
-
-/// What becomes of writable layers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Containers {
-    /// They are listed.
-    List,
-    /// They come over.
-    Take,
-}
-
-/// A layer as Docker has it.
-#[derive(Debug)]
-struct Layer {
-    diff_id: DiffId,
-    parent: Option<ChainId>,
-    tree: PathBuf,
-    recording: PathBuf,
-}
-
-#[derive(Debug)]
-struct Image {
-    raw: Vec<u8>,
-    diff_ids: Vec<DiffId>,
-    parent: Option<ImageId>,
-    built_here: bool,
-}
-
-#[derive(Debug)]
-struct Container {
-    parent: Option<ChainId>,
-    upper: PathBuf,
-    init: Option<PathBuf>,
-    description: String,
-}
-
-/// What could be read of a thing, or why not.
-type Read<T> = Result<T, String>;
-
-/// A layer that is here by now, or would be.
-#[derive(Debug, Clone, Copy)]
-struct Came {
-    diff_id: DiffId,
-    /// `None` in a dry run.
-    layer: Option<LayerId>,
-}
-
-struct Source {
-    layers: BTreeMap<ChainId, Read<Layer>>,
-    images: BTreeMap<ImageId, Read<Image>>,
-    names: Vec<(String, Read<(Reference, ImageId)>)>,
-    containers: BTreeMap<String, Read<Container>>,
-}
 
 #[derive(Deserialize, Default)]
 #[serde(rename_all = "PascalCase", default)]
@@ -122,31 +57,8 @@ pub fn import(import: &Import<'_>, path: &Path, containers: Containers) -> Resul
     }
     import.check_file_system(&path.join("overlay2"))?;
     report.sources.push(path.to_owned());
-    let source = Source::read(path, &mut report);
-    let task = Task::start(import.progress, &format!("import {} layers", source.layers.len()), None);
-    let lease = import.store.lease(LeaseOptions::process("import"))?;
-    let layer_store = LayerStore::open(import.store, LayerStoreOptions::default())?;
-    let mut passage = Passage { import, source: &source, lease: &lease, layer_store, report, came: BTreeMap::new() };
-    let done = passage.run(containers);
-    let report = passage.report;
-    lease.release()?;
-    if done.is_err() {
-        // The error to tell is the first one; what could not be removed now goes with the next collection.
-        drop(import.store.gc(GcMode::Run));
-    }
-    done?;
-    task.end(progress::Outcome::Done);
-    Ok(report)
-}
-
-fn read_bytes(path: &Path, bytes_max: u64) -> Read<Vec<u8>> {
-    let failed = |error: io::Error| format!("read {}: {error}", path.display());
-    let mut bytes = Vec::new();
-    open_file(path).map_err(failed)?.take(bytes_max + 1).read_to_end(&mut bytes).map_err(failed)?;
-    match bytes.len() as u64 > bytes_max {
-        true => Err(format!("{} is longer than {bytes_max} bytes", path.display())),
-        false => Ok(bytes),
-    }
+    let source = read(path, &mut report);
+    images::take(import, &source, containers, report)
 }
 
 /// A short text; `None` if the file is not there.
@@ -178,82 +90,51 @@ fn tree_of(root: &Path, from: &Path) -> Read<Option<PathBuf>> {
     }
 }
 
-/// What is in a directory, by name. One that is not there has nothing.
-fn entries(dir: &Path, report: &mut ImportReport) -> Vec<(String, PathBuf)> {
-    let read = || -> io::Result<Vec<(String, PathBuf)>> {
-        let entries = fs::read_dir(dir)?.collect::<io::Result<Vec<_>>>()?;
-        Ok(entries.into_iter().map(|e| (e.file_name().to_string_lossy().into_owned(), e.path())).collect())
-    };
-    let mut found = match read() {
-        Ok(found) => found,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
-        Err(error) => {
-            report.problem("directory", dir.display().to_string(), chain(&error));
-            Vec::new()
-        }
-    };
-    found.sort();
-    found
-}
-
-impl Source {
-    fn read(root: &Path, report: &mut ImportReport) -> Self {
-        let image = root.join("image/overlay2");
-        let mut source =
-            Self { layers: BTreeMap::new(), images: BTreeMap::new(), names: Vec::new(), containers: BTreeMap::new() };
-        for (name, dir) in entries(&image.join("layerdb/sha256"), report) {
-            match ChainId::from_hex(&name) {
-                Ok(chain_id) => drop(source.layers.insert(chain_id, read_layer(root, &dir, chain_id))),
-                Err(_) if name.ends_with(REMOVING) => {
-                    tell(report, "layer", &name, Outcome::Left, None, 0, Some("Docker was removing it".into()));
-                }
-                Err(_) => report.problem("layer", name, "its name is no chain ID"),
+fn read(root: &Path, report: &mut ImportReport) -> Source {
+    let image = root.join("image/overlay2");
+    let mut source = Source::default();
+    for (name, dir) in entries(&image.join("layerdb/sha256"), report) {
+        match ChainId::from_hex(&name) {
+            Ok(chain_id) => drop(source.layers.insert(chain_id, read_layer(root, &dir, chain_id))),
+            Err(_) if name.ends_with(REMOVING) => {
+                tell(report, "layer", &name, Outcome::Left, None, 0, Some("Docker was removing it".into()));
             }
+            Err(_) => report.problem("layer", name, "its name is no chain ID"),
         }
-        for (name, path) in entries(&image.join("imagedb/content/sha256"), report) {
-            match ImageId::from_hex(&name) {
-                Ok(id) => {
-                    let metadata = image.join("imagedb/metadata/sha256").join(&name);
-                    source.images.insert(id, read_image(id, &path, &metadata));
-                }
-                Err(_) => report.problem("image", name, "its name is no image ID"),
+    }
+    for (name, path) in entries(&image.join("imagedb/content/sha256"), report) {
+        match ImageId::from_hex(&name) {
+            Ok(id) => {
+                let metadata = image.join("imagedb/metadata/sha256").join(&name);
+                source.images.insert(id, read_image(id, &path, &metadata));
             }
+            Err(_) => report.problem("image", name, "its name is no image ID"),
         }
-        let path = image.join("repositories.json");
-        let parse = |raw: Vec<u8>| serde_json::from_slice(&raw).map_err(|error| chain(&error));
-        let names: Repositories = match path.exists() {
-            false => Repositories::default(),
-            true => read_bytes(&path, REPOSITORIES_BYTES_MAX).and_then(parse).unwrap_or_else(|why| {
-                report.problem("file", path.display().to_string(), why);
-                Repositories::default()
-            }),
-        };
-        for (name, id) in names.repositories.into_values().flatten() {
-            let reference = name.parse::<Reference>().map_err(|error| chain(&error));
-            let id = id.parse::<ImageId>().map_err(|error| chain(&error));
-            source.names.push((name, reference.and_then(|reference| Ok((reference, id?)))));
-        }
-        for (name, dir) in entries(&image.join("layerdb/mounts"), report) {
-            let container = read_container(root, &name, &dir);
-            source.containers.insert(name, container);
-        }
-        source
     }
-
-    /// The chains from the bottom up to `top`; why they do not reach down.
-    fn below(&self, top: Option<ChainId>) -> Read<Vec<ChainId>> {
-        let mut chains = Vec::new();
-        let mut next = top;
-        while let Some(chain_id) = next {
-            let layer = self.layers.get(&chain_id).ok_or_else(|| format!("there is no layer {chain_id}"))?;
-            let layer = layer.as_ref().map_err(|why| format!("layer {chain_id}: {why}"))?;
-            // A chain ID is a digest of the one below it, so this comes to an end.
-            chains.push(chain_id);
-            next = layer.parent;
+    let path = image.join("repositories.json");
+    let parse = |raw: Vec<u8>| serde_json::from_slice(&raw).map_err(|error| chain(&error));
+    let names: Repositories = match path.exists() {
+        false => Repositories::default(),
+        true => read_bytes(&path, REPOSITORIES_BYTES_MAX).and_then(parse).unwrap_or_else(|why| {
+            report.problem("file", path.display().to_string(), why);
+            Repositories::default()
+        }),
+    };
+    for (name, id) in names.repositories.into_values().flatten() {
+        let reference = name.parse::<Reference>().map_err(|error| chain(&error));
+        if reference.as_ref().is_ok_and(|reference| reference.digest().is_some()) {
+            let why = "Docker does not keep the manifest that it names";
+            tell(report, "name", name, Outcome::Left, None, 0, Some(why.into()));
+            continue;
         }
-        chains.reverse();
-        Ok(chains)
+        let id = id.parse::<ImageId>().map_err(|error| chain(&error));
+        source.names.push((name, reference.and_then(|reference| Ok(Name::of(reference, id?)))));
     }
+    for (name, dir) in entries(&image.join("layerdb/mounts"), report) {
+        let container = read_container(root, &name, &dir);
+        source.containers.insert(name, container);
+    }
+    source
 }
 
 fn read_layer(root: &Path, dir: &Path, chain_id: ChainId) -> Read<Layer> {
@@ -265,21 +146,16 @@ fn read_layer(root: &Path, dir: &Path, chain_id: ChainId) -> Read<Layer> {
     let tree = tree_of(root, &dir.join("cache-id"))?.ok_or("it does not say where its files are")?;
     let recording = dir.join("tar-split.json.gz");
     match recording.is_file() {
-        true => Ok(Layer { diff_id, parent, tree, recording }),
+        true => Ok(Layer { diff_id, parent, files: Files::Split { tree, recording } }),
         false => Err("it has no tar-split".into()),
     }
 }
 
 fn read_image(id: ImageId, path: &Path, metadata: &Path) -> Read<Image> {
-    let raw = read_bytes(path, limits::CONFIG_BYTES_MAX)?;
-    match ImageId::from_bytes(*BlobDigest::of(&raw).as_bytes()) {
-        actual if actual == id => {}
-        actual => return Err(format!("its config is damaged: it has the digest {actual}")),
-    }
-    let config = ImageConfig::parse(&raw).map_err(|error| chain(&error))?;
-    let diff_ids = config.diff_ids().to_vec();
-    let parent = read_id(&metadata.join("parent"))?;
-    Ok(Image { raw, diff_ids, parent, built_here: metadata.join("builtLocally").exists() })
+    let mut image = Image::read(id, path)?;
+    image.parent = read_id(&metadata.join("parent"))?;
+    image.built_here = metadata.join("builtLocally").exists();
+    Ok(image)
 }
 
 fn read_container(root: &Path, name: &str, dir: &Path) -> Read<Container> {
@@ -290,349 +166,4 @@ fn read_container(root: &Path, name: &str, dir: &Path) -> Read<Container> {
     let config = read_bytes(&root.join("containers").join(name).join("config.v2.json"), CONTAINER_BYTES_MAX);
     let config = config.ok().and_then(|raw| serde_json::from_slice::<ContainerConfig>(&raw).ok()).unwrap_or_default();
     Ok(Container { parent, upper, init, description: config.name.trim_start_matches('/').to_owned() })
-}
-
-fn tell(
-    report: &mut ImportReport,
-    kind: &'static str,
-    name: impl ToString,
-    outcome: Outcome,
-    id: Option<String>,
-    size_bytes: u64,
-    why: Option<String>,
-) {
-    let (name, description) = (name.to_string(), String::new());
-    report.items.push(ImportedItem { kind, name, description, outcome, id, size_bytes, why });
-}
-
-struct Passage<'a> {
-    import: &'a Import<'a>,
-    source: &'a Source,
-    lease: &'a Lease,
-    layer_store: LayerStore,
-    report: ImportReport,
-    came: BTreeMap<ChainId, Read<Came>>,
-}
-
-impl Passage<'_> {
-    fn run(&mut self, containers: Containers) -> Result<(), ImportError> {
-        self.take_layers(containers)?;
-        self.take_images()?;
-        self.take_names()?;
-        self.take_containers(containers)
-    }
-
-    fn tell(&mut self, kind: &'static str, name: impl ToString, outcome: Outcome, why: Option<String>) {
-        tell(&mut self.report, kind, name, outcome, None, 0, why);
-    }
-
-    /// Layers that somebody needs, all of one depth at the same time.
-    fn take_layers(&mut self, containers: Containers) -> Result<(), ImportError> {
-        let images = self.source.images.values().flatten().filter_map(|image| ChainId::of(&image.diff_ids));
-        let wanted = self.source.containers.values().flatten().filter(|_| containers == Containers::Take);
-        let mut needed: BTreeSet<ChainId> = BTreeSet::new();
-        for top in images.chain(wanted.filter_map(|container| container.parent)).collect::<BTreeSet<_>>() {
-            needed.extend(self.source.below(Some(top)).into_iter().flatten());
-        }
-        let mut levels: BTreeMap<usize, Vec<ChainId>> = BTreeMap::new();
-        for (chain_id, layer) in &self.source.layers {
-            match (layer, self.source.below(Some(*chain_id))) {
-                (Ok(_), Ok(below)) if needed.contains(chain_id) => {
-                    levels.entry(below.len()).or_default().push(*chain_id);
-                }
-                (Ok(_), Ok(_)) => {
-                    self.tell("layer", chain_id, Outcome::Left, Some("no image needs it".into()));
-                }
-                (Err(why), _) => self.fail_layer(*chain_id, why.clone()),
-                (Ok(_), Err(why)) => self.fail_layer(*chain_id, format!("what it stands on failed: {why}")),
-            }
-        }
-        for level in levels.into_values() {
-            self.take_level(&level)?;
-        }
-        Ok(())
-    }
-
-    fn fail_layer(&mut self, chain_id: ChainId, why: String) {
-        self.came.insert(chain_id, Err(why.clone()));
-        self.tell("layer", chain_id, Outcome::Failed, Some(why));
-    }
-
-    fn take_level(&mut self, level: &[ChainId]) -> Result<(), ImportError> {
-        let (source, import) = (self.source, self.import);
-        let (mut new, mut wanted) = (Vec::new(), Vec::new());
-        for chain_id in level {
-            let Some(Ok(layer)) = source.layers.get(chain_id) else { continue };
-            let below = match self.stack(layer.parent) {
-                Ok(below) => below,
-                Err(why) => {
-                    self.fail_layer(*chain_id, format!("what it stands on failed: {why}"));
-                    continue;
-                }
-            };
-            if let Some(known) = self.known(*chain_id, layer, &below)? {
-                let id = known.layer.map(|layer| layer.to_string());
-                tell(&mut self.report, "layer", chain_id, Outcome::Here, id, 0, None);
-                self.came.insert(*chain_id, Ok(known));
-                continue;
-            }
-            let snapshot =
-                SnapshotInfo { kind: SnapshotKind::Committed, parent: None, dir: layer.tree.clone(), whole: false };
-            let tar = Some((layer.diff_id, Tar::Split(layer.recording.clone())));
-            let below = below.iter().filter_map(|below| below.layer).collect();
-            wanted.push(WantedLayer { snapshot, before: None, below, tar, may_change: false });
-            new.push((*chain_id, layer));
-        }
-        if import.options.dry_run {
-            let checked = parallel(
-                &new,
-                workers(),
-                |_| 0,
-                |(_, layer)| {
-                    import.cancel.check().map_err(|_| Canceled)?;
-                    let tree = open_dir(&layer.tree).map_err(|error| chain(&error));
-                    let check =
-                        |tree: OwnedFd| import.check_recording(layer.diff_id, &layer.recording, tree.as_fd()).map(drop);
-                    Ok::<_, Canceled>(tree.and_then(check))
-                },
-            )?;
-            for ((chain_id, layer), checked) in new.into_iter().zip(checked) {
-                match checked {
-                    Ok(()) => self.took(chain_id, layer, None, measure(&layer.tree)),
-                    Err(why) => self.fail_layer(chain_id, why),
-                }
-            }
-            return Ok(());
-        }
-        let taken = import.take_layers(&wanted, self.lease)?;
-        for (((chain_id, layer), wanted), taken) in new.into_iter().zip(wanted).zip(taken) {
-            let id = match taken {
-                TookLayer::Taken(taken) => Ok(taken.id),
-                TookLayer::Differs => {
-                    let below = (wanted.below.as_slice(), layer.parent);
-                    import.unpack_recording(layer.diff_id, &layer.recording, &layer.tree, below, self.lease)
-                }
-                TookLayer::Wrong(why) => Err(why),
-                TookLayer::Failed(error) => Err(chain(&error)),
-            };
-            import.cancel.check().map_err(|_| Canceled)?;
-            match id {
-                Ok(id) => {
-                    let size_bytes = import.store.layers().info(id)?.usage.size_bytes;
-                    self.took(chain_id, layer, Some(id), size_bytes);
-                }
-                Err(why) => self.fail_layer(chain_id, why),
-            }
-        }
-        Ok(())
-    }
-
-    fn took(&mut self, chain_id: ChainId, layer: &Layer, id: Option<LayerId>, size_bytes: u64) {
-        self.report.layers_count += 1;
-        self.report.layer_bytes += size_bytes;
-        let text = id.map(|id| id.to_string());
-        tell(&mut self.report, "layer", chain_id, Outcome::Taken, text, size_bytes, None);
-        self.came.insert(chain_id, Ok(Came { diff_id: layer.diff_id, layer: id }));
-    }
-
-    /// A layer that is here, and held now.
-    fn known(&self, chain_id: ChainId, layer: &Layer, below: &[Came]) -> Result<Option<Came>, ImportError> {
-        let layers = self.import.store.layers();
-        if self.import.options.dry_run {
-            let diff_ids: Vec<DiffId> = below.iter().map(|below| below.diff_id).chain([layer.diff_id]).collect();
-            let is_here = layers.find_by_diff_id(layer.diff_id)?.is_some()
-                || self.import.store.read(|rows| plies_image::layers_of_chain(rows, &diff_ids))?.is_some();
-            return Ok(is_here.then_some(Came { diff_id: layer.diff_id, layer: None }));
-        }
-        let found = match layers.hold_by_diff_id(layer.diff_id, self.lease)? {
-            None => layers.hold_by_chain(chain_id, self.lease)?,
-            found => found,
-        };
-        // A row whose files are gone is no layer to build on.
-        let found = found.filter(|found| layers.root(*found).is_ok());
-        Ok(found.map(|found| Came { diff_id: layer.diff_id, layer: Some(found) }))
-    }
-
-    /// The layers of a chain, all of which came, bottom first; or which did not.
-    fn stack(&self, top: Option<ChainId>) -> Read<Vec<Came>> {
-        let came = |chain_id: ChainId| match self.came.get(&chain_id) {
-            Some(Ok(came)) => Ok(*came),
-            Some(Err(why)) => Err(format!("layer {chain_id}: {why}")),
-            None => Err(format!("there is no layer {chain_id}")),
-        };
-        self.source.below(top)?.into_iter().map(came).collect()
-    }
-
-    /// Puts a stack into the layer store; it stays there as long as the reference, or what is made on it until then.
-    fn adopt(&self, stack: &[Came]) -> Result<Option<LayerRef>, ImportError> {
-        let diff_ids: Vec<DiffId> = stack.iter().map(|came| came.diff_id).collect();
-        let layers: Vec<LayerId> = stack.iter().filter_map(|came| came.layer).collect();
-        Ok(self.layer_store.adopt(&plies_image::chain_layers(self.import.store, &diff_ids, &layers)?)?)
-    }
-
-    /// Images, each behind its parent.
-    fn take_images(&mut self) -> Result<(), ImportError> {
-        let source = self.source;
-        let mut told: BTreeSet<ImageId> = BTreeSet::new();
-        for first in source.images.keys() {
-            // Up to what is done, or is on the way already: then parents lead in a circle.
-            let mut line = Vec::new();
-            let mut next = Some(*first);
-            while let Some(id) = next.filter(|id| source.images.contains_key(id) && told.insert(*id)) {
-                line.push(id);
-                next = source.images.get(&id).and_then(|image| image.as_ref().ok()?.parent);
-            }
-            for id in line.into_iter().rev() {
-                self.import.cancel.check().map_err(|_| Canceled)?;
-                match &source.images[&id] {
-                    Ok(image) => self.take_image(id, image)?,
-                    Err(why) => self.tell("image", id, Outcome::Failed, Some(why.clone())),
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn is_here(&self, id: &ImageId) -> Result<bool, ImportError> {
-        Ok(self.import.store.read(|rows| plies_image::get(rows, id))?.is_some())
-    }
-
-    fn take_image(&mut self, id: ImageId, image: &Image) -> Result<(), ImportError> {
-        let (store, is_dry) = (self.import.store, self.import.options.dry_run);
-        let here = store.read(|rows| plies_image::get(rows, &id))?;
-        // One that was pulled lazily has its layers now.
-        let is_whole = |row: &plies_image::ImageRow| row.chain.is_some() || image.diff_ids.is_empty();
-        let outcome = if here.as_ref().is_some_and(is_whole) { Outcome::Here } else { Outcome::Taken };
-        if outcome == Outcome::Taken {
-            let stack = match self.stack(ChainId::of(&image.diff_ids)) {
-                Ok(stack) => stack,
-                Err(why) => {
-                    self.tell("image", id, Outcome::Failed, Some(why));
-                    return Ok(());
-                }
-            };
-            if !is_dry {
-                let _held = self.adopt(&stack)?;
-                match plies_image::create(store, &image.raw, image.built_here, self.lease) {
-                    Ok(_) => {}
-                    Err(error @ (ImageError::Config(_) | ImageError::Layers { .. })) => {
-                        self.tell("image", id, Outcome::Failed, Some(chain(&error)));
-                        return Ok(());
-                    }
-                    Err(other) => return Err(other.into()),
-                }
-            }
-        }
-        let mut why = None;
-        if let Some(parent) = image.parent
-            && !is_dry
-            && here.is_none_or(|row| row.parent.is_none())
-        {
-            match store.write(|tx| plies_image::set_parent(tx, id, Some(parent))) {
-                Ok(()) => {}
-                Err(error @ (ImageError::NotFound { .. } | ImageError::Circle { .. })) => {
-                    why = Some(format!("without its parent: {}", chain(&error)));
-                }
-                Err(other) => return Err(other.into()),
-            }
-        }
-        tell(&mut self.report, "image", id, outcome, Some(id.to_string()), 0, why);
-        Ok(())
-    }
-
-    fn take_names(&mut self) -> Result<(), ImportError> {
-        let (store, source) = (self.import.store, self.source);
-        for (name, read) in &source.names {
-            let (outcome, why) = match read {
-                Err(why) => (Outcome::Failed, Some(why.clone())),
-                Ok((reference, _)) if reference.digest().is_some() => {
-                    (Outcome::Left, Some("Docker does not keep the manifest that it names".to_owned()))
-                }
-                Ok((reference, id)) => {
-                    let would_be = self.import.options.dry_run
-                        && self.report.items.iter().any(|item| {
-                            item.kind == "image" && item.outcome == Outcome::Taken && item.name == id.to_string()
-                        });
-                    match store.read(|rows| plies_image::named(rows, reference))? {
-                        Some(named) if named == *id => (Outcome::Here, None),
-                        Some(named) => (Outcome::Left, Some(format!("it is the name of image {named} here"))),
-                        None if !would_be && !self.is_here(id)? => {
-                            (Outcome::Failed, Some(format!("its image {id} did not come over")))
-                        }
-                        None => {
-                            if !self.import.options.dry_run {
-                                store.write(|tx| plies_image::add_name(tx, reference, *id, None, Taken::Refuse))?;
-                            }
-                            (Outcome::Taken, None)
-                        }
-                    }
-                }
-            };
-            self.tell("name", name, outcome, why);
-        }
-        Ok(())
-    }
-
-    fn take_containers(&mut self, containers: Containers) -> Result<(), ImportError> {
-        let source = self.source;
-        let known: BTreeSet<String> = self.layer_store.list_rw()?.into_iter().map(|info| info.name).collect();
-        for (name, container) in &source.containers {
-            self.import.cancel.check().map_err(|_| Canceled)?;
-            let mut size_bytes = 0;
-            let (outcome, why) = match container {
-                Err(why) => (Outcome::Failed, Some(why.clone())),
-                Ok(_) if known.contains(name) => (Outcome::Here, None),
-                Ok(_) if containers == Containers::List => (Outcome::Left, Some("it was not asked for".to_owned())),
-                Ok(container) => match self.take_container(name, container)? {
-                    Err(why) => (Outcome::Failed, Some(why)),
-                    Ok(()) => {
-                        size_bytes = measure(&container.upper);
-                        self.report.layers_count += 1;
-                        self.report.layer_bytes += size_bytes;
-                        (Outcome::Taken, None)
-                    }
-                },
-            };
-            let id = matches!(outcome, Outcome::Taken | Outcome::Here).then(|| name.clone());
-            tell(&mut self.report, "container", name, outcome, id, size_bytes, why);
-            if let (Some(item), Ok(container)) = (self.report.items.last_mut(), container) {
-                item.description.clone_from(&container.description);
-            }
-        }
-        Ok(())
-    }
-
-    fn take_container(&self, name: &str, container: &Container) -> Result<Read<()>, ImportError> {
-        let stack = match self.stack(container.parent) {
-            Ok(stack) => stack,
-            Err(why) => return Ok(Err(why)),
-        };
-        let import = self.import;
-        if import.options.dry_run {
-            return Ok(Ok(()));
-        }
-        let copy = |from: &Path, root: BorrowedFd<'_>| {
-            let from = open_dir(from).map_err(io::Error::other)?;
-            import.store.snapshots().copy_changes(&from, root, import.cancel).map_err(io::Error::other)
-        };
-        let mut init = |root: BorrowedFd<'_>| container.init.as_deref().map_or(Ok(()), |dir| copy(dir, root));
-        let mut fill = |root: BorrowedFd<'_>| copy(&container.upper, root);
-        // What it stands on stays until it is held by the writable layer.
-        let _held = self.adopt(&stack)?;
-        let new = NewRwLayer {
-            parent: container.parent,
-            init: if container.init.is_some() { Some(&mut init) } else { None },
-            fill: Some(&mut fill),
-            ..NewRwLayer::default()
-        };
-        match self.layer_store.create_rw(name, new, self.lease) {
-            Ok(made) => {
-                drop(made);
-                Ok(Ok(()))
-            }
-            Err(_) if import.cancel.is_canceled() => Err(Canceled.into()),
-            Err(error @ (LayerStoreError::Init { .. } | LayerStoreError::Name { .. })) => Ok(Err(chain(&error))),
-            Err(other) => Err(other.into()),
-        }
-    }
 }

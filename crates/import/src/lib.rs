@@ -1,12 +1,14 @@
 //! Takes over what other programs keep: layers, blobs and records, into a store and its build cache.
 //!
 //! ```text
-//! lib.rs         what an import is asked and what it tells
-//! take.rs        layers, blobs and mutable trees on their way: the part that all sources share
-//! listing.rs     whether a tree is what a tar unpacks to
-//! containerd.rs  containerd's two databases: what its names stand for
-//! buildkit/      a BuildKit worker's state: v1 and v2
-//! docker.rs      a Docker data root: layers, images, names, containers' writable layers
+//! lib.rs                 what an import is asked and what it tells
+//! take.rs                layers, blobs and mutable trees on their way: the part that all sources share
+//! listing.rs             whether a tree is what a tar unpacks to
+//! images.rs              layers, images, names and writable layers on their way, whatever source they come from
+//! buildkit/              a BuildKit worker's state: v1 and v2
+//! docker.rs              a Docker data root
+//! containers_storage.rs  a storage of podman, buildah or CRI-O
+//! containerd/            containerd's root directory; and its two databases, which BuildKit has too
 //! ```
 //!
 //! # Invariants
@@ -16,10 +18,14 @@
 //!   layer in the store and its parents beside it, in one transaction for many: a kill at any point leaves whole records.
 
 pub mod buildkit;
-mod containerd;
+pub mod containerd;
+pub mod containers_storage;
 pub mod docker;
+mod images;
 mod listing;
 mod take;
+
+pub use images::Containers;
 
 use std::path::PathBuf;
 
@@ -159,7 +165,7 @@ pub enum Outcome {
 /// A thing of the source, and what became of it.
 #[derive(Debug, Clone, Serialize)]
 pub struct ImportedItem {
-    /// What kind of thing it is: `record`, `database`, `layer`, `image`, `name`, `container`.
+    /// What kind of thing it is: `record`, `database`, `layer`, `image`, `name`, `container`, `snapshot`, `blob`.
     pub kind: &'static str,
     /// Its name there.
     pub name: String,

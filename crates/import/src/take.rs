@@ -8,7 +8,7 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
-use plies_archive::hash::HashingWriter;
+use plies_archive::hash::{HashingReader, HashingWriter};
 use plies_archive::tar::Reader;
 use plies_archive::tarsplit::{self, Recorder};
 use plies_archive::{Root, compress};
@@ -243,6 +243,45 @@ impl Import<'_> {
         }
     }
 
+    /// Takes in a blob and the layer that it unpacks to over the layers `below`, with which it completes a chain.
+    pub(crate) fn unpack_blob(
+        &self,
+        wanted: &WantedBlob,
+        chain_id: ChainId,
+        below: &[LayerId],
+        lease: &Lease,
+    ) -> Result<LayerId, String> {
+        let transfer = Transfer { lease, limits: self.limits, progress: self.progress, cancel: self.cancel };
+        let source = layer_source(wanted, chain_id).map_err(|error| chain(&error))?;
+        let taken = transfer.take_layers(&[source], below).map_err(|error| chain(&error))?;
+        Ok(*taken.layers.first().expect("because one source makes one layer"))
+    }
+
+    /// Whether a blob has its digest and decompresses to the tar that it is said to hold; what it is, and the bytes of that tar.
+    pub(crate) fn check_blob(&self, wanted: &WantedBlob) -> Result<(LayerBlob, u64), String> {
+        let failed = |error: io::Error| format!("read {}: {}", wanted.path.display(), chain(&error));
+        let LayerSource { size_bytes, compression, .. } =
+            layer_source(wanted, ChainId::extend(None, wanted.diff_id)).map_err(failed)?;
+        let mut blob = HashingReader::new(open_file(&wanted.path).map_err(failed)?);
+        let decoder = compress::Decoder::new(&mut blob, compression, self.limits);
+        let mut tar = HashingReader::new(decoder.map_err(failed)?);
+        let read = io::copy(&mut tar, &mut WhileWanted { out: None, cancel: self.cancel });
+        let (_, tar) = tar.finish();
+        // The rest of the blob, and all of it if it does not decompress: other bytes explain that.
+        io::copy(&mut blob, &mut WhileWanted { out: None, cancel: self.cancel }).map_err(failed)?;
+        match BlobDigest::from_bytes(blob.finish().1.sha256) {
+            actual if actual == wanted.digest => {}
+            actual => return Err(format!("blob {} has other bytes: they give {actual}", wanted.digest)),
+        }
+        read.map_err(failed)?;
+        match DiffId::from_bytes(tar.sha256) {
+            actual if actual == wanted.diff_id => {
+                Ok((LayerBlob { digest: wanted.digest, size_bytes, compression }, tar.size_bytes))
+            }
+            actual => Err(format!("blob {} decompresses to {actual}, not {}", wanted.digest, wanted.diff_id)),
+        }
+    }
+
     /// What a blob that was taken in lists. How its tar comes out of the tree again is kept with the stage.
     fn listing(&self, blob: &LayerBlob, stage: &mut Stage) -> Result<Option<Listing>, Box<dyn std::error::Error>> {
         let packed = self.store.content().open(blob.digest)?;
@@ -340,26 +379,31 @@ enum Staged {
     New(Box<plies_store::FinishedStage>),
 }
 
-fn take_blob(transfer: &Transfer<'_>, wanted: &WantedBlob) -> Result<LayerBlob, TransferError> {
-    let failed = |source| TransferError::Read { digest: wanted.digest.to_string(), source };
-    let mut file = open_file(&wanted.path).map_err(failed)?;
+/// A blob of the source, as something that is offered for the chain `chain_id`.
+fn layer_source(wanted: &WantedBlob, chain_id: ChainId) -> io::Result<LayerSource<'_>> {
+    let mut file = open_file(&wanted.path)?;
     let mut first = Vec::new();
-    Read::by_ref(&mut file).take(8).read_to_end(&mut first).map_err(failed)?;
-    let size_bytes = file.metadata().map_err(failed)?.len();
+    Read::by_ref(&mut file).take(8).read_to_end(&mut first)?;
+    let size_bytes = file.metadata()?.len();
     let open = |at: u64| -> io::Result<Box<dyn Read + Send>> {
         let mut file = open_file(&wanted.path)?;
         file.seek(SeekFrom::Start(at))?;
         Ok(Box::new(file))
     };
-    transfer.take_blob(&LayerSource {
+    Ok(LayerSource {
         digest: Some(wanted.digest),
         size_bytes,
         compression: compress::detect(&first),
         diff_id: wanted.diff_id,
-        chain_id: ChainId::extend(None, wanted.diff_id),
+        chain_id,
         origin: Origin::Near,
         open: Box::new(open),
     })
+}
+
+fn take_blob(transfer: &Transfer<'_>, wanted: &WantedBlob) -> Result<LayerBlob, TransferError> {
+    let failed = |source| TransferError::Read { digest: wanted.digest.to_string(), source };
+    transfer.take_blob(&layer_source(wanted, ChainId::extend(None, wanted.diff_id)).map_err(failed)?)
 }
 
 pub(crate) fn open_file(path: &Path) -> io::Result<File> {

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`bolt`] | writes database files of Go's bbolt library |
 //! | [`buildkit`] | BuildKit workers' state directories, made by hand |
+//! | [`containerd`] | a containerd with state of its own |
 //! | [`docker`] | Docker's state: a daemon with a data root of its own, and data roots made by hand |
 //! | [`tar`] | writes layer tars byte by byte, sound ones and hostile ones |
 //! | [`image`] | puts layers into OCI layouts and docker archives, reads blobs back out of them |
@@ -21,6 +22,7 @@
 pub mod bolt;
 pub mod buildkit;
 pub mod catalogue;
+pub mod containerd;
 pub mod docker;
 pub mod image;
 pub mod kill;

@@ -15,28 +15,15 @@ use plies_testkit::{args, sha256_hex, tools};
 use serde_json::{Value, json};
 
 use crate::common::{State, everything, load, store};
+use crate::imported::{self, ended, items};
 
 fn import(ply: &Ply, path: &Path) -> Value {
     ply.json(args!["import", "docker", path])
 }
 
-/// What became of everything of a kind: outcome and reason by name.
-fn items<'r>(report: &'r Value, kind: &str) -> BTreeMap<&'r str, (&'r str, &'r str)> {
-    let items = report["items"].as_array().unwrap().iter().filter(|item| item["kind"] == kind);
-    let text = |item: &'r Value, key: &str| item[key].as_str().unwrap_or_default();
-    items.map(|item| (text(item, "name"), (text(item, "outcome"), text(item, "why")))).collect()
-}
-
-/// Names of all that ended so, of all kinds.
-fn ended(report: &Value, outcome: &str) -> BTreeSet<String> {
-    let items = report["items"].as_array().unwrap().iter().filter(|item| item["outcome"] == outcome);
-    items.map(|item| item["name"].as_str().unwrap().to_owned()).collect()
-}
-
 /// An import that could not read everything: its report.
 fn fails(ply: &Ply, args: &[&str], path: &Path) -> Value {
-    let args: Vec<_> = ["--json", "import", "docker"].iter().chain(args).map(Into::into).chain([path.into()]).collect();
-    serde_json::from_str(&ply.fails(1, &args).stdout).unwrap()
+    imported::fails(ply, "docker", args, path)
 }
 
 /// The tree that an archive of a container's whole file system holds.

@@ -18,7 +18,6 @@ use super::solve::{Results, SolveError};
 use super::{BuildError, Config};
 use crate::context::{self, CopyError, CopyOptions, Destination, SelectError, Selection, Tree};
 use crate::exec::Cancel;
-use crate::load::manifest_row;
 use crate::progress::{Outcome, Progress, Task, Watched};
 use crate::save::{ManifestOptions, Saved, Sink, directory_of, partial_path, save_file};
 use crate::{Canceled, Engine, Output, PushedImage, SaveError, SaveFormat};
@@ -224,7 +223,7 @@ impl Export<'_> {
             exported.id.get_or_insert(id);
             exported.manifest = exported.manifest.or(manifest.as_ref().map(|manifest| manifest.document().digest()));
             exported.names.extend(names.clone());
-            listed.push((image, manifest.as_ref().map(manifest_row), names));
+            listed.push((image, manifest.as_ref().map(Into::into), names));
         }
         if cancel.is_canceled() {
             return Err(Canceled.into());

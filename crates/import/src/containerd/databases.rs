@@ -3,10 +3,12 @@
 //! ```text
 //! meta        v1/<namespace>/snapshots/<snapshotter>/<key>/{name, parent}
 //!             v1/<namespace>/content/blob/<digest>/{size, labels/}
+//!             v1/<namespace>/images/<name>/target/{digest, mediatype}
+//!             v1/<namespace>/containers/<id>/{image, snapshotter, snapshotKey}
 //! snapshotter v1/snapshots/<name>/{id, kind, parent}        files of it: snapshots/<id>
 //! ```
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
 use plies_bolt::{Bolt, BoltError, Bucket, Item};
@@ -38,10 +40,34 @@ pub(crate) struct SnapshotInfo {
     pub(crate) whole: bool,
 }
 
+impl SnapshotInfo {
+    /// An overlay's upper directory that nobody writes to.
+    pub(crate) fn upper(dir: PathBuf) -> Self {
+        Self { kind: SnapshotKind::Committed, parent: None, dir, whole: false }
+    }
+}
+
 /// A blob as the metadata has it.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct BlobInfo {
     pub(crate) diff_id: Option<DiffId>,
+}
+
+/// What an image's name stands for.
+#[derive(Debug, Clone)]
+pub(crate) struct Target {
+    pub(crate) digest: BlobDigest,
+    pub(crate) media_type: String,
+}
+
+/// A container as the metadata has it.
+#[derive(Debug, Clone)]
+pub(crate) struct ContainerInfo {
+    /// The name of the image that it was made of.
+    pub(crate) image: String,
+    pub(crate) snapshotter: String,
+    /// The key of its writable snapshot; empty: it has none.
+    pub(crate) snapshot: String,
 }
 
 /// What one namespace has.
@@ -49,6 +75,14 @@ pub(crate) struct BlobInfo {
 pub(crate) struct Namespace {
     pub(crate) snapshots: HashMap<String, SnapshotInfo>,
     pub(crate) blobs: HashMap<BlobDigest, BlobInfo>,
+}
+
+/// What clients made of it.
+#[derive(Debug, Default)]
+pub(crate) struct Clients {
+    /// By name; `None`: the row has no target.
+    pub(crate) images: BTreeMap<String, Option<Target>>,
+    pub(crate) containers: BTreeMap<String, ContainerInfo>,
 }
 
 fn text(item: Option<Item<'_>>) -> Option<String> {
@@ -97,24 +131,60 @@ fn own_snapshots(bolt: &Bolt) -> (HashMap<String, Own>, Option<BoltError>) {
     (found, failed)
 }
 
+/// The names of all namespaces. The second value is what went wrong on the way, if anything did.
+pub(crate) fn namespaces(meta: &Bolt) -> (Vec<String>, Option<BoltError>) {
+    let mut found = Vec::new();
+    let mut look = || -> Result<(), BoltError> {
+        let Some(all) = meta.root().bucket(&[b"v1"])? else { return Ok(()) };
+        all.each(|name, item| {
+            if let (Some(_), Ok(name)) = (item.bucket(), std::str::from_utf8(name)) {
+                found.push(name.to_owned());
+            }
+            Ok::<_, BoltError>(())
+        })
+    };
+    let failed = look().err();
+    (found, failed)
+}
+
 impl Namespace {
-    /// Reads what can be read of a namespace whose snapshotter keeps its files in `dir`. What went wrong comes beside it.
+    /// Reads what can be read of a namespace whose only snapshotter keeps its files in `dir`. What went wrong comes beside it.
     pub(crate) fn read(meta: &Bolt, own: Option<&Bolt>, namespace: &str, dir: &Path) -> (Self, Vec<BoltError>) {
+        Self::read_of(meta, own, namespace, None, dir)
+    }
+
+    /// As [`Namespace::read`], for one of several snapshotters.
+    pub(crate) fn read_of(
+        meta: &Bolt,
+        own: Option<&Bolt>,
+        namespace: &str,
+        snapshotter: Option<&str>,
+        dir: &Path,
+    ) -> (Self, Vec<BoltError>) {
         let mut found = Self::default();
         let (own, failed) = own.map_or_else(Default::default, own_snapshots);
         let mut problems: Vec<BoltError> = failed.into_iter().collect();
-        let name = namespace.as_bytes();
-        let snapshots = meta.root().bucket(&[b"v1", name, b"snapshots"]);
-        problems
-            .extend(snapshots.and_then(|bucket| bucket.map_or(Ok(()), |all| found.snapshots(&all, &own, dir))).err());
-        let blobs = meta.root().bucket(&[b"v1", name, b"content", b"blob"]);
-        problems.extend(blobs.and_then(|bucket| bucket.map_or(Ok(()), |all| found.blobs(&all))).err());
+        let bucket = |path: &[&[u8]]| meta.root().bucket(&[&[b"v1", namespace.as_bytes()], path].concat());
+        let snapshots = bucket(&[b"snapshots"]);
+        let read = |all: Bucket<'_>| found.snapshots(&all, &own, snapshotter, dir);
+        problems.extend(snapshots.and_then(|all| all.map_or(Ok(()), read)).err());
+        let blobs = bucket(&[b"content", b"blob"]);
+        problems.extend(blobs.and_then(|all| all.map_or(Ok(()), |all| found.blobs(&all))).err());
         (found, problems)
     }
 
-    fn snapshots(&mut self, all: &Bucket<'_>, own: &HashMap<String, Own>, dir: &Path) -> Result<(), BoltError> {
+    fn snapshots(
+        &mut self,
+        all: &Bucket<'_>,
+        own: &HashMap<String, Own>,
+        only: Option<&str>,
+        dir: &Path,
+    ) -> Result<(), BoltError> {
         all.each(|snapshotter, item| {
             let Some(keys) = item.bucket() else { return Ok(()) };
+            if only.is_some_and(|only| snapshotter != only.as_bytes()) {
+                return Ok(());
+            }
             // The one that keeps whole trees; all others of containerd's and BuildKit's mount overlays.
             let whole = snapshotter == b"native";
             keys.each(|key, item| {
@@ -139,6 +209,41 @@ impl Namespace {
                 None => None,
             };
             self.blobs.insert(digest, BlobInfo { diff_id: label.and_then(|text| text.parse().ok()) });
+            Ok(())
+        })
+    }
+}
+
+impl Clients {
+    /// Reads what can be read of a namespace. What went wrong comes beside it.
+    pub(crate) fn read(meta: &Bolt, namespace: &str) -> (Self, Vec<BoltError>) {
+        let mut found = Self::default();
+        let bucket = |name: &[u8]| meta.root().bucket(&[b"v1", namespace.as_bytes(), name]);
+        let images = bucket(b"images").and_then(|all| all.map_or(Ok(()), |all| found.images(&all)));
+        let containers = bucket(b"containers").and_then(|all| all.map_or(Ok(()), |all| found.containers(&all)));
+        (found, images.err().into_iter().chain(containers.err()).collect())
+    }
+
+    fn images(&mut self, all: &Bucket<'_>) -> Result<(), BoltError> {
+        all.each(|name, item| {
+            let (Some(row), Ok(name)) = (item.bucket(), std::str::from_utf8(name)) else { return Ok(()) };
+            let target = match row.bucket(&[b"target"])? {
+                Some(target) => text(target.get(b"digest")?).zip(text(target.get(b"mediatype")?)),
+                None => None,
+            };
+            let target =
+                target.and_then(|(digest, media_type)| digest.parse().ok().map(|digest| Target { digest, media_type }));
+            self.images.insert(name.to_owned(), target);
+            Ok(())
+        })
+    }
+
+    fn containers(&mut self, all: &Bucket<'_>) -> Result<(), BoltError> {
+        all.each(|id, item| {
+            let (Some(row), Ok(id)) = (item.bucket(), std::str::from_utf8(id)) else { return Ok(()) };
+            let field = |key: &[u8]| Ok::<_, BoltError>(text(row.get(key)?).unwrap_or_default());
+            let (image, snapshotter, snapshot) = (field(b"image")?, field(b"snapshotter")?, field(b"snapshotKey")?);
+            self.containers.insert(id.to_owned(), ContainerInfo { image, snapshotter, snapshot });
             Ok(())
         })
     }
