@@ -15,6 +15,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use plies_oci::{ChainId, DiffId, ImageId, Reference, limits};
@@ -130,11 +131,23 @@ fn read(root: &Path, report: &mut ImportReport) -> Source {
         let id = id.parse::<ImageId>().map_err(|error| chain(&error));
         source.names.push((name, reference.and_then(|reference| Ok(Name::of(reference, id?)))));
     }
+    let is_shifted = is_shifted(root);
     for (name, dir) in entries(&image.join("layerdb/mounts"), report) {
+        if is_shifted {
+            let why = "Docker shifted the owners of its files (userns-remap), and does not say there by how much";
+            tell(report, "container", name, Outcome::Left, None, 0, Some(why.into()));
+            continue;
+        }
         let container = read_container(root, &name, &dir);
         source.containers.insert(name, container);
     }
     source
+}
+
+/// Whether containers ran in a user namespace, so that files have other owners than they say: then the driver's directory has the
+/// group that root is there (moby, `daemon/graphdriver/overlay2`).
+fn is_shifted(root: &Path) -> bool {
+    fs::metadata(root.join("overlay2")).is_ok_and(|meta| meta.gid() != 0)
 }
 
 fn read_layer(root: &Path, dir: &Path, chain_id: ChainId) -> Read<Layer> {

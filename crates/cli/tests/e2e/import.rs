@@ -7,10 +7,12 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use plies_testkit::buildkit::{ACTIVE, COMMITTED, Worker};
+use plies_testkit::image::{Image, Packing};
 use plies_testkit::kill::{self, Outcome};
 use plies_testkit::ply::Ply;
+use plies_testkit::tar::{self, Member};
 use plies_testkit::tree::Tree;
-use plies_testkit::{args, tools};
+use plies_testkit::{args, sha256_hex, tools};
 use serde_json::{Value, json};
 
 use crate::common::{Built, State, Step, store};
@@ -349,6 +351,53 @@ fn copies_share_nothing_with_the_source() {
 }
 
 #[test]
+fn a_source_on_another_file_system_is_copied() {
+    let Some(ply) = store() else { return };
+    let memory = ply.scratch().dir("v2-root");
+    // What is mounted in a scratch is unmounted with it.
+    tools::run(Command::new("mount").args(["-t", "tmpfs", "none"]).arg(&memory));
+    let source = root(&ply, "v2-root");
+    let ran = ply.fails(1, args!["import", "buildkit", source]);
+    assert!(ran.stderr.contains("give --copy"), "{ran}");
+    let before = Tree::of(&source);
+    let report = ply.json(args!["import", "buildkit", "--copy", source]);
+    ply.ok(args!["fsck", "--read-data"]);
+    assert_eq!(names(&report, "failed"), BTreeSet::new(), "{report:#}");
+    Tree::of(&source).assert_same(&before, "the source");
+    assert_listed(&ply, &report, "v2.du.txt");
+    let taken = items(&report, "taken");
+    assert_shows(&ply, taken["v64jhquzfvsz8gntmwg48jg8p"]["id"].as_str().unwrap(), "v2.oci.tar");
+    let dir = context(&ply, &source, "merge.Dockerfile");
+    build(&ply, &dir).assert_all_cached();
+}
+
+#[test]
+fn the_native_driver_takes_over_the_same() {
+    let Some(ply) = store() else { return };
+    let Some(native) = store() else { return };
+    let report = import(&ply, &root(&ply, "v2-root"));
+    let source = root(&native, "v2-root");
+    let by_native = native.json(args!["--driver", "native", "import", "buildkit", source]);
+    native.ok(args!["--driver", "native", "fsck", "--read-data"]);
+    for outcome in ["taken", "left", "failed"] {
+        assert_eq!(names(&by_native, outcome), names(&report, outcome), "{outcome}");
+    }
+    let at = native.scratch().dir("at");
+    for (name, item) in items(&report, "taken").into_iter().filter(|(_, item)| item["size_bytes"] != 0) {
+        let id = item["id"].as_str().unwrap();
+        if ply.json(args!["ref", "inspect", id])["state"] == "mutable" {
+            continue;
+        }
+        native.ok(args!["--driver", "native", "mount", id, at]);
+        // The root's own metadata counts only where a layer sets it.
+        let plain = |tree: Tree| tree.map(|_, node| node.links = 0).without_root();
+        let copied = plain(Tree::of(&at));
+        native.ok(args!["--driver", "native", "umount", at]);
+        plain(Tree::of(ply.mount(id).path())).assert_same(&copied, name);
+    }
+}
+
+#[test]
 fn what_is_damaged_is_named_and_the_rest_comes_over() {
     let Some(ply) = store() else { return };
     let source = root(&ply, "v1-root");
@@ -526,4 +575,106 @@ fn odd_rows_are_judged_one_by_one() {
     // Steps find the cache mount by the name that they have for it.
     let record = ply.json(args!["ref", "inspect", taken["retained"]["id"].as_str().unwrap()]);
     assert_eq!((&record["record_type"], &record["state"]), (&json!("exec.cachemount"), &json!("mutable")));
+}
+
+/// An image's blobs in a worker's content; layers with the digests of their tars, documents with `labels`.
+fn put_image(worker: &mut Worker, image: &Image, diff_ids: &[String], labels: &[(&str, &str)]) {
+    for (name, bytes) in image.blobs() {
+        let layer = (0..diff_ids.len()).find(|layer| name == image.layer_digest(*layer));
+        match layer {
+            Some(layer) => worker.blob(&bytes, &[("containerd.io/uncompressed", &diff_ids[layer])]),
+            None => worker.blob(&bytes, labels),
+        };
+    }
+}
+
+#[test]
+fn what_buildkit_could_build_on_without_a_registry_can_be_built_on_here() {
+    let Some(ply) = store() else { return };
+    let made = |name: &str| {
+        let tar = tar::archive(&[Member::file(name, name)]);
+        (Image::new(name).layer_tar(&tar, Packing::Gzip), vec![format!("sha256:{}", sha256_hex(&tar))])
+    };
+    let [(base, base_diff), (two, two_diff), (half, half_diff)] = ["base", "two", "half"].map(made);
+    let mut worker = Worker::new(ply.scratch().dir("state/runc-overlayfs"), "overlayfs");
+    put_image(&mut worker, &base, &base_diff, &[]);
+    // Only the labels say where the second is from, as in roots of version 1.
+    let source = [("containerd.io/distribution.source.example.com", "lib/two,lib/alias")];
+    put_image(&mut worker, &two, &two_diff, &source);
+    put_image(&mut worker, &half, &half_diff, &[]);
+    let manifest_of = |image: &Image| format!("sha256:{}", image.manifest_digest());
+    let content = ply.scratch().join("state/runc-overlayfs/content/blobs/sha256");
+    fs::remove_file(content.join(half.layer_digest(0))).unwrap();
+    let size = fs::metadata(content.join(base.manifest_digest())).unwrap().len();
+    let platform = json!({"os": "linux", "architecture": plies_testkit::image::architecture()});
+    let other = json!({"os": "plan9", "architecture": "mips"});
+    let manifest = |digest: &str, platform: &Value| {
+        let media_type = "application/vnd.oci.image.manifest.v1+json";
+        json!({"mediaType": media_type, "digest": digest, "size": size, "platform": platform})
+    };
+    let elsewhere = format!("sha256:{}", "e".repeat(64));
+    let manifests = [manifest(&elsewhere, &other), manifest(&manifest_of(&base), &platform)];
+    // Neither has to say what it is.
+    let index = worker.blob(json!({"schemaVersion": 2, "manifests": manifests}).to_string().as_bytes(), &[]);
+    let files = worker.snapshot("layer", COMMITTED, None);
+    fs::write(files.join("base"), "base").unwrap();
+    let refs = |name: &str, digest: &str| json!([format!("{name}@{digest}")]);
+    let gone = format!("sha256:{}", "0".repeat(64));
+    worker
+        .row(
+            "layer",
+            json!({"snapshot.committed": true, "cache.blob": format!("sha256:{}", base.layer_digest(0)), "cache.diffID": base_diff[0],
+            "cache.createdAt": 20, "cache.imageRefs": refs("docker.io/library/base:1", &index)}),
+        )
+        .row(
+            "older",
+            json!({"cache.mergeParents": ["layer", "layer"], "cache.createdAt": 10,
+            "cache.imageRefs": refs("docker.io/library/base:1", &manifest_of(&two))}),
+        )
+        .row("gone", json!({"cache.mergeParents": ["layer", "layer"], "cache.imageRefs": refs("gone:1", &gone)}))
+        .row(
+            "half",
+            json!({"cache.mergeParents": ["layer", "layer"],
+            "cache.imageRefs": refs("half:1", &manifest_of(&half))}),
+        );
+    worker.write();
+
+    let state = ply.scratch().join("state");
+    let told = ply.json(args!["import", "buildkit", "--dry-run", state]);
+    let report = import(&ply, &state);
+    for outcome in ["taken", "left", "failed"] {
+        assert_eq!(names(&told, outcome), names(&report, outcome), "{outcome}");
+    }
+    assert_eq!(names(&report, "failed"), BTreeSet::new(), "{report:#}");
+    let left = items(&report, "left");
+    assert_eq!(left["gone:1"]["why"], "BuildKit does not keep its manifest");
+    assert_eq!(left["half:1"]["why"], "BuildKit never fetched all of it");
+    let two_digest = manifest_of(&two);
+    let asked = [
+        ("base:1".to_owned(), "base"),
+        (format!("base@{index}"), "base"),
+        (format!("base:1@{index}"), "base"),
+        (format!("base@{}", manifest_of(&base)), "base"),
+        (format!("example.com/lib/two@{two_digest}"), "two"),
+        (format!("example.com/lib/alias:any@{two_digest}"), "two"),
+        (format!("base@{two_digest}"), "two"),
+    ];
+    let context = ply.scratch().dir("context");
+    for (name, file) in &asked {
+        fs::write(context.join("Dockerfile"), format!("FROM {name}\nLABEL x=y\n")).unwrap();
+        ply.ok(args!["build", "-t", "built", context]);
+        assert!(ply.mount("built").path().join(file).is_file(), "{name}");
+    }
+    // It goes out under the manifest that it came with.
+    let details = ply.json(args!["inspect", "base:1"]);
+    assert_eq!(details["manifests"], json!([manifest_of(&base)]));
+    let state_before = State::of(&ply);
+    let again = import(&ply, &state);
+    state_before.assert_same(&State::of(&ply), "a second import");
+    assert_eq!(names(&again, "taken"), BTreeSet::new());
+    // A name that is taken here stays.
+    ply.ok(args!["tag", format!("example.com/lib/two@{two_digest}"), "base:1"]);
+    let again = import(&ply, &state);
+    assert!(items(&again, "left").contains_key("base:1"), "{again:#}");
+    assert!(ply.mount("base:1").path().join("two").is_file());
 }

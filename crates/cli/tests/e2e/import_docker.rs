@@ -274,3 +274,28 @@ fn a_kill_leaves_whole_images_and_the_next_import_brings_the_rest() {
     }
     assert!(killed > 5, "too few kills: {counts:?}");
 }
+
+/// With `userns-remap`, what root owns in a container is somebody else's on the disk. The tar-split says whose it is.
+#[test]
+fn layers_with_shifted_owners_come_over_as_their_tars_have_them() {
+    let Some(ply) = store() else { return };
+    let (root, ids) = two_images(ply.scratch().join("data/100000.100000"));
+    tools::run(Command::new("chown").args(["-R", "100000:100000"]).arg(root.path.join("overlay2")));
+    let report = ply.json(args!["import", "docker", "--containers", root.path]);
+    ply.ok(args!["fsck", "--read-data"]);
+    assert_eq!(ended(&report, "failed"), BTreeSet::new(), "{report:#}");
+    for (name, file) in [("one:1", "one"), ("two:1", "two")] {
+        let mounted = ply.mount(name);
+        for file in ["below", file] {
+            let meta = fs::symlink_metadata(mounted.path().join(file)).unwrap();
+            assert_eq!((meta.uid(), meta.gid(), meta.nlink()), (0, 0, 1), "{name}: {file}");
+        }
+    }
+    assert_eq!(ply.json(args!["inspect", "two:1"])["id"], format!("sha256:{}", ids[1]));
+    // Nothing says what the owners in a writable layer stand for.
+    let containers = items(&report, "container");
+    assert_eq!(containers.len(), 1);
+    let (outcome, why) = containers["c".repeat(64).as_str()];
+    assert!(outcome == "left" && why.contains("userns-remap"), "{report:#}");
+    assert_eq!(ply.json(args!["layer", "rw", "ls"]), json!([]));
+}

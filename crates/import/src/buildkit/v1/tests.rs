@@ -141,7 +141,7 @@ fn rows_of(rows: &[(&str, RawRow)]) -> RawRows {
 fn namespace(snapshots: &[(&str, SnapshotInfo)], blobs: &[BlobDigest]) -> Namespace {
     Namespace {
         snapshots: snapshots.iter().map(|(key, info)| ((*key).to_owned(), info.clone())).collect(),
-        blobs: blobs.iter().map(|digest| (*digest, BlobInfo { diff_id: None })).collect(),
+        blobs: blobs.iter().map(|digest| (*digest, BlobInfo::default())).collect(),
     }
 }
 
