@@ -32,13 +32,14 @@ impl RecordRow {
 }
 
 impl Accessor {
-    /// Adopts records, all of them or none, in one transaction; durable when this returns. Those whose IDs are here stay
-    /// as they are. Parents come before what stands on them, here or in an earlier call.
+    /// Adopts records, all of them or none, in one transaction. It is durable with the store's next durable write: a crash
+    /// leaves what earlier calls did. Those whose IDs are here stay as they are. Parents come before what stands on them,
+    /// here or in an earlier call.
     ///
     /// # Errors
     /// [`CacheError::NotFound`] if a parent is not here; [`CacheError::Catalogue`] if the files of a record are not.
     pub fn adopt(&self, records: &[Adopted]) -> Result<(), CacheError> {
-        self.inner.store.write(|tx| {
+        self.inner.store.write_lazily(|tx| {
             for Adopted { id, row, uses, variants, values } in records {
                 if tx.contains(&record::RECORDS, id)? {
                     continue;
@@ -87,8 +88,8 @@ impl Accessor {
         })
     }
 
-    /// Writes down what keys of another program's solver gave and lead to, in one transaction. What is known already stays.
-    /// Gives how many results were not.
+    /// Writes down what keys of another program's solver gave and lead to, in one transaction, durable as in
+    /// [`Self::adopt`]. What is known already stays. Gives how many results were not.
     ///
     /// # Errors
     /// [`CacheError::NotFound`] if a record is not here.
@@ -97,7 +98,7 @@ impl Accessor {
         results: &[(CacheKey, RecordId)],
         links: &[(CacheKey, Link, CacheKey)],
     ) -> Result<usize, CacheError> {
-        self.inner.store.write(|tx| {
+        self.inner.store.write_lazily(|tx| {
             let mut new = 0;
             for (key, id) in results {
                 if !tx.contains(&record::RECORDS, id)? {
@@ -109,7 +110,9 @@ impl Accessor {
                 }
             }
             for (from, link, to) in links {
-                solver::put_link(tx, from, link, to)?;
+                if !solver::has_link(tx, from, link, to)? {
+                    solver::put_link(tx, from, link, to)?;
+                }
             }
             Ok(new)
         })

@@ -192,6 +192,10 @@ pub(crate) fn has_result(rows: &impl Rows, key: &CacheKey, id: RecordId) -> Resu
     rows.contains(&RESULTS, &(*key, id))
 }
 
+pub(crate) fn has_link(rows: &impl Rows, from: &CacheKey, link: &Link, to: &CacheKey) -> Result<bool, CatalogueError> {
+    rows.contains(&LINKS, &(*from, link.id(), *to))
+}
+
 pub(crate) fn put_link(tx: &mut Tx<'_>, from: &CacheKey, link: &Link, to: &CacheKey) -> Result<(), CatalogueError> {
     tx.put(&LINKS, &(*from, link.id(), *to), &())?;
     tx.put(&BACK_LINKS, &(*to, *from, link.id()), &LinkRow(link.clone())).map(drop)

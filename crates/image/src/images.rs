@@ -555,14 +555,18 @@ pub fn names_of(rows: &impl Rows, image: &ImageId) -> Result<Vec<String>, Catalo
 }
 
 /// Finds an image by name, by ID, or by the beginning of an ID. A name wins over an ID. A name with a digest means the
-/// image that a name of that repository was loaded with under that manifest.
+/// image that has this digest for a name in that repository, whatever its tag, or that a name of that repository was loaded
+/// with under that manifest.
 ///
 /// # Errors
 /// [`ImageError::NotFound`], [`ImageError::Ambiguous`].
 pub fn find(rows: &impl Rows, wanted: &str) -> Result<Found, ImageError> {
     if let Ok(name) = Reference::from_str(wanted) {
         let row = match (rows.get(&NAMES, &name.to_string())?, name.digest()) {
-            (None, Some(digest)) => pinned(rows, &name, digest)?,
+            (None, Some(digest)) => match rows.get(&NAMES, &name.with_digest(digest).to_string())? {
+                None => pinned(rows, &name, digest)?,
+                row => row,
+            },
             (row, _) => row,
         };
         if let Some(row) = row

@@ -82,11 +82,11 @@ pub fn import(import: &Import<'_>, path: &Path, containers: Containers) -> Resul
     }
     import.check_file_system(&path.join("overlay"))?;
     report.sources.push(path.to_owned());
-    let source = read(path, &mut report);
+    let source = read(path, import.documents, &mut report);
     images::take(import, &source, containers, report)
 }
 
-fn read(root: &Path, report: &mut ImportReport) -> Source {
+fn read(root: &Path, limits: &DocumentLimits, report: &mut ImportReport) -> Source {
     if root.join("vfs-layers").is_dir() {
         let why = "it is of the vfs driver, which copies a whole tree for each layer";
         tell(report, "directory", "vfs-layers", Outcome::Left, None, 0, Some(why.into()));
@@ -136,7 +136,7 @@ fn read(root: &Path, report: &mut ImportReport) -> Source {
             continue;
         };
         let config = root.join("overlay-images").join(&row.id).join(config_file(id));
-        source.images.insert(id, Image::read(id, &config));
+        source.images.insert(id, Image::read(id, &config, limits));
         for name in row.names {
             let reference = name.parse::<Reference>().map_err(|error| chain(&error));
             if reference.as_ref().is_ok_and(|reference| reference.digest().is_some()) {
@@ -388,7 +388,7 @@ mod tests {
             }
             let dir = storage(&lists[0], &lists[1], &lists[2]);
             let mut report = ImportReport::default();
-            let source = read(dir.path(), &mut report);
+            let source = read(dir.path(), &DocumentLimits::default(), &mut report);
             let root = dir.path().join("overlay");
             let trees = source.layers.values().flatten().map(|layer| match &layer.files {
                 Files::Split { tree, .. } => tree,

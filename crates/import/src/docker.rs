@@ -15,9 +15,10 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
-use plies_oci::{ChainId, DiffId, ImageId, Reference, limits};
+use plies_oci::{ChainId, DiffId, DocumentLimits, ImageId, Reference};
 use serde::Deserialize;
 
 use crate::images::{self, Container, Containers, Files, Image, Layer, Name, Read, Source, entries, read_bytes, tell};
@@ -29,7 +30,7 @@ const TEXT_BYTES_MAX: u64 = 4096;
 /// Names of all images: 100,000 of 200 bytes, twice.
 const REPOSITORIES_BYTES_MAX: u64 = 64 << 20;
 /// As of an image: most of a container's is the same.
-const CONTAINER_BYTES_MAX: u64 = limits::CONFIG_BYTES_MAX;
+const CONTAINER_BYTES_MAX: u64 = 8 << 20;
 /// Docker calls a layer so while it removes it.
 const REMOVING: &str = "-removing";
 
@@ -57,7 +58,7 @@ pub fn import(import: &Import<'_>, path: &Path, containers: Containers) -> Resul
     }
     import.check_file_system(&path.join("overlay2"))?;
     report.sources.push(path.to_owned());
-    let source = read(path, &mut report);
+    let source = read(path, import.documents, &mut report);
     images::take(import, &source, containers, report)
 }
 
@@ -90,7 +91,7 @@ fn tree_of(root: &Path, from: &Path) -> Read<Option<PathBuf>> {
     }
 }
 
-fn read(root: &Path, report: &mut ImportReport) -> Source {
+fn read(root: &Path, limits: &DocumentLimits, report: &mut ImportReport) -> Source {
     let image = root.join("image/overlay2");
     let mut source = Source::default();
     for (name, dir) in entries(&image.join("layerdb/sha256"), report) {
@@ -106,7 +107,7 @@ fn read(root: &Path, report: &mut ImportReport) -> Source {
         match ImageId::from_hex(&name) {
             Ok(id) => {
                 let metadata = image.join("imagedb/metadata/sha256").join(&name);
-                source.images.insert(id, read_image(id, &path, &metadata));
+                source.images.insert(id, read_image(id, &path, &metadata, limits));
             }
             Err(_) => report.problem("image", name, "its name is no image ID"),
         }
@@ -130,11 +131,23 @@ fn read(root: &Path, report: &mut ImportReport) -> Source {
         let id = id.parse::<ImageId>().map_err(|error| chain(&error));
         source.names.push((name, reference.and_then(|reference| Ok(Name::of(reference, id?)))));
     }
+    let is_shifted = is_shifted(root);
     for (name, dir) in entries(&image.join("layerdb/mounts"), report) {
+        if is_shifted {
+            let why = "Docker shifted the owners of its files (userns-remap), and does not say there by how much";
+            tell(report, "container", name, Outcome::Left, None, 0, Some(why.into()));
+            continue;
+        }
         let container = read_container(root, &name, &dir);
         source.containers.insert(name, container);
     }
     source
+}
+
+/// Whether containers ran in a user namespace, so that files have other owners than they say: then the driver's directory has the
+/// group that root is there (moby, `daemon/graphdriver/overlay2`).
+fn is_shifted(root: &Path) -> bool {
+    fs::metadata(root.join("overlay2")).is_ok_and(|meta| meta.gid() != 0)
 }
 
 fn read_layer(root: &Path, dir: &Path, chain_id: ChainId) -> Read<Layer> {
@@ -151,8 +164,8 @@ fn read_layer(root: &Path, dir: &Path, chain_id: ChainId) -> Read<Layer> {
     }
 }
 
-fn read_image(id: ImageId, path: &Path, metadata: &Path) -> Read<Image> {
-    let mut image = Image::read(id, path)?;
+fn read_image(id: ImageId, path: &Path, metadata: &Path, limits: &DocumentLimits) -> Read<Image> {
+    let mut image = Image::read(id, path, limits)?;
     image.parent = read_id(&metadata.join("parent"))?;
     image.built_here = metadata.join("builtLocally").exists();
     Ok(image)

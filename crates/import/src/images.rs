@@ -167,13 +167,13 @@ impl Name {
 
 impl Image {
     /// Reads the config of the image `id`.
-    pub(crate) fn read(id: ImageId, path: &Path) -> Read<Self> {
-        let raw = read_bytes(path, limits::CONFIG_BYTES_MAX)?;
+    pub(crate) fn read(id: ImageId, path: &Path, limits: &DocumentLimits) -> Read<Self> {
+        let raw = read_bytes(path, limits.config_bytes)?;
         match ImageId::from_bytes(*BlobDigest::of(&raw).as_bytes()) {
             actual if actual == id => {}
             actual => return Err(format!("its config is damaged: it has the digest {actual}")),
         }
-        let config = ImageConfig::parse(&raw).map_err(|error| chain(&error))?;
+        let config = ImageConfig::parse_within(&raw, limits).map_err(|error| chain(&error))?;
         let diff_ids = config.diff_ids().to_vec();
         Ok(Self { raw, diff_ids, parent: None, built_here: false, manifests: Vec::new() })
     }

@@ -18,7 +18,7 @@ use crate::layers::Stage;
 use crate::open::make_dir;
 use crate::snapshots::{SnapshotError, Snapshots};
 use crate::tree::{self, Material, Metadata};
-use crate::{Cancel, FinishedStage, LayerContents, SnapshotId};
+use crate::{Cancel, FinishedStage, LayerContents, LayerId, Lease};
 
 /// How files come over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,10 +44,11 @@ pub enum ForeignTree {
 }
 
 /// What a foreign tree is a difference to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Over {
-    /// This snapshot, or nothing: what says nothing new over it goes, and what hides nothing.
-    Base(Option<SnapshotId>),
+#[derive(Debug, Clone, Copy)]
+pub enum Over<'a> {
+    /// These layers, bottom first, held by this lease or otherwise: what says nothing new over them goes, and what hides
+    /// nothing.
+    Layers(&'a [LayerId], &'a Lease),
     /// Whatever lies below: it is what a tar unpacked to.
     Anything,
 }
@@ -64,7 +65,8 @@ const OPAQUE: &CStr = c"trusted.overlay.opaque";
 const USER_OPAQUE: &[u8] = b"user.overlay.opaque";
 
 impl Snapshots<'_> {
-    /// A stage with what `tree` changes of what it lies over, not published yet; the source is only read. The caller holds a base.
+    /// A stage with what `tree` changes of what it lies over, not published yet; the source is only read. The caller holds
+    /// the layers below.
     /// `judge` sees the stage with the canonical layer, may keep a tar-split with it, and says what else is known of it; or that
     /// there shall be none.
     ///
@@ -73,7 +75,7 @@ impl Snapshots<'_> {
     /// [`SnapshotError::File`].
     pub fn stage_foreign(
         &self,
-        over: Over,
+        over: Over<'_>,
         tree: &ForeignTree,
         taking: Taking,
         cancel: &Cancel,
@@ -103,7 +105,7 @@ impl Snapshots<'_> {
             }
         }
         let sealed = match over {
-            Over::Base(base) => self.seal_over(base, stage.root())?,
+            Over::Layers(below, lease) => self.seal_over(below, lease, stage.root())?,
             Over::Anything => plies_archive::seal_alone(stage.root())?,
         };
         let contents = LayerContents { usage: sealed.usage, index: sealed.index, ..LayerContents::default() };

@@ -29,7 +29,7 @@ use crate::catalogue::{CatalogueError, Rows, Tx};
 use crate::error::{At as _, FileError};
 use crate::open::sync_dir;
 use crate::tree::STAT_BLOCK_BYTES;
-use crate::{LayerId, Lease, Stamp, Store, tree};
+use crate::{LayerId, Lease, Stamp, Store, parallel, tree};
 use plies_archive::tar::EntryPath;
 use plies_archive::{DirIndex, Usage};
 
@@ -40,6 +40,11 @@ const TAR_SPLIT: &str = "tar-split.json.gz";
 
 /// Version of the sidecar; docs/format/catalogue.md.
 const SIDECAR_VERSION: u32 = 1;
+
+/// Stages whose files are written by several threads: for fewer, starting those takes longer than writing.
+const LAYERS_SHARED_MIN: usize = 16;
+/// Threads that write them.
+const WRITERS: usize = 4;
 
 /// Why an operation on layers failed.
 #[derive(Debug, thiserror::Error)]
@@ -472,7 +477,9 @@ impl Stage {
     }
 
     /// Nothing more will be written.
-    pub fn finish(self, contents: LayerContents) -> FinishedStage {
+    pub fn finish(mut self, contents: LayerContents) -> FinishedStage {
+        // Thousands may wait to be published together: more than a process may have open.
+        self.root = None;
         FinishedStage { stage: self, contents }
     }
 }
@@ -495,8 +502,8 @@ pub struct FinishedStage {
 
 impl FinishedStage {
     /// Its tree.
-    pub(crate) fn root(&self) -> BorrowedFd<'_> {
-        self.stage.root()
+    pub(crate) fn root(&self) -> Result<OwnedFd, FileError> {
+        tree::open_own(&self.stage.tree())
     }
 
     /// What is known of it.
@@ -592,16 +599,17 @@ pub(crate) fn publish<E: From<LayerError> + From<CatalogueError> + From<FileErro
     }
     let paths = &store.inner.paths;
     let now = store.now();
-    let mut rows = Vec::with_capacity(finished.len());
-    for FinishedStage { stage, contents } in &finished {
-        let path = stage.dir.join(INDEX);
-        fs::write(&path, contents.index.encode()).at("write", path)?;
-    }
-    for finished in &finished {
+    let write = |finished: &FinishedStage| {
+        let path = finished.stage.dir.join(INDEX);
+        fs::write(&path, finished.contents.index.encode()).at("write", path)?;
         let row = finished.row(kind, now)?;
         Sidecar::write(&finished.stage.dir, &row)?;
-        rows.push((finished.stage.id, row));
-    }
+        Ok::<_, FileError>((finished.stage.id, row))
+    };
+    let rows = match finished.len() {
+        ..LAYERS_SHARED_MIN => finished.iter().map(write).collect::<Result<Vec<_>, _>>()?,
+        _ => parallel(&finished, WRITERS, |_| 0, write)?,
+    };
     let layers = tree::open_own(&paths.layers)?;
     rustix::fs::syncfs(&layers).at("sync", &paths.layers)?;
     for FinishedStage { stage, .. } in &mut finished {

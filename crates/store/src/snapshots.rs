@@ -273,7 +273,8 @@ impl<'a> Snapshots<'a> {
                     tx.lease_hold(lease.id(), id)
                 })?;
             }
-            None => self.store.write(|tx| {
+            // As durable as what holds it: whoever refers to it in a durable transaction makes it durable as well.
+            None => lease.write(|tx| {
                 put_snapshot(tx, id, &list, None)?;
                 tx.lease_hold(lease.id(), id)
             })?,
@@ -756,16 +757,23 @@ impl<'a> Snapshots<'a> {
         self.store
     }
 
-    /// Makes an upper directory that no mount uses a canonical layer over `base`, in place.
+    /// Makes an upper directory that no mount uses a canonical layer over others, in place. What has to be made to see those
+    /// as one tree is held by `lease`.
     pub(crate) fn seal_over(
         &self,
-        base: Option<SnapshotId>,
+        below: &[LayerId],
+        lease: &Lease,
         upper: BorrowedFd<'_>,
     ) -> Result<plies_archive::Sealed, SnapshotError> {
-        let lowers = self.lowers(base)?;
-        if lowers.is_empty() {
+        let list = without_repetitions(below);
+        if list.is_empty() {
             return Ok(plies_archive::seal_upper(upper, None)?);
         }
+        // Most stacks need neither a fix-up nor a squash, and then no row for this one look.
+        let lowers = match list.len() <= self.store.inner.driver.max_lowers() && self.fix_up_of(&list)?.is_none() {
+            true => list.into_iter().map(|id| Lower { id, dir: layers::layer_dir(self.store, id) }).collect(),
+            false => self.lowers(Some(self.ensure(&list, lease)?))?,
+        };
         let scratch = self.scratch()?;
         let below = self.store.inner.driver.view(&lowers, &scratch)?;
         let sealed = plies_archive::seal_upper(upper, Some(below.root.as_fd()));

@@ -3,6 +3,7 @@
 //! | module | role |
 //! |---|---|
 //! | [`bolt`] | writes database files of Go's bbolt library |
+//! | [`buildkit`] | BuildKit workers' state directories, made by hand |
 //! | [`containerd`] | a containerd with state of its own |
 //! | [`docker`] | Docker's state: a daemon with a data root of its own, and data roots made by hand |
 //! | [`tar`] | writes layer tars byte by byte, sound ones and hostile ones |
@@ -20,6 +21,7 @@
 //! mistakes too. Helpers panic with the whole story, since a test that cannot go on has failed.
 
 pub mod bolt;
+pub mod buildkit;
 pub mod catalogue;
 pub mod containerd;
 pub mod docker;

@@ -6,11 +6,13 @@ use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use plies_testkit::bolt::{self, Node};
+use plies_testkit::buildkit::{ACTIVE, COMMITTED, Worker};
+use plies_testkit::image::{Image, Packing};
 use plies_testkit::kill::{self, Outcome};
 use plies_testkit::ply::Ply;
+use plies_testkit::tar::{self, Member};
 use plies_testkit::tree::Tree;
-use plies_testkit::{args, tools};
+use plies_testkit::{args, sha256_hex, tools};
 use serde_json::{Value, json};
 
 use crate::common::{Built, State, Step, store};
@@ -164,7 +166,7 @@ fn a_root_of_version_1_comes_over_with_trees_records_and_diff_ids() {
         .collect();
     assert_eq!(found, diff_ids("v1.oci.tar"));
 
-    // C2: nothing of the source is written. Files have one name more, where they lie in both.
+    // Files have one name more, where they lie in both.
     let same = |tree: Tree| tree.map(|_, node| node.links = 0);
     same(Tree::of(&source)).assert_same(&same(before), "the source");
     let snapshots = source.join("runc-overlayfs/snapshots/snapshots");
@@ -184,6 +186,63 @@ fn c01_if_there_is_a_file_of_version_2_the_other_is_not_looked_at() {
     assert_listed(&ply, &report, "mig.du.txt");
     assert_shows(&ply, items(&report, "taken")["smkctz3g0sxytyvh9dayitkfc"]["id"].as_str().unwrap(), "v1.oci.tar");
     assert!(report["keys_count"].as_u64().unwrap() > 5, "the solver's keys lie beside the worker: {report:#}");
+}
+
+/// BuildKit worked on a copy that it then put in place; we need neither.
+#[test]
+fn c02_and_c12_nothing_of_the_source_is_written_and_each_row_is_told_once() {
+    let Some(ply) = store() else { return };
+    let source = root(&ply, "v1-root");
+    // What an earlier try of BuildKit's left is nobody's business.
+    fs::write(source.join("runc-overlayfs/metadata_v2.db.tmp"), "half a copy").unwrap();
+    let whole = |tree: Tree| tree.map(|_, node| node.links = 0);
+    let before = whole(Tree::of(&source));
+    let report = import(&ply, &source);
+    whole(Tree::of(&source)).assert_same(&before, "the source: the old database stays, and no other appears");
+    let told: Vec<&str> =
+        report["items"].as_array().unwrap().iter().map(|item| item["name"].as_str().unwrap()).collect();
+    let rows = flate2::read::GzDecoder::new(fs::File::open(fixture("v1.metadata.json.gz")).unwrap());
+    let rows: Value = serde_json::from_reader(rows).unwrap();
+    let rows: Vec<&str> = rows["_main"].as_object().unwrap().keys().map(String::as_str).collect();
+    assert_eq!(told, rows);
+}
+
+/// BuildKit held everything by its new leases before it took the old roots away. Here each record holds its own from the
+/// transaction on in which it appears: with the source gone, no collection takes anything.
+#[test]
+fn c12_what_came_over_is_held_without_the_source() {
+    let Some(ply) = store() else { return };
+    let source = root(&ply, "v1-root");
+    let report = import(&ply, &source);
+    fs::remove_dir_all(&source).unwrap();
+    ply.ok(args!["gc"]);
+    ply.ok(args!["fsck", "--read-data"]);
+    let taken = items(&report, "taken");
+    assert_shows(&ply, taken["smkctz3g0sxytyvh9dayitkfc"]["id"].as_str().unwrap(), "v1.oci.tar");
+    for item in taken.values() {
+        let id = item["id"].as_str().unwrap();
+        let is_mutable = ply.json(args!["ref", "inspect", id])["state"] == "mutable";
+        drop(if is_mutable { ply.mount_with(id, args!["--rw"]) } else { ply.mount(id) });
+    }
+}
+
+/// BuildKit of 2026 refuses such a root, and advises to start an older version of it first.
+#[test]
+fn c13_a_root_of_version_1_alone_is_read_as_it_is() {
+    let Some(ply) = store() else { return };
+    let source = root(&ply, "v1-root");
+    assert!(!source.join("runc-overlayfs/metadata_v2.db").exists());
+    let (one, migrated) = (import(&ply, &source), {
+        let other = Ply::new(env!("CARGO_BIN_EXE_ply"));
+        import(&other, &root(&other, "mig-root"))
+    });
+    // What comes over is what comes over from the copy of it that BuildKit migrated.
+    for outcome in ["taken", "left", "failed"] {
+        assert_eq!(names(&one, outcome), names(&migrated, outcome), "{outcome}");
+    }
+    assert_eq!(one["keys_count"], migrated["keys_count"]);
+    let ids = |report: &Value| items(report, "taken").values().map(|item| item["id"].clone()).collect::<Vec<_>>();
+    assert_eq!(ids(&one), ids(&migrated));
 }
 
 #[test]
@@ -292,6 +351,53 @@ fn copies_share_nothing_with_the_source() {
 }
 
 #[test]
+fn a_source_on_another_file_system_is_copied() {
+    let Some(ply) = store() else { return };
+    let memory = ply.scratch().dir("v2-root");
+    // What is mounted in a scratch is unmounted with it.
+    tools::run(Command::new("mount").args(["-t", "tmpfs", "none"]).arg(&memory));
+    let source = root(&ply, "v2-root");
+    let ran = ply.fails(1, args!["import", "buildkit", source]);
+    assert!(ran.stderr.contains("give --copy"), "{ran}");
+    let before = Tree::of(&source);
+    let report = ply.json(args!["import", "buildkit", "--copy", source]);
+    ply.ok(args!["fsck", "--read-data"]);
+    assert_eq!(names(&report, "failed"), BTreeSet::new(), "{report:#}");
+    Tree::of(&source).assert_same(&before, "the source");
+    assert_listed(&ply, &report, "v2.du.txt");
+    let taken = items(&report, "taken");
+    assert_shows(&ply, taken["v64jhquzfvsz8gntmwg48jg8p"]["id"].as_str().unwrap(), "v2.oci.tar");
+    let dir = context(&ply, &source, "merge.Dockerfile");
+    build(&ply, &dir).assert_all_cached();
+}
+
+#[test]
+fn the_native_driver_takes_over_the_same() {
+    let Some(ply) = store() else { return };
+    let Some(native) = store() else { return };
+    let report = import(&ply, &root(&ply, "v2-root"));
+    let source = root(&native, "v2-root");
+    let by_native = native.json(args!["--driver", "native", "import", "buildkit", source]);
+    native.ok(args!["--driver", "native", "fsck", "--read-data"]);
+    for outcome in ["taken", "left", "failed"] {
+        assert_eq!(names(&by_native, outcome), names(&report, outcome), "{outcome}");
+    }
+    let at = native.scratch().dir("at");
+    for (name, item) in items(&report, "taken").into_iter().filter(|(_, item)| item["size_bytes"] != 0) {
+        let id = item["id"].as_str().unwrap();
+        if ply.json(args!["ref", "inspect", id])["state"] == "mutable" {
+            continue;
+        }
+        native.ok(args!["--driver", "native", "mount", id, at]);
+        // The root's own metadata counts only where a layer sets it.
+        let plain = |tree: Tree| tree.map(|_, node| node.links = 0).without_root();
+        let copied = plain(Tree::of(&at));
+        native.ok(args!["--driver", "native", "umount", at]);
+        plain(Tree::of(ply.mount(id).path())).assert_same(&copied, name);
+    }
+}
+
+#[test]
 fn what_is_damaged_is_named_and_the_rest_comes_over() {
     let Some(ply) = store() else { return };
     let source = root(&ply, "v1-root");
@@ -372,84 +478,19 @@ fn ply_records(ply: &Ply, _: &Value) -> BTreeSet<(String, String)> {
     records.as_array().unwrap().iter().map(|record| (text(record, "id"), text(record, "description"))).collect()
 }
 
-/// A made worker: rows of its metadata, and snapshots of a snapshotter.
-struct Made {
-    dir: PathBuf,
-    snapshotter: &'static str,
-    rows: bolt::Tree,
-    meta: bolt::Tree,
-    own: bolt::Tree,
-}
-
-fn bucket(entries: Vec<(&str, Node)>) -> Node {
-    Node::Bucket(entries.into_iter().map(|(key, node)| (key.as_bytes().to_vec(), node)).collect())
-}
-
-fn bytes(bytes: impl AsRef<[u8]>) -> Node {
-    Node::Value(bytes.as_ref().to_vec())
-}
-
-impl Made {
-    fn new(dir: PathBuf, snapshotter: &'static str) -> Self {
-        fs::create_dir_all(dir.join("snapshots/snapshots")).unwrap();
-        let none = bolt::Tree::new;
-        Self { dir, snapshotter, rows: none(), meta: none(), own: none() }
-    }
-
-    fn row(&mut self, id: &str, keys: Value) -> &mut Self {
-        let keys = keys.as_object().unwrap();
-        let entry =
-            |(key, value): (&String, &Value)| (key.as_bytes().to_vec(), bytes(json!({ "value": value }).to_string()));
-        self.rows.insert(id.as_bytes().to_vec(), Node::Bucket(keys.iter().map(entry).collect()));
-        self
-    }
-
-    /// A snapshot; the directory that its files go to.
-    fn snapshot(&mut self, key: &str, kind: u8, parent: Option<&str>) -> PathBuf {
-        let number = u8::try_from(self.own.len() + 1).unwrap();
-        let name = |key: &str| format!("buildkit/1/{key}");
-        let mut meta = vec![("name", bytes(name(key)))];
-        let mut own = vec![("id", bytes([number])), ("kind", bytes([kind]))];
-        if let Some(parent) = parent {
-            meta.push(("parent", bytes(parent)));
-            own.push(("parent", bytes(name(parent))));
-        }
-        self.meta.insert(key.as_bytes().to_vec(), bucket(meta));
-        self.own.insert(name(key).into_bytes(), bucket(own));
-        let dir = self.dir.join("snapshots/snapshots").join(number.to_string());
-        let dir = if self.snapshotter == "native" { dir } else { dir.join("fs") };
-        fs::create_dir_all(&dir).unwrap();
-        dir
-    }
-
-    fn write(&self) {
-        let file = |name: &str, tree: Node| {
-            let Node::Bucket(tree) = tree else { unreachable!() };
-            fs::write(self.dir.join(name), bolt::file(&tree, 4096, 20)).unwrap();
-        };
-        file("metadata_v2.db", bucket(vec![("_main", Node::Bucket(self.rows.clone()))]));
-        let snapshots = bucket(vec![(self.snapshotter, Node::Bucket(self.meta.clone()))]);
-        let content = bucket(vec![("blob", bucket(vec![]))]);
-        let namespace = bucket(vec![("snapshots", snapshots), ("content", content)]);
-        file("containerdmeta.db", bucket(vec![("v1", bucket(vec![("buildkit", namespace)]))]));
-        let own = bucket(vec![("snapshots", Node::Bucket(self.own.clone()))]);
-        file("snapshots/metadata.db", bucket(vec![("v1", own)]));
-    }
-}
-
 #[test]
 fn whole_trees_of_the_native_snapshotter_become_layers() {
     let Some(ply) = store() else { return };
-    let mut made = Made::new(ply.scratch().dir("state/runc-native"), "native");
+    let mut made = Worker::new(ply.scratch().dir("state/runc-native"), "native");
     let committed =
         |parent: Value| json!({"snapshot.committed": true, "cache.parent": parent, "cache.description": "r"});
-    let below = made.snapshot("below", 3, None);
+    let below = made.snapshot("below", COMMITTED, None);
     fs::write(below.join("same"), "same").unwrap();
     fs::write(below.join("gone"), "gone").unwrap();
     fs::write(below.join("other"), "one").unwrap();
     fs::create_dir(below.join("dir")).unwrap();
     fs::write(below.join("dir/inside"), "x").unwrap();
-    let above = made.snapshot("above", 3, Some("below"));
+    let above = made.snapshot("above", COMMITTED, Some("below"));
     tools::run(Command::new("cp").arg("-a").arg(below.join(".")).arg(&above));
     fs::remove_file(above.join("gone")).unwrap();
     fs::write(above.join("other"), "two").unwrap();
@@ -472,13 +513,13 @@ fn whole_trees_of_the_native_snapshotter_become_layers() {
 #[test]
 fn odd_rows_are_judged_one_by_one() {
     let Some(ply) = store() else { return };
-    let mut made = Made::new(ply.scratch().dir("state/one"), "overlayfs");
+    let mut made = Worker::new(ply.scratch().dir("state/one"), "overlayfs");
     for key in ["plain", "used", "retained"] {
-        let kind = if key == "plain" { 3 } else { 2 };
+        let kind = if key == "plain" { COMMITTED } else { ACTIVE };
         fs::write(made.snapshot(key, kind, None).join("f"), key).unwrap();
     }
-    fs::remove_dir_all(made.snapshot("no-files", 3, None)).unwrap();
-    made.snapshot("on-no-files", 3, Some("no-files"));
+    fs::remove_dir_all(made.snapshot("no-files", COMMITTED, None)).unwrap();
+    made.snapshot("on-no-files", COMMITTED, Some("no-files"));
     let digest = |c: &str| format!("sha256:{}", c.repeat(64));
     made.row("plain", json!({"snapshot.committed": true}))
         .row("used", json!({}))
@@ -497,8 +538,8 @@ fn odd_rows_are_judged_one_by_one() {
         .row("lost", json!({"cache.equalMutable": "vanished", "snapshot.committed": true}));
     made.write();
     // A second worker of the same daemon.
-    let mut other = Made::new(ply.scratch().dir("state/two"), "overlayfs");
-    fs::write(other.snapshot("elsewhere", 3, None).join("f"), "x").unwrap();
+    let mut other = Worker::new(ply.scratch().dir("state/two"), "overlayfs");
+    fs::write(other.snapshot("elsewhere", COMMITTED, None).join("f"), "x").unwrap();
     other.row("elsewhere", json!({"snapshot.committed": true}));
     other.write();
 
@@ -534,4 +575,106 @@ fn odd_rows_are_judged_one_by_one() {
     // Steps find the cache mount by the name that they have for it.
     let record = ply.json(args!["ref", "inspect", taken["retained"]["id"].as_str().unwrap()]);
     assert_eq!((&record["record_type"], &record["state"]), (&json!("exec.cachemount"), &json!("mutable")));
+}
+
+/// An image's blobs in a worker's content; layers with the digests of their tars, documents with `labels`.
+fn put_image(worker: &mut Worker, image: &Image, diff_ids: &[String], labels: &[(&str, &str)]) {
+    for (name, bytes) in image.blobs() {
+        let layer = (0..diff_ids.len()).find(|layer| name == image.layer_digest(*layer));
+        match layer {
+            Some(layer) => worker.blob(&bytes, &[("containerd.io/uncompressed", &diff_ids[layer])]),
+            None => worker.blob(&bytes, labels),
+        };
+    }
+}
+
+#[test]
+fn what_buildkit_could_build_on_without_a_registry_can_be_built_on_here() {
+    let Some(ply) = store() else { return };
+    let made = |name: &str| {
+        let tar = tar::archive(&[Member::file(name, name)]);
+        (Image::new(name).layer_tar(&tar, Packing::Gzip), vec![format!("sha256:{}", sha256_hex(&tar))])
+    };
+    let [(base, base_diff), (two, two_diff), (half, half_diff)] = ["base", "two", "half"].map(made);
+    let mut worker = Worker::new(ply.scratch().dir("state/runc-overlayfs"), "overlayfs");
+    put_image(&mut worker, &base, &base_diff, &[]);
+    // Only the labels say where the second is from, as in roots of version 1.
+    let source = [("containerd.io/distribution.source.example.com", "lib/two,lib/alias")];
+    put_image(&mut worker, &two, &two_diff, &source);
+    put_image(&mut worker, &half, &half_diff, &[]);
+    let manifest_of = |image: &Image| format!("sha256:{}", image.manifest_digest());
+    let content = ply.scratch().join("state/runc-overlayfs/content/blobs/sha256");
+    fs::remove_file(content.join(half.layer_digest(0))).unwrap();
+    let size = fs::metadata(content.join(base.manifest_digest())).unwrap().len();
+    let platform = json!({"os": "linux", "architecture": plies_testkit::image::architecture()});
+    let other = json!({"os": "plan9", "architecture": "mips"});
+    let manifest = |digest: &str, platform: &Value| {
+        let media_type = "application/vnd.oci.image.manifest.v1+json";
+        json!({"mediaType": media_type, "digest": digest, "size": size, "platform": platform})
+    };
+    let elsewhere = format!("sha256:{}", "e".repeat(64));
+    let manifests = [manifest(&elsewhere, &other), manifest(&manifest_of(&base), &platform)];
+    // Neither has to say what it is.
+    let index = worker.blob(json!({"schemaVersion": 2, "manifests": manifests}).to_string().as_bytes(), &[]);
+    let files = worker.snapshot("layer", COMMITTED, None);
+    fs::write(files.join("base"), "base").unwrap();
+    let refs = |name: &str, digest: &str| json!([format!("{name}@{digest}")]);
+    let gone = format!("sha256:{}", "0".repeat(64));
+    worker
+        .row(
+            "layer",
+            json!({"snapshot.committed": true, "cache.blob": format!("sha256:{}", base.layer_digest(0)), "cache.diffID": base_diff[0],
+            "cache.createdAt": 20, "cache.imageRefs": refs("docker.io/library/base:1", &index)}),
+        )
+        .row(
+            "older",
+            json!({"cache.mergeParents": ["layer", "layer"], "cache.createdAt": 10,
+            "cache.imageRefs": refs("docker.io/library/base:1", &manifest_of(&two))}),
+        )
+        .row("gone", json!({"cache.mergeParents": ["layer", "layer"], "cache.imageRefs": refs("gone:1", &gone)}))
+        .row(
+            "half",
+            json!({"cache.mergeParents": ["layer", "layer"],
+            "cache.imageRefs": refs("half:1", &manifest_of(&half))}),
+        );
+    worker.write();
+
+    let state = ply.scratch().join("state");
+    let told = ply.json(args!["import", "buildkit", "--dry-run", state]);
+    let report = import(&ply, &state);
+    for outcome in ["taken", "left", "failed"] {
+        assert_eq!(names(&told, outcome), names(&report, outcome), "{outcome}");
+    }
+    assert_eq!(names(&report, "failed"), BTreeSet::new(), "{report:#}");
+    let left = items(&report, "left");
+    assert_eq!(left["gone:1"]["why"], "BuildKit does not keep its manifest");
+    assert_eq!(left["half:1"]["why"], "BuildKit never fetched all of it");
+    let two_digest = manifest_of(&two);
+    let asked = [
+        ("base:1".to_owned(), "base"),
+        (format!("base@{index}"), "base"),
+        (format!("base:1@{index}"), "base"),
+        (format!("base@{}", manifest_of(&base)), "base"),
+        (format!("example.com/lib/two@{two_digest}"), "two"),
+        (format!("example.com/lib/alias:any@{two_digest}"), "two"),
+        (format!("base@{two_digest}"), "two"),
+    ];
+    let context = ply.scratch().dir("context");
+    for (name, file) in &asked {
+        fs::write(context.join("Dockerfile"), format!("FROM {name}\nLABEL x=y\n")).unwrap();
+        ply.ok(args!["build", "-t", "built", context]);
+        assert!(ply.mount("built").path().join(file).is_file(), "{name}");
+    }
+    // It goes out under the manifest that it came with.
+    let details = ply.json(args!["inspect", "base:1"]);
+    assert_eq!(details["manifests"], json!([manifest_of(&base)]));
+    let state_before = State::of(&ply);
+    let again = import(&ply, &state);
+    state_before.assert_same(&State::of(&ply), "a second import");
+    assert_eq!(names(&again, "taken"), BTreeSet::new());
+    // A name that is taken here stays.
+    ply.ok(args!["tag", format!("example.com/lib/two@{two_digest}"), "base:1"]);
+    let again = import(&ply, &state);
+    assert!(items(&again, "left").contains_key("base:1"), "{again:#}");
+    assert!(ply.mount("base:1").path().join("two").is_file());
 }

@@ -3,11 +3,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use plies_testkit::docker::{Daemon, DataRoot};
 use plies_testkit::image::Packing;
+use plies_testkit::kill::{self, Outcome};
 use plies_testkit::ply::Ply;
 use plies_testkit::tree::Tree;
 use plies_testkit::{args, sha256_hex, tools};
@@ -220,4 +221,81 @@ fn a_name_that_is_taken_here_stays() {
     assert_eq!(items(&report, "name")["x:1"].0, "left", "{report:#}");
     assert_eq!(ply.json(args!["inspect", "x:1"])["id"], before);
     assert_eq!(ply.json(args!["inspect", &id])["diff_ids"], json!([format!("sha256:{diff}")]));
+}
+
+/// A data root with two images that share layers, names for both, and a container.
+fn two_images(path: PathBuf) -> (DataRoot, [String; 2]) {
+    let root = DataRoot::new(path);
+    let (below, below_diff) = root.layer(None, "below", "below");
+    let (_, one) = root.layer(Some(&below), "one", "one");
+    let (two_chain, two) = root.layer(Some(&below), "two", "two");
+    let ids = [root.image(&[&below_diff, &one]), root.image(&[&below_diff, &two])];
+    let names = json!({ "one:1": format!("sha256:{}", ids[0]), "two:1": format!("sha256:{}", ids[1]) });
+    root.write("repositories.json", json!({ "Repositories": { "x": names } }).to_string());
+    let container = "c".repeat(64);
+    let upper = "d".repeat(64);
+    root.write(&format!("layerdb/mounts/{container}/mount-id"), &upper);
+    root.write(&format!("layerdb/mounts/{container}/parent"), format!("sha256:{two_chain}"));
+    let tree = root.path.join("overlay2").join(upper).join("diff");
+    fs::create_dir_all(&tree).unwrap();
+    fs::write(tree.join("written"), "by the container").unwrap();
+    (root, ids)
+}
+
+#[test]
+fn a_kill_leaves_whole_images_and_the_next_import_brings_the_rest() {
+    let Some(ply) = store() else { return };
+    if !tools::have(&["strace"]) {
+        return;
+    }
+    let (root, ids) = two_images(ply.scratch().join("data"));
+    let args = args!["import", "docker", "--containers", root.path];
+    let import_it = ply.command(args);
+    let counts = kill::count(&import_it, &ply.scratch().join("strace.log"));
+    let mut killed = 0;
+    for point in kill::spread(&counts, 3) {
+        fs::remove_dir_all(ply.root()).unwrap();
+        if let Outcome::Killed = kill::kill_at(&import_it, &point) {
+            killed += 1;
+        }
+        ply.ok(args!["du"]);
+        for image in ply.json(args!["images"]).as_array().unwrap() {
+            assert_eq!(image.get("error"), None, "{point}: {image:#}");
+            drop(ply.mount(image["id"].as_str().unwrap()));
+        }
+        let report = ply.json(args);
+        assert_eq!(ended(&report, "failed"), BTreeSet::new(), "{point}: {report:#}");
+        ply.ok(args!["fsck", "--read-data"]);
+        for (name, id) in [("one:1", &ids[0]), ("two:1", &ids[1])] {
+            assert_eq!(ply.json(args!["inspect", name])["id"], format!("sha256:{id}"), "{point}");
+        }
+        let containers = ply.json(args!["layer", "rw", "ls"]);
+        assert_eq!(containers.as_array().unwrap().len(), 1, "{point}: {containers:#}");
+    }
+    assert!(killed > 5, "too few kills: {counts:?}");
+}
+
+/// With `userns-remap`, what root owns in a container is somebody else's on the disk. The tar-split says whose it is.
+#[test]
+fn layers_with_shifted_owners_come_over_as_their_tars_have_them() {
+    let Some(ply) = store() else { return };
+    let (root, ids) = two_images(ply.scratch().join("data/100000.100000"));
+    tools::run(Command::new("chown").args(["-R", "100000:100000"]).arg(root.path.join("overlay2")));
+    let report = ply.json(args!["import", "docker", "--containers", root.path]);
+    ply.ok(args!["fsck", "--read-data"]);
+    assert_eq!(ended(&report, "failed"), BTreeSet::new(), "{report:#}");
+    for (name, file) in [("one:1", "one"), ("two:1", "two")] {
+        let mounted = ply.mount(name);
+        for file in ["below", file] {
+            let meta = fs::symlink_metadata(mounted.path().join(file)).unwrap();
+            assert_eq!((meta.uid(), meta.gid(), meta.nlink()), (0, 0, 1), "{name}: {file}");
+        }
+    }
+    assert_eq!(ply.json(args!["inspect", "two:1"])["id"], format!("sha256:{}", ids[1]));
+    // Nothing says what the owners in a writable layer stand for.
+    let containers = items(&report, "container");
+    assert_eq!(containers.len(), 1);
+    let (outcome, why) = containers["c".repeat(64).as_str()];
+    assert!(outcome == "left" && why.contains("userns-remap"), "{report:#}");
+    assert_eq!(ply.json(args!["layer", "rw", "ls"]), json!([]));
 }

@@ -3,7 +3,7 @@
 //! ```text
 //! mod.rs    which directories, what is to become of each record, and doing it
 //! rows.rs   the rows of its metadata        v1.rs   those of version 1, moved on to version 2
-//! keys.rs   what its solver remembers
+//! keys.rs   what its solver remembers     images.rs   images that it can build on without a registry
 //!
 //! <root>/cache.db                 keys of steps, of all workers
 //! <root>/<worker>/workerid        how cache.db calls it
@@ -20,7 +20,9 @@
 //! | merge, diff | a composed record |
 //! | mutable and retained (a cache mount, a local source) | a mutable record, by copy |
 //! | mutable and not retained | nothing: what came of it is the record that shares its files, or it was never finished |
+//! | that says which image its layer was pulled for | also a name of that image |
 
+mod images;
 mod keys;
 mod rows;
 mod v1;
@@ -53,7 +55,7 @@ const SOLVER: &str = "cache.db";
 const NAMESPACE: &str = "buildkit";
 /// The key under which BuildKit keeps a cache mount's ID, and the beginning of its index; the same here.
 const CACHE_DIR: &str = "cache-dir";
-/// Rows that are written in one transaction: enough for the syncs not to be what takes the time.
+/// Rows that are written in one transaction: while it is made, nobody else writes.
 const ROWS_MAX: usize = 10_000;
 
 /// How this store calls a record of BuildKit's: always the same.
@@ -125,6 +127,7 @@ pub fn import(import: &Import<'_>, path: &Path) -> Result<ImportReport, ImportEr
         let task = Task::start(import.progress, &format!("import {} records", worker.rows.len()), None);
         let here = worker.take(import, &mut report)?;
         task.end(progress::Outcome::Done);
+        images::take(import, &worker, &mut report)?;
         came.entry(worker.id.clone().unwrap_or_default()).or_default().extend(here);
     }
     for (mut keys, _lock) in solvers.into_values() {
@@ -134,6 +137,8 @@ pub fn import(import: &Import<'_>, path: &Path) -> Result<ImportReport, ImportEr
         });
         report.keys_count += adopt_keys(import, &keys)?;
     }
+    // Rows were written in order, and not one by one to the disk.
+    import.store.sync()?;
     Ok(report)
 }
 

@@ -194,12 +194,14 @@ where
     text.map(parse).transpose()
 }
 
-/// What other parts of BuildKit keep with a record. What is no text stays JSON.
+/// What other parts of BuildKit keep with a record. What is no text stays JSON; a text that says nothing (`cache.layerType`
+/// of nearly all records) is left out.
 fn others(raw: &RawRow) -> Vec<(String, String, Option<String>)> {
     let other = |(key, json): (&String, &Vec<u8>)| {
         let entry: Entry<Box<RawValue>> = serde_json::from_slice(json).ok()?;
         let json = entry.value.get();
         let value = serde_json::from_str(json).unwrap_or_else(|_| json.to_owned());
+        (!value.is_empty() || !entry.index.is_empty()).then_some(())?;
         Some((key.clone(), value, (!entry.index.is_empty()).then_some(entry.index)))
     };
     raw.iter().filter(|(key, _)| !KNOWN.contains(&key.as_str())).filter_map(other).collect()

@@ -47,10 +47,16 @@ impl SnapshotInfo {
     }
 }
 
+/// Label of a blob with repositories that have it, each of one host, whose name stands behind the dot (containerd,
+/// `core/remotes/docker`).
+const SOURCE_PREFIX: &str = "containerd.io/distribution.source.";
+
 /// A blob as the metadata has it.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Default)]
 pub(crate) struct BlobInfo {
     pub(crate) diff_id: Option<DiffId>,
+    /// Repositories that have it, with their hosts: `docker.io/library/busybox`.
+    pub(crate) repositories: Vec<String>,
 }
 
 /// What an image's name stands for.
@@ -204,11 +210,21 @@ impl Namespace {
         all.each(|digest, item| {
             let digest = std::str::from_utf8(digest).ok().and_then(|text| text.parse().ok());
             let (Some(digest), Some(row)) = (digest, item.bucket()) else { return Ok(()) };
-            let label = match row.bucket(&[b"labels"])? {
-                Some(labels) => text(labels.get(UNCOMPRESSED.as_bytes())?),
-                None => None,
-            };
-            self.blobs.insert(digest, BlobInfo { diff_id: label.and_then(|text| text.parse().ok()) });
+            let mut blob = BlobInfo::default();
+            if let Some(labels) = row.bucket(&[b"labels"])? {
+                labels.each(|label, item| {
+                    let (Ok(label), Some(value)) = (std::str::from_utf8(label), text(Some(item))) else {
+                        return Ok(());
+                    };
+                    if label == UNCOMPRESSED {
+                        blob.diff_id = value.parse().ok();
+                    } else if let Some(host) = label.strip_prefix(SOURCE_PREFIX) {
+                        blob.repositories.extend(value.split(',').map(|name| format!("{host}/{name}")));
+                    }
+                    Ok::<_, BoltError>(())
+                })?;
+            }
+            self.blobs.insert(digest, blob);
             Ok(())
         })
     }

@@ -27,8 +27,8 @@ use plies_oci::{
 
 #[cfg(test)]
 pub(crate) use self::databases::BlobInfo;
-use self::databases::{Clients, ContainerInfo, Target};
-pub(crate) use self::databases::{Namespace, SnapshotInfo, SnapshotKind};
+use self::databases::{Clients, ContainerInfo};
+pub(crate) use self::databases::{Namespace, SnapshotInfo, SnapshotKind, Target};
 use crate::images::{self, Container, Containers, Files, Image, Layer, Name, Read, Source, read_bytes, tell};
 use crate::take::WantedBlob;
 use crate::{Import, ImportError, ImportReport, Outcome, chain};
@@ -82,7 +82,7 @@ pub fn import(import: &Import<'_>, path: &Path, options: &ContainerdOptions) -> 
     let (there, failed) = databases::namespaces(&meta);
     failed.iter().for_each(|error| problem(&meta_path, error));
     let namespaces = if options.namespaces.is_empty() { &there } else { &options.namespaces };
-    let mut reading = Reading { content: path.join(CONTENT), source: Source::default(), report };
+    let mut reading = Reading::new(path.join(CONTENT), report);
     for name in namespaces {
         if !there.contains(name) {
             reading.report.problem("namespace", name, "there is none of this name");
@@ -93,27 +93,27 @@ pub fn import(import: &Import<'_>, path: &Path, options: &ContainerdOptions) -> 
         for error in failed.into_iter().chain(more) {
             reading.report.problem("database", format!("{} ({name})", meta_path.display()), chain(&error));
         }
-        let namespace = NamespaceReading { name, rows: &rows, blobs: BTreeSet::new(), snapshots: BTreeSet::new() };
+        let namespace = NamespaceReading::new(name, &rows);
         reading.read(namespace, &clients);
     }
     images::take(import, &reading.source, options.containers, reading.report)
 }
 
 /// What a name stands for on this machine.
-enum Found {
+pub(crate) enum Found {
     Image(Box<Manifest>),
     /// Nothing that is of use here.
     Left(String),
 }
 
-struct Reading {
+pub(crate) struct Reading {
     content: PathBuf,
-    source: Source,
-    report: ImportReport,
+    pub(crate) source: Source,
+    pub(crate) report: ImportReport,
 }
 
 /// A namespace, and what of it somebody needs.
-struct NamespaceReading<'a> {
+pub(crate) struct NamespaceReading<'a> {
     name: &'a str,
     rows: &'a Namespace,
     blobs: BTreeSet<BlobDigest>,
@@ -121,6 +121,11 @@ struct NamespaceReading<'a> {
 }
 
 impl Reading {
+    /// Of blobs in the directory `content`.
+    pub(crate) fn new(content: PathBuf, report: ImportReport) -> Self {
+        Self { content, source: Source::default(), report }
+    }
+
     fn read(&mut self, mut namespace: NamespaceReading<'_>, clients: &Clients) {
         for (name, target) in &clients.images {
             if let Err((outcome, why)) = self.image(name, target.as_ref(), &mut namespace) {
@@ -194,7 +199,7 @@ impl Reading {
 
     /// A document's bytes, which have the digest that they are called by.
     fn document(&self, digest: BlobDigest) -> Read<Vec<u8>> {
-        let raw = read_bytes(&self.path_of(digest), limits::MANIFEST_BYTES_MAX)?;
+        let raw = read_bytes(&self.path_of(digest), self.limits.manifest_bytes)?;
         match BlobDigest::of(&raw) {
             actual if actual == digest => Ok(raw),
             actual => Err(format!("blob {digest} has other bytes: they give {actual}")),
@@ -202,7 +207,7 @@ impl Reading {
     }
 
     /// Follows indexes down to the manifest for this machine.
-    fn resolve(&self, target: &Target, namespace: &mut NamespaceReading<'_>, depth: usize) -> Read<Found> {
+    pub(crate) fn resolve(&self, target: &Target, namespace: &mut NamespaceReading<'_>, depth: usize) -> Read<Found> {
         namespace.blobs.insert(target.digest);
         match classify(&MediaType::from(target.media_type.as_str())) {
             Some(MediaClass::Manifest) => {
@@ -231,12 +236,16 @@ impl Reading {
     }
 
     /// Adds an image with its layers; its ID, and its manifest's digest.
-    fn add_image(&mut self, manifest: Manifest, namespace: &mut NamespaceReading<'_>) -> Read<(ImageId, BlobDigest)> {
+    pub(crate) fn add_image(
+        &mut self,
+        manifest: Manifest,
+        namespace: &mut NamespaceReading<'_>,
+    ) -> Read<(ImageId, BlobDigest)> {
         let (config, digest) = (manifest.config().digest, manifest.document().digest());
         namespace.blobs.insert(config);
         namespace.blobs.extend(manifest.layers().iter().map(|layer| layer.digest));
         let id = ImageId::from_bytes(*config.as_bytes());
-        let image = Image::read(id, &self.path_of(config))?;
+        let image = Image::read(id, &self.path_of(config), &self.limits)?;
         if image.diff_ids.len() != manifest.layers().len() {
             let (layers, diff_ids) = (manifest.layers().len(), image.diff_ids.len());
             return Err(format!("it has {layers} layers but {diff_ids} diff IDs"));
@@ -298,7 +307,11 @@ impl Reading {
     }
 }
 
-impl NamespaceReading<'_> {
+impl<'a> NamespaceReading<'a> {
+    pub(crate) fn new(name: &'a str, rows: &'a Namespace) -> Self {
+        Self { name, rows, blobs: BTreeSet::new(), snapshots: BTreeSet::new() }
+    }
+
     fn description(&self) -> String {
         format!("namespace {}", self.name)
     }
@@ -392,13 +405,11 @@ mod tests {
         fs::write(at("meta"), meta).unwrap();
         fs::write(at("own"), own).unwrap();
         let (meta, own) = (Bolt::open(&at("meta")).ok()?, Bolt::open(&at("own")).ok());
-        let mut reading = Reading { content: at("blobs"), source: Source::default(), report: ImportReport::default() };
+        let mut reading = Reading::new(at("blobs"), ImportReport::default());
         for name in databases::namespaces(&meta).0 {
             let (rows, _) = Namespace::read_of(&meta, own.as_ref(), &name, Some(SNAPSHOTTER), dir.path());
             let (clients, _) = Clients::read(&meta, &name);
-            let namespace =
-                NamespaceReading { name: &name, rows: &rows, blobs: BTreeSet::new(), snapshots: BTreeSet::new() };
-            reading.read(namespace, &clients);
+            reading.read(NamespaceReading::new(&name, &rows), &clients);
         }
         Some((reading.source, reading.report))
     }

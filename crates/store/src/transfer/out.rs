@@ -191,10 +191,10 @@ impl Transfer<'_> {
         self.write_canonical_tar(layer, &mut tree)?;
         let Some(stage) = self.restage(layer, diff_id)? else { return Ok(false) };
         let mut again = HashingWriter::new(self.nowhere());
-        let (root, index) = (stage.root(), &stage.contents().index);
+        let (root, index) = (stage.root().map_err(crate::LayerError::from)?, &stage.contents().index);
         let failed = |source: DiffError| TransferError::Diff { layer, source };
         let mut tar = tar::Writer::new(&mut again);
-        layer_to_tar(root, index, &mut tar).map_err(failed)?;
+        layer_to_tar(root.as_fd(), index, &mut tar).map_err(failed)?;
         tar.finish().map_err(|source| failed(source.into()))?;
         Ok(tree.finish().1.sha256 == again.finish().1.sha256)
     }
