@@ -126,7 +126,7 @@ impl<'a> Image<'a> {
     }
 
     /// Bytes of the whole image.
-    pub(super) fn size_bytes(&self) -> u64 {
+    fn size_bytes(&self) -> u64 {
         self.trailer_at + TRAILER_BYTES
     }
 

@@ -109,11 +109,6 @@ impl Index {
     pub fn write(&self, diff_id: DiffId, tar_bytes: u64, out: impl Write) -> io::Result<()> {
         Image::new(&self.tree).write(diff_id, tar_bytes, out)
     }
-
-    /// Bytes that [`Self::write`] writes.
-    pub fn size_bytes(&self) -> u64 {
-        Image::new(&self.tree).size_bytes()
-    }
 }
 
 /// Why an image is not the index of a tar.
