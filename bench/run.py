@@ -159,6 +159,15 @@ class Ply:
         pass
 
 
+class PlyErofs(Ply):
+    name = "ply --driver erofs load"
+
+    def load(self, archive, disk):
+        self.root = disk.mount / "ply"
+        with open(disk.mount / "log", "w") as log:
+            return measure([self.binary, "--root", self.root, "--driver", "erofs", "load", "-i", archive], log=log)
+
+
 class Containerd:
     name = "ctr images import"
 
@@ -285,7 +294,7 @@ def table(title, header, rows):
 
 def bench_load(options, results):
     archive = options.data / "many.oci.tar"
-    engines = [engine(options) for engine in (Ply, Containerd, Skopeo) if engine.__name__.lower() in options.engines]
+    engines = [engine(options) for engine in (Ply, PlyErofs, Containerd, Skopeo) if engine.__name__.lower() in options.engines]
     runs = {engine.name: [] for engine in engines}
     trees = {}
     for turn in range(options.runs):
@@ -668,7 +677,7 @@ def main():
     parser.add_argument("--data", type=Path, default=Path("/var/tmp/plies-bench"), help="where the data is kept between runs")
     parser.add_argument("--runs", type=int, default=5, help="turns of load, again, steps and layers")
     parser.add_argument("--only", default="load,mount,build,again,steps,layers,list", help="which tables, comma between")
-    parser.add_argument("--engines", default="ply,containerd,skopeo", help="who takes part in load, comma between")
+    parser.add_argument("--engines", default="ply,plyerofs,containerd,skopeo", help="who takes part in load, comma between")
     parser.add_argument("--no-compare", action="store_true", help="do not compare the trees")
     parser.add_argument("--json", type=Path, help="write every single result here")
     options = parser.parse_args()

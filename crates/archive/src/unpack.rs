@@ -8,7 +8,7 @@
 //! Decompression and hashing cost about as much as making files, so the two halves keep two
 //! processors busy; more threads would wait for one of them.
 
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::os::fd::BorrowedFd;
 use std::thread;
 
@@ -16,6 +16,7 @@ use plies_oci::{Compression, DiffId, ErrorKind};
 
 use crate::apply::{Applied, ApplyError, ApplyStyle, apply};
 use crate::compress::Decoder;
+use crate::erofs::{self, IndexingError};
 use crate::hash::HashingReader;
 use crate::limits::Limits;
 use crate::prefetch::Prefetch;
@@ -51,6 +52,18 @@ pub struct Received {
     pub recorded: Recorded,
 }
 
+/// A blob that became a tar with an index.
+#[derive(Debug)]
+pub struct Packed {
+    /// The sha256 of the tar, all of it.
+    pub diff_id: DiffId,
+    /// Bytes of the tar.
+    pub tar_bytes: u64,
+    /// Where in the tar everything is. `None`: it needs the layers below it, or holds what no index can; it was written all
+    /// the same, to be unpacked in another way.
+    pub index: Option<erofs::Index>,
+}
+
 /// Why a blob could not be unpacked.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -65,13 +78,20 @@ pub enum UnpackError {
     /// The archive could not be read or applied.
     #[error(transparent)]
     Apply(#[from] ApplyError),
+    /// The tar could not be written down.
+    #[error("write the tar")]
+    Write {
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
 }
 
 impl UnpackError {
     /// What a caller can do about it.
     pub fn kind(&self) -> ErrorKind {
         match self {
-            Self::Decoder { .. } => ErrorKind::Unavailable,
+            Self::Decoder { .. } | Self::Write { .. } => ErrorKind::Unavailable,
             Self::Apply(error) => error.kind(),
         }
     }
@@ -147,9 +167,63 @@ pub fn receive(
     })
 }
 
+/// Writes the tar that a blob decompresses to, and indexes it on the way.
+///
+/// Here the hash is this thread's work: writing a tar takes less than making files, inflating it takes longer.
+///
+/// # Errors
+/// [`UnpackError`], but never [`ApplyError::NeedsBase`]; `tar` then has a part of it.
+pub fn pack(
+    blob: impl Read + Send,
+    compression: Compression,
+    tar: impl Write,
+    limits: &Limits,
+) -> Result<Packed, UnpackError> {
+    thread::scope(|scope| {
+        let decoder = Decoder::new(blob, compression, limits).map_err(|source| UnpackError::Decoder { source })?;
+        let hashing = HashingReader::new(Prefetch::spawn(scope, decoder));
+        let mut copying = Copying { inner: hashing, out: tar, failed: None };
+        let read = |copying: &mut Copying<_, _>| {
+            let mut reader = Reader::new(copying, limits);
+            let index = match erofs::index(&mut reader, limits) {
+                Ok(index) => Some(index),
+                Err(IndexingError::Unfit { .. } | IndexingError::Apply(ApplyError::NeedsBase { .. })) => None,
+                Err(IndexingError::Apply(error)) => return Err(error),
+            };
+            Ok((index, reader.finish()?.size_bytes))
+        };
+        let read = read(&mut copying);
+        if let Some(source) = copying.failed {
+            return Err(UnpackError::Write { source });
+        }
+        let (index, tar_bytes) = read?;
+        let (ahead, hashed) = copying.inner.finish();
+        ahead.join();
+        Ok(Packed { diff_id: DiffId::from_bytes(hashed.sha256), tar_bytes, index })
+    })
+}
+
+/// Writes down all that is read through it.
+struct Copying<R, W> {
+    inner: R,
+    out: W,
+    /// Why that failed: a reader takes an error for one of its source.
+    failed: Option<io::Error>,
+}
+
+impl<R: Read, W: Write> Read for Copying<R, W> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let n = self.inner.read(buffer)?;
+        if let Err(error) = self.out.write_all(&buffer[..n]) {
+            self.failed = Some(error);
+            return Err(io::ErrorKind::BrokenPipe.into());
+        }
+        Ok(n)
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use std::io::Write;
     use std::num::NonZeroUsize;
     use std::os::fd::AsFd;
 
@@ -295,5 +369,43 @@ mod tests {
             assert_eq!(received.applied.is_none(), needs_base, "{what}");
             assert_eq!(received.unpacked_bytes, tar.len() as u64, "{what}");
         }
+    }
+
+    #[test]
+    fn a_blob_is_packed_whole_whether_or_not_it_can_be_indexed() {
+        let fits = archive(&[dir("d"), file("d/f", &"x".repeat(300_000))]);
+        let needs_base = archive(&[file("a", "1"), hard_link("b", "below"), file("c", &"x".repeat(300_000))]);
+        for (tar, indexed) in [(fits, true), (needs_base, false)] {
+            for compression in [Compression::None, Compression::Gzip, Compression::Zstd] {
+                let mut written = Vec::new();
+                let blob = compressed(&tar, compression);
+                let packed = pack(blob.as_slice(), compression, &mut written, &Limits::default()).unwrap();
+                assert!(written == tar);
+                assert_eq!(packed.diff_id, DiffId::from_bytes(*plies_oci::BlobDigest::of(&tar).as_bytes()));
+                assert_eq!((packed.tar_bytes, packed.index.is_some()), (tar.len() as u64, indexed));
+            }
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_packed_says_whose_fault_it_is() {
+        struct Full;
+        impl Write for Full {
+            fn write(&mut self, _: &[u8]) -> io::Result<usize> {
+                Err(io::ErrorKind::StorageFull.into())
+            }
+            fn flush(&mut self) -> io::Result<()> {
+                Ok(())
+            }
+        }
+        let tar = archive(&[file("f", "content")]);
+        let (limits, none) = (Limits::default(), Compression::None);
+        let full = pack(tar.as_slice(), none, Full, &limits).unwrap_err();
+        assert!(matches!(full, UnpackError::Write { source } if source.kind() == io::ErrorKind::StorageFull));
+        let cut = pack(&tar[..600], none, io::sink(), &limits).unwrap_err();
+        assert!(matches!(cut, UnpackError::Apply(ApplyError::Tar(_))), "{cut:?}");
+        let refused = archive(&[file(".wh.x", "content")]);
+        let refused = pack(refused.as_slice(), none, io::sink(), &limits).unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::InvalidInput);
     }
 }

@@ -19,7 +19,8 @@ pub(crate) const USER_OVERLAY: &[u8] = b"user.overlay.";
 pub(crate) const ACL_DEFAULT: &[u8] = b"system.posix_acl_default";
 /// A file's access control list.
 pub(crate) const ACL_ACCESS: &[u8] = b"system.posix_acl_access";
-const CAPABILITY: &[u8] = b"security.capability";
+/// A file's capabilities.
+pub(crate) const CAPABILITY: &[u8] = b"security.capability";
 
 /// Extended attributes, sorted by name.
 pub(crate) type Xattrs = Vec<(Vec<u8>, Vec<u8>)>;
@@ -60,22 +61,35 @@ pub(crate) fn names(list: &[u8]) -> impl Iterator<Item = &[u8]> {
     list.split(|byte| *byte == 0).filter(|name| !name.is_empty())
 }
 
-/// Sets what is content; says how many attributes were left out.
+/// Whether an archive's attribute is to be set at all.
+pub(crate) fn is_wanted(name: &[u8], value: &[u8]) -> bool {
+    is_content(name) && (name != CAPABILITY || is_capability(value))
+}
+
+/// Whether an attribute that was refused with `error` can be left out.
 ///
 /// `special` is anything but a regular file or a directory: those take no `user.` attributes, and
 /// archives that carry some are common enough that the peers ignore it. So is an attribute in a
 /// namespace that Linux doesn't have (`com.apple.…`).
+pub(crate) fn may_leave_out(name: &[u8], error: Errno, special: bool) -> bool {
+    match error {
+        Errno::PERM => special,
+        Errno::OPNOTSUPP => special || !is_known(name),
+        _ => false,
+    }
+}
+
+/// Sets what is content; says how many attributes were left out. `special` is anything but a regular file or a directory.
 pub(crate) fn write(subject: Subject<'_>, xattrs: &[(Vec<u8>, Vec<u8>)], special: bool) -> Result<u64> {
     let mut left_out = 0;
     for (name, value) in xattrs {
-        if !is_content(name) || (name == CAPABILITY && !is_capability(value)) {
+        if !is_wanted(name, value) {
             left_out += 1;
             continue;
         }
         match subject.set(name, value) {
             Ok(()) => {}
-            Err(Errno::PERM | Errno::OPNOTSUPP) if special => left_out += 1,
-            Err(Errno::OPNOTSUPP) if !is_known(name) => left_out += 1,
+            Err(error) if may_leave_out(name, error, special) => left_out += 1,
             Err(error) => return Err(error),
         }
     }

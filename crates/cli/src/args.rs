@@ -32,7 +32,15 @@ pub(crate) struct Global {
     #[arg(long, global = true, env = "PLY_ROOT", value_name = "DIR", help_heading = "Global options")]
     pub(crate) root: Option<PathBuf>,
     /// How layers are kept and mounted
-    #[arg(long, global = true, value_enum, default_value_t, value_name = "DRIVER", help_heading = "Global options")]
+    #[arg(
+        long,
+        global = true,
+        value_enum,
+        default_value_t,
+        env = "PLY_DRIVER",
+        value_name = "DRIVER",
+        help_heading = "Global options"
+    )]
     pub(crate) driver: Driver,
     /// Config file [default: /etc/plies/config.toml as root, plies/config.toml in the XDG config directory otherwise]
     #[arg(long, global = true, env = "PLY_CONFIG", value_name = "FILE", help_heading = "Global options")]
@@ -58,6 +66,8 @@ pub(crate) enum Driver {
     Auto,
     /// A directory a layer, stacked by the kernel
     Overlay,
+    /// Layers stay the tars that they came as, with an index that the kernel mounts and stacks (Linux 6.12)
+    Erofs,
     /// Plain copies, where overlayfs is missing
     Native,
 }

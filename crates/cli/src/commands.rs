@@ -845,6 +845,7 @@ pub(crate) fn place(global: &Global, use_reserve: bool) -> anyhow::Result<(PathB
             args::Driver::Auto => DriverKind::Auto,
             args::Driver::Overlay => DriverKind::Overlay,
             args::Driver::Native => DriverKind::Native,
+            args::Driver::Erofs => DriverKind::Erofs,
         },
         use_reserve,
         wait: !global.no_wait,

@@ -267,6 +267,8 @@ pub struct Info {
     pub root: String,
     /// How layers are kept and mounted.
     pub driver: &'static str,
+    /// Why the driver `erofs` cannot be used here; `None` if it can.
+    pub erofs_unusable: Option<String>,
     /// How many images there are.
     pub images_count: usize,
     /// How many records the build cache has.
@@ -316,6 +318,7 @@ impl Info {
             ("version", self.version.into()),
             ("root", self.root.clone()),
             ("driver", self.driver.into()),
+            ("erofs", self.erofs_unusable.as_ref().map_or("usable".into(), |why| format!("not usable: {why}"))),
             ("images", self.images_count.to_string()),
             ("records", self.records_count.to_string()),
             ("layers", self.layers_count.to_string()),
@@ -663,6 +666,7 @@ impl Engine {
             version: env!("CARGO_PKG_VERSION"),
             root: self.store().root().display().to_string(),
             driver: self.store().driver(),
+            erofs_unusable: self.store().try_erofs().err().map(|error| format!("{error}: {}", error.source)),
             images_count: self.store().read(plies_image::list)?.len(),
             records_count: self.cache().count()?,
             layers_count: usize::try_from(layers).unwrap_or(usize::MAX),

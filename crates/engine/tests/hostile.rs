@@ -17,7 +17,8 @@ use plies_engine::build::{BuildOutput, BuildRequest, TreeOutput};
 use plies_engine::exec::Cancel;
 use plies_engine::progress::Silent;
 use plies_engine::{
-    Containers, DriverKind, Engine, EngineOptions, FsckDepth, FsckRequest, GcMode, ImportOptions, ImportOutcome, Input,
+    Containers, DriverKind, Engine, EngineOptions, FsckDepth, FsckRequest, GcMode, ImportOptions, ImportOutcome,
+    ImportSource, Input,
 };
 use plies_oci::ErrorKind;
 use plies_testkit::docker::DataRoot;
@@ -254,7 +255,8 @@ impl Place {
         let (_, diff) = data.layer_of_tar(&tar);
         data.image(&[&diff]);
         let options = ImportOptions { dry_run: false, copy: false };
-        let report = self.engine.import_docker(&data.path, Containers::List, options, &Silent, &Cancel::new()).unwrap();
+        let source = ImportSource::Docker(Containers::List);
+        let report = self.engine.import(&source, &data.path, options, &Silent, &Cancel::new()).unwrap();
         fs::remove_dir_all(&data.path).unwrap();
         let layer = report.items.iter().find(|item| item.kind == "layer");
         let why = || format!("{:?}", layer.and_then(|item| item.why.clone()));

@@ -18,7 +18,7 @@ use std::path::{Component, Path, PathBuf};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use plies_oci::{ChainId, DiffId, ImageId, Reference};
+use plies_oci::{ChainId, DiffId, DocumentLimits, ImageId, Reference};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 

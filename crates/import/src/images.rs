@@ -17,7 +17,7 @@ use std::os::fd::{AsFd as _, BorrowedFd};
 use std::path::{Path, PathBuf};
 
 use plies_image::{ImageError, LayerRef, LayerStore, LayerStoreError, LayerStoreOptions, NewRwLayer, Taken};
-use plies_oci::{BlobDigest, ChainId, DiffId, ImageConfig, ImageId, Manifest, Reference, limits};
+use plies_oci::{BlobDigest, ChainId, DiffId, DocumentLimits, ImageConfig, ImageId, Manifest, Reference};
 use plies_store::progress::{self, Task};
 use plies_store::{Canceled, GcMode, LayerBlob, LayerId, Lease, LeaseOptions, parallel};
 

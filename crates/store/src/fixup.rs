@@ -21,6 +21,7 @@ use rustix::fs::{FileType, Mode};
 
 use crate::LayerId;
 use crate::error::{At as _, FileError};
+use crate::packed;
 use crate::snapshots::SnapshotError;
 use crate::tree::{self, Metadata};
 
@@ -28,15 +29,20 @@ use crate::tree::{self, Metadata};
 #[derive(Debug)]
 pub(crate) struct StackLayer {
     pub(crate) id: LayerId,
-    /// Its tree, opened for each look: a deep stack has more layers than a process may have
+    /// Its directory, whose tree is opened for each look: a deep stack has more layers than a process may have
     /// descriptors.
-    pub(crate) tree: PathBuf,
+    pub(crate) dir: PathBuf,
+    /// The tree of a packed layer: to mount it takes longer than a look.
+    pub(crate) mounted: Option<OwnedFd>,
     pub(crate) index: DirIndex,
 }
 
 impl StackLayer {
     fn open(&self, path: &EntryPath) -> io::Result<OwnedFd> {
-        tree::open_dir(tree::open_own(&self.tree).map_err(|error| error.source)?, path)
+        match &self.mounted {
+            Some(root) => tree::open_dir(root, path),
+            None => tree::open_dir(packed::open_tree(&self.dir).map_err(|error| error.source)?, path),
+        }
     }
 }
 

@@ -6,7 +6,7 @@
 
 use std::fmt;
 use std::io;
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -188,6 +188,7 @@ fn root_of(ranges: &[IdRange]) -> Option<u32> {
 /// Directories that show mapped owners. Nobody sees them but who opens them here.
 #[derive(Debug)]
 pub(crate) struct MappedDirs {
+    namespace: OwnedFd,
     dirs: Vec<(PathBuf, OwnedFd)>,
 }
 
@@ -200,7 +201,13 @@ impl MappedDirs {
             sys::map_ids(clone.as_fd(), namespace.as_fd())?;
             Ok((dir.to_owned(), clone))
         };
-        Ok(Self { dirs: dirs.map(map).collect::<io::Result<_>>()? })
+        let dirs = dirs.map(map).collect::<io::Result<_>>()?;
+        Ok(Self { namespace, dirs })
+    }
+
+    /// Has a mount that is attached nowhere show mapped owners too.
+    pub(crate) fn map(&self, mount: BorrowedFd<'_>) -> io::Result<()> {
+        sys::map_ids(mount, self.namespace.as_fd())
     }
 
     /// Opens a directory beneath one of them; `None` if it lies elsewhere.

@@ -6,6 +6,7 @@
 //! layers/<id>/index               which directories are implied (plies_archive::DirIndex)
 //! layers/<id>/layer.json          the row again, so that the catalogue can be rebuilt
 //! layers/<id>/tar-split.json.gz   optional: how to put the tar together again
+//! layers/<id>/layer.{tar,erofs}   instead of fs/ and tar-split: a packed layer ([`crate::packed`])
 //! layers/stage/<id>/…             the same, seen by nobody
 //! ```
 //!
@@ -29,7 +30,7 @@ use crate::catalogue::{CatalogueError, Rows, Tx};
 use crate::error::{At as _, FileError};
 use crate::open::sync_dir;
 use crate::tree::STAT_BLOCK_BYTES;
-use crate::{LayerId, Lease, Stamp, Store, parallel, tree};
+use crate::{LayerId, Lease, Stamp, Store, packed, parallel, tree};
 use plies_archive::tar::EntryPath;
 use plies_archive::{DirIndex, Usage};
 
@@ -325,6 +326,15 @@ impl<'a> Layers<'a> {
         }
     }
 
+    /// Its tar, if it is kept packed: as the tar itself, with an index.
+    ///
+    /// # Errors
+    /// [`LayerError::NotFound`], [`LayerError::File`].
+    pub fn packed_tar(&self, id: LayerId) -> Result<Option<File>, LayerError> {
+        self.row(id)?;
+        Ok(packed::open_tar(&layer_dir(self.store, id))?)
+    }
+
     /// Gives a sealed layer its diff ID, once somebody has made its tar. Idempotent.
     ///
     /// # Errors
@@ -373,7 +383,7 @@ fn by_chain_id(rows: &impl Rows, chain_id: ChainId) -> Result<Option<LayerId>, C
 }
 
 pub(crate) fn open_root(store: &Store, id: LayerId) -> Result<OwnedFd, LayerError> {
-    match tree::open_own(&layer_dir(store, id).join(TREE)) {
+    match packed::open_tree(&layer_dir(store, id)) {
         Err(error) if error.source.kind() == io::ErrorKind::NotFound => {
             Err(LayerError::Damaged { layer: id, what: "its tree is missing" })
         }
@@ -428,6 +438,17 @@ impl Stage {
         let dir = store.inner.paths.stage.join(id.to_string());
         DirBuilder::new().mode(0o700).create(&dir).at("create directory", &dir)?;
         Ok(Self { store: store.clone(), id, dir, root: None, tar_split: false, keep: false })
+    }
+
+    /// A new file for the tar of a packed layer, to write and read, in a stage without a tree.
+    pub(crate) fn tar_file(&self) -> Result<File, LayerError> {
+        let path = self.dir.join(packed::TAR);
+        Ok(File::options().read(true).write(true).create_new(true).open(&path).at("create", path)?)
+    }
+
+    /// `layers/stage/<id>`.
+    pub(crate) fn dir(&self) -> &Path {
+        &self.dir
     }
 
     /// Dropping it removes nothing any more.
@@ -502,8 +523,8 @@ pub struct FinishedStage {
 
 impl FinishedStage {
     /// Its tree.
-    pub(crate) fn root(&self) -> Result<OwnedFd, FileError> {
-        tree::open_own(&self.stage.tree())
+    pub(crate) fn open_root(&self) -> Result<OwnedFd, FileError> {
+        packed::open_tree(&self.stage.dir)
     }
 
     /// What is known of it.

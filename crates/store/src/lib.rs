@@ -14,6 +14,7 @@
 //! │   └── ingest/<hex>/{ref,data} bytes on their way in; resumable
 //! ├── layers/
 //! │   ├── <id>/{fs/,index,layer.json,tar-split.json.gz}
+//! │   ├── <id>/{layer.tar,layer.erofs,index,layer.json}
 //! │   └── stage/<id>/…            layers nobody sees yet
 //! ├── active/<id>/{fs/,work/}     upper directories
 //! ├── mounts/<id>/                mount points handed out by the store
@@ -59,6 +60,7 @@ mod lease;
 mod lock;
 mod migrate;
 mod open;
+mod packed;
 pub mod progress;
 mod recover;
 mod refs;
@@ -137,6 +139,14 @@ impl Store {
     /// How snapshots are mounted, and why so.
     pub fn driver(&self) -> &'static str {
         self.inner.driver.describe()
+    }
+
+    /// Tries whether the driver `erofs` would work here: mounts an empty layer and an overlay over it, attached nowhere.
+    ///
+    /// # Errors
+    /// What the kernel refused.
+    pub fn try_erofs(&self) -> Result<(), FileError> {
+        packed::check(self.run_dir())
     }
 
     /// The moment, by the injected clock.

@@ -22,7 +22,7 @@ use crate::lock::{Holder, LockFailure, StoreLock, WaitPolicy};
 use crate::migrate::{self, Migrate, Migrated};
 use crate::progress::{Progress, Silent};
 use crate::recover::{self, RecoverError};
-use crate::{ActiveId, Stamp, Store, reserve, tree};
+use crate::{ActiveId, Stamp, Store, packed, reserve, tree};
 
 /// The file that says that `content/` is an image layout (image-spec, `image-layout.md`).
 pub(crate) const OCI_LAYOUT: &[u8] = br#"{"imageLayoutVersion":"1.0.0"}"#;
@@ -423,9 +423,14 @@ fn pick_driver(kind: DriverKind, paths: &Paths) -> Result<Box<dyn Driver>, OpenE
         DriverKind::Native => return Ok(Box::new(Native)),
         DriverKind::Auto | DriverKind::Overlay => None,
         DriverKind::OverlayBy(method) => Some(method),
+        DriverKind::Erofs => {
+            packed::check(&paths.run)
+                .map_err(|error| OpenError::Driver { driver: "erofs", source: io::Error::other(error) })?;
+            return Ok(Box::new(Overlay::new(paths.run.clone(), None, true)));
+        }
     };
     match Overlay::check() {
-        Ok(()) => Ok(Box::new(Overlay::new(paths.run.clone(), method))),
+        Ok(()) => Ok(Box::new(Overlay::new(paths.run.clone(), method, false))),
         Err(_) if kind == DriverKind::Auto => Ok(Box::new(Native)),
         Err(source) => Err(OpenError::Driver { driver: "overlay", source }),
     }

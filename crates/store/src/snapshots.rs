@@ -37,7 +37,11 @@ use crate::layers::{self, LayerContents, LayerError, Stage};
 use crate::open::make_dir;
 use crate::recover::{self, RecoverError};
 use crate::tree::{self, Material, MergeLayer};
-use crate::{ActiveId, LayerId, Lease, LeaseOptions, Resource, SnapshotId, Stamp, Store, Tx};
+use crate::{ActiveId, LayerId, Lease, LeaseOptions, Resource, SnapshotId, Stamp, Store, Tx, packed};
+
+/// Packed layers of a stack that stay mounted while it is judged: a descriptor each, of the usual 1,024. The layers of
+/// deeper stacks are mounted for each look.
+const TREES_HELD_MAX: usize = 256;
 
 /// Why an operation on snapshots or actives failed.
 #[derive(Debug, thiserror::Error)]
@@ -289,10 +293,13 @@ impl<'a> Snapshots<'a> {
         if stack.iter().all(|(_, index)| index.implied().len() == 0) {
             return Ok(None);
         }
-        let stack: Vec<StackLayer> = stack
-            .into_iter()
-            .map(|(id, index)| StackLayer { id, tree: layers::layer_dir(self.store, id).join("fs"), index })
-            .collect();
+        let may_hold = stack.len() <= TREES_HELD_MAX;
+        let layer = |(id, index)| {
+            let dir = layers::layer_dir(self.store, id);
+            let mounted = if may_hold && packed::is_packed(&dir)? { Some(packed::open_tree(&dir)?) } else { None };
+            Ok(StackLayer { id, dir, mounted, index })
+        };
+        let stack = stack.into_iter().map(layer).collect::<Result<Vec<_>, SnapshotError>>()?;
         let fix = fixup::judge(&stack)?;
         if fix.is_empty() {
             return Ok(None);

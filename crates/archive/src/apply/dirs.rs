@@ -34,12 +34,12 @@ pub(super) const ROOT: Node = 0;
 const HELD: usize = 64;
 
 /// Symbolic links followed for one path: the kernel's own limit (`MAXSYMLINKS`).
-const LINKS: usize = 40;
+pub(crate) const LINKS: usize = 40;
 
 /// Owner, mode and time of a directory that nobody described, chosen so that the same archive
 /// always gives the same layer.
-pub(super) const IMPLIED_MODE: u32 = 0o755;
-pub(super) const EPOCH: Timestamp = Timestamp { seconds: 0, nanos: 0 };
+pub(crate) const IMPLIED_MODE: u32 = 0o755;
+pub(crate) const EPOCH: Timestamp = Timestamp { seconds: 0, nanos: 0 };
 
 /// Who says what a directory's metadata is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -82,7 +82,7 @@ pub(super) struct Dir {
 
 /// What may be done about a directory that is not there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Missing {
+pub(crate) enum Missing {
     /// Make it, as if it had always been there.
     Create,
     /// Make it, unless a file stands in the way: then say so.

@@ -21,7 +21,7 @@
 //! Nothing is synced: one `syncfs` for many layers is far cheaper. After an error or a crash the
 //! directory holds a part of the layer, and whoever staged it throws it away.
 
-mod dirs;
+pub(crate) mod dirs;
 #[cfg(test)]
 mod tests;
 

@@ -8,7 +8,7 @@
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 
-use plies_oci::{BlobDigest, ImageId, MediaType, Reference, limits};
+use plies_oci::{BlobDigest, DocumentLimits, ImageId, MediaType, Reference};
 use serde::Deserialize;
 use serde::de::IgnoredAny;
 
@@ -32,9 +32,9 @@ type Added = Result<(ImageId, BlobDigest), (Outcome, String)>;
 /// Takes over the images of a worker whose records came over.
 pub(super) fn take(import: &Import<'_>, worker: &Worker, report: &mut ImportReport) -> Result<(), ImportError> {
     let fresh = ImportReport { dry_run: report.dry_run, ..ImportReport::default() };
-    let mut reading = Reading::new(worker.dir.join("content/blobs/sha256"), fresh);
+    let mut reading = Reading::new(worker.dir.join("content/blobs/sha256"), import.documents, fresh);
     let mut targets: BTreeMap<BlobDigest, Added> = BTreeMap::new();
-    for (reference, digest) in names(worker) {
+    for (reference, digest) in names(worker, import.documents) {
         let target = targets.entry(digest).or_insert_with(|| add(&mut reading, worker, digest));
         match target {
             Ok((image, manifest)) => {
@@ -64,7 +64,7 @@ pub(super) fn take(import: &Import<'_>, worker: &Worker, report: &mut ImportRepo
 }
 
 /// What the worker's records and blobs say that images are called, and the digests that this stands for.
-fn names(worker: &Worker) -> Vec<(Reference, BlobDigest)> {
+fn names(worker: &Worker, limits: &DocumentLimits) -> Vec<(Reference, BlobDigest)> {
     let mut tags: BTreeMap<String, (Reference, BlobDigest)> = BTreeMap::new();
     let mut pinned: BTreeSet<(String, BlobDigest)> = BTreeSet::new();
     let mut rows: Vec<_> = worker.rows.values().filter(|row| !row.deleted && !row.image_refs.is_empty()).collect();
@@ -85,7 +85,7 @@ fn names(worker: &Worker) -> Vec<(Reference, BlobDigest)> {
     let pinned = pinned.into_iter().filter(|(_, digest)| {
         // The label is on configs, too, and on what was attached to an image.
         let is_asked_for = tags.values().any(|(_, asked)| asked == digest);
-        is_asked_for || document(worker, *digest).is_ok_and(|found| found.is_some())
+        is_asked_for || document(worker, *digest, limits).is_ok_and(|found| found.is_some())
     });
     let pinned: Vec<_> = pinned
         .filter_map(|(repository, digest)| Some((format!("{repository}@{digest}").parse().ok()?, digest)))
@@ -94,12 +94,12 @@ fn names(worker: &Worker) -> Vec<(Reference, BlobDigest)> {
 }
 
 /// The media type of a manifest or an index; `None` if the blob is neither, or not there.
-fn document(worker: &Worker, digest: BlobDigest) -> Read<Option<MediaType>> {
+fn document(worker: &Worker, digest: BlobDigest, limits: &DocumentLimits) -> Read<Option<MediaType>> {
     let path = worker.blob_path(digest);
     if !path.is_file() {
         return Ok(None);
     }
-    let raw = read_bytes(&path, limits::MANIFEST_BYTES_MAX)?;
+    let raw = read_bytes(&path, limits.manifest_bytes)?;
     let Ok(document) = serde_json::from_slice::<Document>(&raw) else { return Ok(None) };
     Ok(match document {
         Document { manifests: None, layers: None, .. } => None,
@@ -110,10 +110,10 @@ fn document(worker: &Worker, digest: BlobDigest) -> Read<Option<MediaType>> {
 }
 
 /// Adds the image that a digest stands for on this machine, if all of it is there.
-fn add(reading: &mut Reading, worker: &Worker, digest: BlobDigest) -> Added {
+fn add(reading: &mut Reading<'_>, worker: &Worker, digest: BlobDigest) -> Added {
     let failed = |why: String| (Outcome::Failed, why);
     let left = |why: &str| (Outcome::Left, why.to_owned());
-    let media_type = document(worker, digest).map_err(failed)?;
+    let media_type = document(worker, digest, reading.limits).map_err(failed)?;
     let media_type = media_type.ok_or_else(|| left("BuildKit does not keep its manifest"))?;
     let mut namespace = NamespaceReading::new(super::NAMESPACE, &worker.namespace);
     let target = Target { digest, media_type: media_type.to_string() };

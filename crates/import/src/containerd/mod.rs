@@ -22,7 +22,7 @@ use std::path::{Path, PathBuf};
 
 use plies_bolt::{Bolt, BoltError};
 use plies_oci::{
-    BlobDigest, ChainId, ImageId, Index, Manifest, MediaClass, MediaType, Platform, Reference, classify, limits,
+    BlobDigest, ChainId, DocumentLimits, ImageId, Index, Manifest, MediaClass, MediaType, Platform, Reference, classify,
 };
 
 #[cfg(test)]
@@ -38,8 +38,6 @@ const META: &str = "io.containerd.metadata.v1.bolt/meta.db";
 const CONTENT: &str = "io.containerd.content.v1.content/blobs/sha256";
 const SNAPSHOTTER_DIR: &str = "io.containerd.snapshotter.v1.overlayfs";
 const SNAPSHOTTER: &str = "overlayfs";
-/// Indexes inside indexes that are followed: builders nest one level; a chain of them could be endless.
-const INDEX_DEPTH_MAX: usize = 4;
 /// How CRI calls images beside their names: by the IDs that they have here as well.
 const ID_PREFIX: &str = "sha256:";
 /// How dockerd calls images that have no name.
@@ -82,7 +80,7 @@ pub fn import(import: &Import<'_>, path: &Path, options: &ContainerdOptions) -> 
     let (there, failed) = databases::namespaces(&meta);
     failed.iter().for_each(|error| problem(&meta_path, error));
     let namespaces = if options.namespaces.is_empty() { &there } else { &options.namespaces };
-    let mut reading = Reading::new(path.join(CONTENT), report);
+    let mut reading = Reading::new(path.join(CONTENT), import.documents, report);
     for name in namespaces {
         if !there.contains(name) {
             reading.report.problem("namespace", name, "there is none of this name");
@@ -106,8 +104,9 @@ pub(crate) enum Found {
     Left(String),
 }
 
-pub(crate) struct Reading {
+pub(crate) struct Reading<'a> {
     content: PathBuf,
+    pub(crate) limits: &'a DocumentLimits,
     pub(crate) source: Source,
     pub(crate) report: ImportReport,
 }
@@ -120,10 +119,10 @@ pub(crate) struct NamespaceReading<'a> {
     snapshots: BTreeSet<String>,
 }
 
-impl Reading {
+impl<'a> Reading<'a> {
     /// Of blobs in the directory `content`.
-    pub(crate) fn new(content: PathBuf, report: ImportReport) -> Self {
-        Self { content, source: Source::default(), report }
+    pub(crate) fn new(content: PathBuf, limits: &'a DocumentLimits, report: ImportReport) -> Self {
+        Self { content, limits, source: Source::default(), report }
     }
 
     fn read(&mut self, mut namespace: NamespaceReading<'_>, clients: &Clients) {
@@ -207,14 +206,14 @@ impl Reading {
     }
 
     /// Follows indexes down to the manifest for this machine.
-    pub(crate) fn resolve(&self, target: &Target, namespace: &mut NamespaceReading<'_>, depth: usize) -> Read<Found> {
+    pub(crate) fn resolve(&self, target: &Target, namespace: &mut NamespaceReading<'_>, depth: u64) -> Read<Found> {
         namespace.blobs.insert(target.digest);
         match classify(&MediaType::from(target.media_type.as_str())) {
             Some(MediaClass::Manifest) => {
                 let manifest = Manifest::parse(&self.document(target.digest)?).map_err(|error| chain(&error))?;
                 Ok(Found::Image(Box::new(manifest)))
             }
-            Some(MediaClass::Index) if depth < INDEX_DEPTH_MAX => {
+            Some(MediaClass::Index) if depth < self.limits.index_depth => {
                 let index = Index::parse(&self.document(target.digest)?).map_err(|error| chain(&error))?;
                 let wanted = Platform::host();
                 let all = index.manifests();
@@ -230,7 +229,7 @@ impl Reading {
                 let target = Target { digest: chosen.digest, media_type: chosen.media_type.to_string() };
                 self.resolve(&target, namespace, depth + 1)
             }
-            Some(MediaClass::Index) => Err(format!("indexes are nested more than {INDEX_DEPTH_MAX} deep")),
+            Some(MediaClass::Index) => Err(format!("indexes are nested more than {} deep", self.limits.index_depth)),
             _ => Ok(Found::Left(format!("it is no image, but {:?}", target.media_type))),
         }
     }
@@ -245,7 +244,7 @@ impl Reading {
         namespace.blobs.insert(config);
         namespace.blobs.extend(manifest.layers().iter().map(|layer| layer.digest));
         let id = ImageId::from_bytes(*config.as_bytes());
-        let image = Image::read(id, &self.path_of(config), &self.limits)?;
+        let image = Image::read(id, &self.path_of(config), self.limits)?;
         if image.diff_ids.len() != manifest.layers().len() {
             let (layers, diff_ids) = (manifest.layers().len(), image.diff_ids.len());
             return Err(format!("it has {layers} layers but {diff_ids} diff IDs"));
@@ -405,7 +404,8 @@ mod tests {
         fs::write(at("meta"), meta).unwrap();
         fs::write(at("own"), own).unwrap();
         let (meta, own) = (Bolt::open(&at("meta")).ok()?, Bolt::open(&at("own")).ok());
-        let mut reading = Reading::new(at("blobs"), ImportReport::default());
+        let limits = DocumentLimits::default();
+        let mut reading = Reading::new(at("blobs"), &limits, ImportReport::default());
         for name in databases::namespaces(&meta).0 {
             let (rows, _) = Namespace::read_of(&meta, own.as_ref(), &name, Some(SNAPSHOTTER), dir.path());
             let (clients, _) = Clients::read(&meta, &name);

@@ -1,7 +1,9 @@
 //! Drivers: how layers' bytes are mounted, and nothing else.
 //!
-//! Both keep a layer as a plain directory with overlay's marks. `overlay` mounts them; `native`
-//! copies them together, works wherever files do, and is what the other is tested against.
+//! `overlay` and `native` keep a layer as a plain directory with overlay's marks. `overlay` mounts them; `native`
+//! copies them together, works wherever files do, and is what the others are tested against. `erofs` is `overlay` over
+//! layers that are kept packed where they came as tars. Each serves layers of both kinds: which driver made them does not
+//! matter.
 
 mod native;
 mod overlay;
@@ -12,8 +14,9 @@ use std::path::{Path, PathBuf};
 
 use plies_archive::{Change, Sealed};
 
-use crate::LayerId;
+use crate::error::FileError;
 use crate::snapshots::{MountOptions, SnapshotError};
+use crate::{LayerId, packed};
 
 pub(crate) use native::{Compare, NOTHING_IS_CERTAIN, Native};
 pub(crate) use overlay::Overlay;
@@ -29,6 +32,8 @@ pub enum DriverKind {
     Overlay,
     /// Overlay mounts made in one certain way.
     OverlayBy(OverlayMethod),
+    /// Overlay mounts too; layers that come as tars are kept as tars, with an index that the kernel mounts.
+    Erofs,
     /// Copies.
     Native,
 }
@@ -42,8 +47,9 @@ pub(crate) struct Lower {
 }
 
 impl Lower {
-    pub(crate) fn tree(&self) -> PathBuf {
-        self.dir.join("fs")
+    /// The root of its tree, however it is kept.
+    pub(crate) fn open(&self) -> Result<OwnedFd, FileError> {
+        packed::open_tree(&self.dir)
     }
 }
 
@@ -96,6 +102,11 @@ pub(crate) trait Driver: fmt::Debug + Send + Sync {
 
     /// Whether a tree to read is a copy, made for one use and gone with this process, rather than a mount.
     fn views_are_copies(&self) -> bool {
+        false
+    }
+
+    /// Whether layers that come as tars are kept packed ([`crate::packed`]). Those that are kept otherwise are served as well.
+    fn packs(&self) -> bool {
         false
     }
 

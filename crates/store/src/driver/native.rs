@@ -32,10 +32,7 @@ fn merged(lowers: &[Lower], target: &Path, material: Material) -> Result<OwnedFd
     fs::set_permissions(target, fs::Permissions::from_mode(0o755)).at("change mode", target)?;
     let root = tree::open_own(target)?;
     let layers = lowers.iter().map(|lower| {
-        Ok::<_, SnapshotError>(MergeLayer {
-            root: tree::open_own(&lower.tree())?,
-            index: read_index_at(&lower.dir, lower.id)?,
-        })
+        Ok::<_, SnapshotError>(MergeLayer { root: lower.open()?, index: read_index_at(&lower.dir, lower.id)? })
     });
     tree::merge(layers, &root, material)?;
     if lowers.is_empty() {

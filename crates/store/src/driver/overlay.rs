@@ -22,6 +22,7 @@ use super::{Driver, Form, Lower, Tree, Upper};
 use crate::error::{At as _, FileError};
 use crate::idmap::MappedDirs;
 use crate::open::make_dir;
+use crate::packed;
 use crate::snapshots::{MountOptions, SnapshotError};
 use crate::tree::{self, Metadata};
 
@@ -36,6 +37,11 @@ const MAX_LOWERS_IN_STRING: usize = 200;
 /// directories by reference, copy up metadata alone, index by inode. An upper that has such marks
 /// cannot be sealed; one that a stranger put into a layer is not followed.
 const OPTIONS: [(&str, &str); 3] = [("redirect_dir", "nofollow"), ("metacopy", "off"), ("index", "off")];
+
+/// What an overlay over packed layers gets besides. Each of them is a file system of its own, with the same small inode
+/// numbers as the others; with this the overlay makes them different, and all files are of one device (`xino`,
+/// Documentation/filesystems/overlayfs.rst). Without, `tar --one-file-system` would leave most of them out.
+const ONE_DEVICE: (&str, &str) = ("xino", "on");
 
 /// The mount option that gives all files of a mount one security label (mount(8), `context=`).
 const LABEL: &str = "context";
@@ -56,11 +62,30 @@ pub(crate) struct Overlay {
     /// A scratch directory of the store, for the empty directories below.
     run: PathBuf,
     method: OnceLock<OverlayMethod>,
+    /// Layers that come as tars are kept so.
+    packs: bool,
+}
+
+/// A directory to be shown below others.
+#[derive(Debug)]
+enum LowerDir {
+    Plain(PathBuf),
+    /// The directory of a packed layer, which is to be mounted first.
+    Packed(PathBuf),
+}
+
+impl LowerDir {
+    fn of(lower: &Lower) -> Result<Self, FileError> {
+        Ok(match packed::is_packed(&lower.dir)? {
+            true => Self::Packed(lower.dir.clone()),
+            false => Self::Plain(lower.dir.join("fs")),
+        })
+    }
 }
 
 impl Overlay {
-    pub(crate) fn new(run: PathBuf, method: Option<OverlayMethod>) -> Self {
-        let overlay = Self { run, method: OnceLock::new() };
+    pub(crate) fn new(run: PathBuf, method: Option<OverlayMethod>, packs: bool) -> Self {
+        let overlay = Self { run, method: OnceLock::new(), packs };
         if let Some(method) = method {
             overlay.method.set(method).expect("because it was just made");
         }
@@ -92,10 +117,10 @@ impl Overlay {
         scratch: &Path,
     ) -> Result<Tree, SnapshotError> {
         // The uppermost first, as overlayfs counts.
-        let mut trees: Vec<PathBuf> = lowers.iter().rev().map(Lower::tree).collect();
+        let mut trees = lowers.iter().rev().map(LowerDir::of).collect::<Result<Vec<_>, _>>()?;
         let needed = if upper.is_some() { 1 } else { 2 };
         for number in trees.len()..needed {
-            trees.push(self.empty(number)?);
+            trees.push(LowerDir::Plain(self.empty(number)?));
         }
         match (self.method(), options.ids) {
             (OverlayMethod::OptionString, None) => by_option_string(&trees, upper, options.label, scratch),
@@ -147,30 +172,44 @@ fn proc_path(fd: BorrowedFd<'_>) -> String {
 
 fn by_fsconfig(
     method: OverlayMethod,
-    trees: &[PathBuf],
+    trees: &[LowerDir],
     upper: Option<&Upper>,
     label: Option<&str>,
     mapped: Option<&MappedDirs>,
 ) -> Result<Tree, SnapshotError> {
     let context = fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC).map_err(|error| refused(None, error))?;
     let context = context.as_fd();
-    let set_dir = |key: &str, path: &Path| -> Result<(), SnapshotError> {
-        let dir = mapped.and_then(|dirs| dirs.open(path)).unwrap_or_else(|| open_tree_root(path)).at("open", path)?;
+    let set_fd = |key: &str, dir: BorrowedFd<'_>| {
         let set = match method {
-            OverlayMethod::Descriptors => fsconfig_set_fd(context, key, dir.as_fd()),
-            _ => fsconfig_set_string(context, key, proc_path(dir.as_fd())),
+            OverlayMethod::Descriptors => fsconfig_set_fd(context, key, dir),
+            _ => fsconfig_set_string(context, key, proc_path(dir)),
         };
         set.map_err(|error| refused(Some(context), error))
+    };
+    let set_dir = |key: &str, path: &Path| -> Result<(), SnapshotError> {
+        let dir = mapped.and_then(|dirs| dirs.open(path)).unwrap_or_else(|| open_tree_root(path)).at("open", path)?;
+        set_fd(key, dir.as_fd())
     };
     let set = |key: &str, value: &str| {
         fsconfig_set_string(context, key, value).map_err(|error| refused(Some(context), error))
     };
     set("source", "plies")?;
-    for (key, value) in OPTIONS.into_iter().chain(label.map(|label| (LABEL, label))) {
-        set(key, value)?;
-    }
+    options_over(trees).try_for_each(|(key, value)| set(key, value))?;
+    label.map_or(Ok(()), |label| set(LABEL, label))?;
+    // Without their descriptors they would be unmounted before the overlay has taken them over.
+    let mut mounts = Vec::new();
     for tree in trees {
-        set_dir("lowerdir+", tree)?;
+        match tree {
+            LowerDir::Plain(path) => set_dir("lowerdir+", path)?,
+            LowerDir::Packed(dir) => {
+                let mount = packed::mount(dir)?;
+                if let Some(mapped) = mapped {
+                    mapped.map(mount.as_fd()).at("map the owners of files in", dir)?;
+                }
+                set_fd("lowerdir+", mount.as_fd())?;
+                mounts.push(mount);
+            }
+        }
     }
     if let Some(upper) = upper {
         set_dir("upperdir", &upper.tree())?;
@@ -189,6 +228,11 @@ fn by_fsconfig(
     Ok(Tree { root, form: Form::Detached(mount) })
 }
 
+fn options_over(trees: &[LowerDir]) -> impl Iterator<Item = (&'static str, &'static str)> + use<> {
+    let has_packed = trees.iter().any(|tree| matches!(tree, LowerDir::Packed(_)));
+    OPTIONS.into_iter().chain(has_packed.then_some(ONE_DEVICE))
+}
+
 /// The kernel says why in words that can be read from the context, one message at a time, each
 /// with a letter and a space in front (fs/fs_context.c).
 fn refused(context: Option<BorrowedFd<'_>>, error: Errno) -> SnapshotError {
@@ -204,22 +248,25 @@ fn refused(context: Option<BorrowedFd<'_>>, error: Errno) -> SnapshotError {
 }
 
 fn by_option_string(
-    trees: &[PathBuf],
+    trees: &[LowerDir],
     upper: Option<&Upper>,
     label: Option<&str>,
     scratch: &Path,
 ) -> Result<Tree, SnapshotError> {
     // Held open until the kernel has resolved the paths through them.
     let mut held = Vec::new();
-    let mut path_of = |path: &Path| -> Result<String, FileError> {
-        let dir = open_tree_root(path).at("open", path)?;
+    let mut path_of = |tree: &LowerDir| -> Result<String, FileError> {
+        let dir = match tree {
+            LowerDir::Plain(path) => open_tree_root(path).at("open", path)?,
+            LowerDir::Packed(dir) => packed::mount(dir)?,
+        };
         let path = proc_path(dir.as_fd());
         held.push(dir);
         Ok(path)
     };
-    let lowers = trees.iter().map(|tree| path_of(tree)).collect::<Result<Vec<_>, _>>()?;
+    let lowers = trees.iter().map(&mut path_of).collect::<Result<Vec<_>, _>>()?;
     let mut options = format!("lowerdir={}", lowers.join(":"));
-    for (key, value) in OPTIONS {
+    for (key, value) in options_over(trees) {
         options.push_str(&format!(",{key}={value}"));
     }
     if let Some(label) = label {
@@ -228,7 +275,8 @@ fn by_option_string(
     }
     let mut flags = MountFlags::empty();
     if let Some(upper) = upper {
-        options.push_str(&format!(",upperdir={},workdir={}", path_of(&upper.tree())?, path_of(&upper.work())?));
+        let [tree, work] = [upper.tree(), upper.work()].map(LowerDir::Plain);
+        options.push_str(&format!(",upperdir={},workdir={}", path_of(&tree)?, path_of(&work)?));
         if upper.volatile {
             options.push_str(",volatile");
         }
@@ -246,11 +294,18 @@ fn by_option_string(
 
 impl Driver for Overlay {
     fn describe(&self) -> &'static str {
-        match self.method() {
-            OverlayMethod::Descriptors => "overlay (layers by descriptor)",
-            OverlayMethod::Paths => "overlay (layers by path, one by one)",
-            OverlayMethod::OptionString => "overlay (layers in one option string)",
+        match (self.packs, self.method()) {
+            (false, OverlayMethod::Descriptors) => "overlay (layers by descriptor)",
+            (false, OverlayMethod::Paths) => "overlay (layers by path, one by one)",
+            (false, OverlayMethod::OptionString) => "overlay (layers in one option string)",
+            (true, OverlayMethod::Descriptors) => "erofs (tars under an overlay, layers by descriptor)",
+            (true, OverlayMethod::Paths) => "erofs (tars under an overlay, layers by path, one by one)",
+            (true, OverlayMethod::OptionString) => "erofs (tars under an overlay, layers in one option string)",
         }
+    }
+
+    fn packs(&self) -> bool {
+        self.packs
     }
 
     fn max_lowers(&self) -> usize {
@@ -267,8 +322,7 @@ impl Driver for Overlay {
         make_dir(&tree)?;
         match lowers.last() {
             Some(top) => {
-                let top = top.tree();
-                let metadata = tree::open_own(&top).map(Metadata::of)?.at("stat", &top)?;
+                let metadata = top.open().map(Metadata::of)?.at("stat", &top.dir)?;
                 metadata.apply(tree::open_own(&tree)?).at("set metadata", &tree)?;
             }
             None => fs::set_permissions(&tree, std::os::unix::fs::PermissionsExt::from_mode(0o755))

@@ -26,7 +26,8 @@ use crate::recover::unlisted;
 use crate::snapshots::snapshot_id;
 use crate::transfer;
 use crate::{
-    ActiveId, Cancel, Canceled, LayerId, LeaseOptions, Resource, SnapshotId, Store, Transfer, TransferError, tree,
+    ActiveId, Cancel, Canceled, LayerId, LeaseOptions, Resource, SnapshotId, Store, Transfer, TransferError, packed,
+    tree,
 };
 
 /// How deep to look.
@@ -311,8 +312,8 @@ impl Checker<'_> {
             return Ok(());
         }
         let before = self.findings.found.len();
-        if let Err(error) = open_root(self.store, id) {
-            self.findings.add("layer-tree-missing", subject, error.to_string(), lost());
+        if !packed::has_tree(&dir)? {
+            self.findings.add("layer-tree-missing", subject, "has a directory without its tree", lost());
         } else if let Err(error) = read_index(self.store, id) {
             self.findings.add("layer-index-damaged", subject, error.to_string(), lost());
         } else if row.tar_split && !matches!(self.store.layers().tar_split(id), Ok(Some(_))) {
@@ -571,6 +572,10 @@ impl Checker<'_> {
     fn tree(&mut self, id: LayerId, row: &LayerRow, transfer: &Transfer<'_>) -> Result<(), CheckError> {
         let lost = || Remedy::Restore { resource: id.into(), otherwise: vec![Change::remove(&LAYERS, &id)] };
         let subject = Resource::from(id);
+        let dir = layer_dir(self.store, id);
+        if packed::is_packed(&dir)? {
+            return self.packed(id, row, &dir);
+        }
         let root = match open_root(self.store, id) {
             Ok(root) => root,
             Err(_) => return Ok(()),
@@ -602,7 +607,36 @@ impl Checker<'_> {
                 Err(error) => return Err(CheckError::Transfer(Box::new(error))),
             }
         }
-        let counted = tree::measure(root).at("measure", layer_dir(self.store, id))?;
+        let counted = tree::measure(root).at("measure", dir)?;
+        self.usage(id, row, counted);
+        Ok(())
+    }
+
+    /// As [`Checker::tree`], for a packed layer: its tar is hashed, and all that follows from it is made again.
+    fn packed(&mut self, id: LayerId, row: &LayerRow, dir: &Path) -> Result<(), CheckError> {
+        let lost = || Remedy::Restore { resource: id.into(), otherwise: vec![Change::remove(&LAYERS, &id)] };
+        let examined = packed::examine(dir, &self.options.limits)?;
+        let wrong = match examined.sound {
+            _ if row.diff_id != Some(examined.diff_id) => {
+                Some(("layer-tree-damaged", format!("has a tar with diff ID {}", examined.diff_id)))
+            }
+            None => Some(("layer-tree-damaged", "has an EROFS index that is not its tar's".to_owned())),
+            Some((_, index)) if read_index(self.store, id).is_ok_and(|kept| kept != index) => {
+                Some(("layer-index-wrong", "lists other directories in its index than its tar implies".to_owned()))
+            }
+            Some((counted, _)) => {
+                self.usage(id, row, counted);
+                None
+            }
+        };
+        if let Some((code, what)) = wrong {
+            self.findings.add(code, Resource::from(id), what, lost());
+        }
+        Ok(())
+    }
+
+    /// Holds what a layer was found to cost against its row.
+    fn usage(&mut self, id: LayerId, row: &LayerRow, counted: plies_archive::Usage) {
         if counted != row.usage.into() {
             let kept: plies_archive::Usage = row.usage.into();
             let what = format!("costs {counted:?}, its row says {kept:?}");
@@ -613,9 +647,8 @@ impl Checker<'_> {
                 true => Remedy::Rewrite(put),
                 false => Remedy::Restore { resource: id.into(), otherwise: put },
             };
-            self.findings.add("layer-usage-wrong", subject, what, remedy);
+            self.findings.add("layer-usage-wrong", Resource::from(id), what, remedy);
         }
-        Ok(())
     }
 }
 

@@ -19,7 +19,7 @@ use crate::open::{OCI_LAYOUT, make_dir, sync_dir};
 use crate::progress::{Outcome, Silent, Task};
 use crate::{
     LayerError, LayerId, Lease, LeaseOptions, Resource, SnapshotError, SnapshotId, Snapshots, Store, Transfer,
-    TransferError, tree,
+    TransferError, packed, tree,
 };
 
 /// Rows that one transaction changes at most: a closure has all of them in memory.
@@ -271,7 +271,7 @@ impl<'a> Mender<'a> {
             read => read.ok().flatten(),
         };
         let Some(row) = row else {
-            let is_whole = crate::layers::open_root(self.store, id).is_ok() && read_index(self.store, id).is_ok();
+            let is_whole = packed::has_tree(&dir)? && read_index(self.store, id).is_ok();
             return match Sidecar::read(&dir)? {
                 Some(sidecar) if is_whole => {
                     self.put_layer(id, &sidecar.row)?;

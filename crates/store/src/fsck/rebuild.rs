@@ -22,7 +22,7 @@ use crate::lock::{StoreLock, WaitPolicy};
 use crate::open::{Paths, make_dir, sync_dir};
 use crate::progress::{Outcome, Task};
 use crate::recover::entries;
-use crate::{ActiveId, LayerId, OpenError, OpenOptions, Owner, Resource, Stamp, tree};
+use crate::{ActiveId, LayerId, OpenError, OpenOptions, Owner, Resource, Stamp, packed};
 
 /// Rows that one transaction copies.
 const COPIED_AT_ONCE: usize = 10_000;
@@ -194,7 +194,7 @@ fn adopt_layers(catalogue: &Catalogue, paths: &Paths, now: Stamp, rebuilt: &mut 
             continue;
         }
         let Some(sidecar) = Sidecar::read(&dir)? else { continue };
-        if tree::open_own(&dir.join("fs")).is_err() || crate::layers::read_index_at(&dir, id).is_err() {
+        if !packed::has_tree(&dir)? || crate::layers::read_index_at(&dir, id).is_err() {
             continue;
         }
         adopt(catalogue, now, id.into(), |tx| tx.put(&LAYERS, &id, &sidecar.row))?;

@@ -24,11 +24,10 @@ use std::sync::{Mutex, PoisonError};
 
 use plies_archive::compress::{self, DecodeError};
 use plies_archive::hash::HashingReader;
-use plies_archive::tar;
 use plies_archive::tarsplit::{self, AssembleError, Recorder};
 use plies_archive::{
-    ApplyError, ApplyStyle, DiffError, Limits, Received, Root, UnpackError, Unpacked, diff_trees, is_newer,
-    layer_to_tar, receive, unpack,
+    ApplyError, ApplyStyle, DiffError, Limits, Packed, Received, Root, UnpackError, diff_trees, erofs, is_newer,
+    layer_to_tar, pack, receive, tar, unpack,
 };
 use plies_oci::{BlobDigest, ChainId, Compression, Descriptor, DiffId, ErrorKind, Family};
 
@@ -41,7 +40,8 @@ use crate::catalogue::{CatalogueError, Rows as _};
 use crate::progress::{Outcome, Progress, Task, Watched};
 use crate::{
     ActiveId, ActiveOptions, Attach, BlobError, Cancel, Canceled, CommitError, Expected, FinishedStage, Ingest,
-    IngestError, IngestRef, LayerContents, LayerError, LayerId, Lease, Mounted, SnapshotError, SnapshotId, Store,
+    IngestError, IngestRef, LayerContents, LayerError, LayerId, Lease, Mounted, SnapshotError, SnapshotId, Stage,
+    Store, packed,
 };
 
 /// Buffer in front of a pipe between two threads: as much as a pipe holds (pipe(7)).
@@ -380,6 +380,14 @@ impl fmt::Debug for Transfer<'_> {
     }
 }
 
+/// A layer that came by once.
+enum Incoming {
+    /// It stands by itself.
+    Layer(Box<FinishedStage>),
+    /// It has to be unpacked in another way: over the layers below it, or from an archive that its tree could not give back.
+    Archive(File),
+}
+
 impl Transfer<'_> {
     fn store(&self) -> &Store {
         self.lease.store()
@@ -576,12 +584,36 @@ impl Transfer<'_> {
 
     /// Unpacks a layer by itself, without the layers below it.
     fn unpack_alone(&self, blob: &mut Tee<'_>, offer: &LayerSource<'_>) -> Result<WorkedLayer, TransferError> {
+        if !self.store().inner.driver.packs() {
+            return self.unpack_to_tree(blob, offer.compression, offer);
+        }
+        let stage = Stage::without_tree(self.store())?;
+        let tar = stage.tar_file()?;
+        let packed = checked(offer, pack(blob, offer.compression, &tar, self.limits), |packed| packed.diff_id)?;
+        match packed.index {
+            Some(index) if index.applied().opaque_root => Ok(WorkedLayer::NeedsBase),
+            Some(index) => {
+                let contents = packed_contents(&stage, &index, packed.diff_id, packed.tar_bytes)?;
+                Ok(WorkedLayer::Staged(Box::new(stage.finish(contents))))
+            }
+            // Here is a tar to unpack from, instead of the blob.
+            None => self.unpack_to_tree(FromStart { file: tar, offset: 0 }, Compression::None, offer),
+        }
+    }
+
+    /// Unpacks a layer by itself into a directory.
+    fn unpack_to_tree(
+        &self,
+        tar: impl Read + Send,
+        compression: Compression,
+        offer: &LayerSource<'_>,
+    ) -> Result<WorkedLayer, TransferError> {
         let mut stage = self.store().layers().stage()?;
         let record = Recorder::new(tarsplit::Output::File(stage.tar_split_file()?));
-        let unpacked = unpack(blob, offer.compression, stage.root(), ApplyStyle::Layer, self.limits, Some(record));
+        let unpacked = unpack(tar, compression, stage.root(), ApplyStyle::Layer, self.limits, Some(record));
         let unpacked = match unpacked {
             Err(UnpackError::Apply(ApplyError::NeedsBase { .. })) => return Ok(WorkedLayer::NeedsBase),
-            other => checked(offer, other)?,
+            other => checked(offer, other, |unpacked| unpacked.diff_id)?,
         };
         // The kernel does not know a root that hides everything below: such a layer is unpacked over what it hides.
         if unpacked.applied.opaque_root {
@@ -741,7 +773,7 @@ impl Transfer<'_> {
         let bytes = Watched { inner: self.store().content().open(blob.digest)?, task: None, cancel };
         let unpacked = unpack(bytes, blob.compression, mounted.root(), ApplyStyle::Merged, self.limits, None);
         let open = |_| Err(io::ErrorKind::NotFound.into());
-        checked(&blob_source(blob, diff_id, Box::new(open)), unpacked)?;
+        checked(&blob_source(blob, diff_id, Box::new(open)), unpacked, |unpacked| unpacked.diff_id)?;
         mounted.unmount()?;
         Ok(active)
     }
@@ -762,24 +794,18 @@ impl Transfer<'_> {
         below: &[LayerId],
         parent: Option<ChainId>,
     ) -> Result<ReceivedLayer, TransferError> {
-        let Self { lease, limits, cancel, progress } = *self;
+        let Self { lease, cancel, progress, .. } = *self;
         let task = Task::start(progress, "receive layer", None);
         let layers = self.store().layers();
-        let mut stage = layers.stage()?;
-        let recorder = Recorder::new(tarsplit::Output::File(stage.tar_split_file()?)).with_spool(self.scratch_file()?);
         let stream = Watched { inner: stream, task: Some(&task), cancel };
-        let received = receive(stream, compression, stage.root(), limits, recorder);
-        let Received { diff_id, unpacked_bytes: tar_bytes, applied, recorded } = received.map_err(|source| {
-            if canceled_inside(&source) {
-                return Canceled.into();
-            }
-            TransferError::Unpack { digest: "from a stream".to_owned(), source }
-        })?;
+        let (diff_id, tar_bytes, incoming) = match self.store().inner.driver.packs() {
+            true => self.receive_tar(stream, compression)?,
+            false => self.receive_tree(stream, compression)?,
+        };
         let chain_id = ChainId::extend(parent, diff_id);
         let done = |layer, snapshot| ReceivedLayer { diff_id, chain_id, layer, snapshot, tar_bytes };
-        let source = match (applied, recorded.archive) {
-            (Some(applied), None) if !applied.opaque_root => {
-                debug_assert!(recorded.unfaithful.is_none(), "an archive that no tree gives back is spooled");
+        let source = match incoming {
+            Incoming::Layer(staged) => {
                 let known = match layers.hold_by_diff_id(diff_id, lease)? {
                     None => layers.hold_by_chain(chain_id, lease)?,
                     found => found,
@@ -791,9 +817,7 @@ impl Transfer<'_> {
                         layer
                     }
                     None => {
-                        let (usage, index) = (applied.usage, applied.index);
-                        let contents = LayerContents { diff_id: Some(diff_id), chain_id: None, usage, index };
-                        let published = layers.publish(lease, vec![stage.finish(contents)])?;
+                        let published = layers.publish(lease, vec![*staged])?;
                         *published.first().expect("because one stage makes one layer")
                     }
                 };
@@ -810,20 +834,7 @@ impl Transfer<'_> {
                 let open = |_| Err(io::ErrorKind::NotFound.into());
                 self.plain_source(blob.digest, tar_bytes, diff_id, chain_id, Box::new(open))
             }
-            (_, archive) => {
-                let archive = match archive {
-                    Some(archive) => archive,
-                    // It hides all that is below it, which was seen only when it was all here.
-                    None => {
-                        let mut archive = BufWriter::new(self.scratch_file()?);
-                        let root = Root::new(stage.root()).map_err(|error| self.reading("of a stage", error))?;
-                        let open = |name: &[u8], _| tarsplit::open_in(&root, name);
-                        tarsplit::assemble(stage.read_tar_split()?, open, &mut archive)
-                            .map_err(|source| TransferError::Assemble { layer: stage.id(), source })?;
-                        archive.into_inner().map_err(|error| scratch("write")(error.into_error()))?
-                    }
-                };
-                drop(stage);
+            Incoming::Archive(archive) => {
                 // The digest of a plain blob is its diff ID.
                 let digest = BlobDigest::from_bytes(*diff_id.as_bytes());
                 let open = move |offset| {
@@ -837,6 +848,58 @@ impl Transfer<'_> {
         let taken = self.take_layers(&[source], below)?;
         let (layer, snapshot) = taken.layers.first().zip(taken.snapshot).expect("because one layer was offered");
         Ok(done(*layer, snapshot))
+    }
+
+    /// Makes a tree of a layer that comes by, in a stage, with what it takes to give the archive back.
+    fn receive_tree(
+        &self,
+        stream: impl Read + Send,
+        compression: Compression,
+    ) -> Result<(DiffId, u64, Incoming), TransferError> {
+        let mut stage = self.store().layers().stage()?;
+        let recorder = Recorder::new(tarsplit::Output::File(stage.tar_split_file()?)).with_spool(self.scratch_file()?);
+        let received = receive(stream, compression, stage.root(), self.limits, recorder);
+        let Received { diff_id, unpacked_bytes, applied, recorded } =
+            received.map_err(unpack_error(|| "from a stream".to_owned()))?;
+        let incoming = match (applied, recorded.archive) {
+            (Some(applied), None) if !applied.opaque_root => {
+                debug_assert!(recorded.unfaithful.is_none(), "an archive that no tree gives back is spooled");
+                let (usage, index) = (applied.usage, applied.index);
+                let contents = LayerContents { diff_id: Some(diff_id), chain_id: None, usage, index };
+                Incoming::Layer(Box::new(stage.finish(contents)))
+            }
+            (_, Some(archive)) => Incoming::Archive(archive),
+            // It hides all that is below it, which was seen only when it was all here.
+            (_, None) => {
+                let mut archive = BufWriter::new(self.scratch_file()?);
+                let root = Root::new(stage.root()).map_err(|error| self.reading("of a stage", error))?;
+                let open = |name: &[u8], _| tarsplit::open_in(&root, name);
+                tarsplit::assemble(stage.read_tar_split()?, open, &mut archive)
+                    .map_err(|source| TransferError::Assemble { layer: stage.id(), source })?;
+                Incoming::Archive(archive.into_inner().map_err(|error| scratch("write")(error.into_error()))?)
+            }
+        };
+        Ok((diff_id, unpacked_bytes, incoming))
+    }
+
+    /// Writes down the tar of a layer that comes by, in a stage, with its index if it can have one.
+    fn receive_tar(
+        &self,
+        stream: impl Read + Send,
+        compression: Compression,
+    ) -> Result<(DiffId, u64, Incoming), TransferError> {
+        let stage = Stage::without_tree(self.store())?;
+        let tar = stage.tar_file()?;
+        let Packed { diff_id, tar_bytes, index } =
+            pack(stream, compression, &tar, self.limits).map_err(unpack_error(|| "from a stream".to_owned()))?;
+        let incoming = match index {
+            Some(index) if !index.applied().opaque_root => {
+                let contents = packed_contents(&stage, &index, diff_id, tar_bytes)?;
+                Incoming::Layer(Box::new(stage.finish(contents)))
+            }
+            _ => Incoming::Archive(tar),
+        };
+        Ok((diff_id, tar_bytes, incoming))
     }
 
     fn plain_source<'s>(
@@ -964,7 +1027,8 @@ impl Transfer<'_> {
             }
         }
         let own = || -> Result<Option<FinishedStage>, TransferError> {
-            if self.store().layers().tar_split(layer)?.is_none() {
+            let layers = self.store().layers();
+            if layers.tar_split(layer)?.is_none() && layers.packed_tar(layer)?.is_none() {
                 return Ok(None);
             }
             let mut spool = BufWriter::new(self.scratch_file()?);
@@ -1044,15 +1108,33 @@ fn read_error(offer: &LayerSource<'_>, source: io::Error) -> TransferError {
     }
 }
 
-fn checked(offer: &LayerSource<'_>, unpacked: Result<Unpacked, UnpackError>) -> Result<Unpacked, TransferError> {
-    let unpacked = unpacked.map_err(|source| {
-        if canceled_inside(&source) {
-            return Canceled.into();
-        }
-        TransferError::Unpack { digest: offer.name(), source }
-    })?;
-    same_diff_id(offer, unpacked.diff_id)?;
+fn checked<T>(
+    offer: &LayerSource<'_>,
+    unpacked: Result<T, UnpackError>,
+    diff_id: impl FnOnce(&T) -> DiffId,
+) -> Result<T, TransferError> {
+    let unpacked = unpacked.map_err(unpack_error(|| offer.name()))?;
+    same_diff_id(offer, diff_id(&unpacked))?;
     Ok(unpacked)
+}
+
+fn unpack_error(digest: impl FnOnce() -> String) -> impl FnOnce(UnpackError) -> TransferError {
+    move |source| match canceled_inside(&source) {
+        true => Canceled.into(),
+        false => TransferError::Unpack { digest: digest(), source },
+    }
+}
+
+/// Writes the index of a stage's tar, and says what the layer is.
+fn packed_contents(
+    stage: &Stage,
+    index: &erofs::Index,
+    diff_id: DiffId,
+    tar_bytes: u64,
+) -> Result<LayerContents, LayerError> {
+    packed::write_image(stage.dir(), index, diff_id, tar_bytes)?;
+    let usage = packed::usage(stage.dir(), index.applied().usage)?;
+    Ok(LayerContents { diff_id: Some(diff_id), chain_id: None, usage, index: index.applied().index.clone() })
 }
 
 fn same_diff_id(offer: &LayerSource<'_>, actual: DiffId) -> Result<(), TransferError> {

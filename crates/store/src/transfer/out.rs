@@ -15,7 +15,7 @@ use super::{LayerBlob, Packing, Transfer, TransferError, scratch, threads};
 use crate::cancel::canceled_inside;
 use crate::catalogue::{CatalogueError, Rows as _};
 use crate::progress::{Outcome, Task, Watched};
-use crate::{Canceled, Expected, LayerId};
+use crate::{Canceled, Expected, LayerError, LayerId};
 
 /// Bytes of a tar that one thread hands to another at once: half a processor's second-level cache or less.
 const PIECE_BYTES: usize = 256 << 10;
@@ -82,6 +82,11 @@ impl Transfer<'_> {
 
     /// Makes the tar of a diff ID, which nobody has compared with it yet.
     fn make_tar(&self, diff_id: DiffId, layer: Option<LayerId>, tar: &mut impl Write) -> Result<(), TransferError> {
+        if let Some(layer) = layer
+            && let Some(kept) = self.store().layers().packed_tar(layer)?
+        {
+            return self.copy_packed(layer, kept, tar);
+        }
         if let Some(blob) = self.blobs_of(diff_id)?.first() {
             let broken = |source| self.reading(&blob.digest.to_string(), source);
             let bytes = self.store().content().open(blob.digest)?;
@@ -191,7 +196,7 @@ impl Transfer<'_> {
         self.write_canonical_tar(layer, &mut tree)?;
         let Some(stage) = self.restage(layer, diff_id)? else { return Ok(false) };
         let mut again = HashingWriter::new(self.nowhere());
-        let (root, index) = (stage.root().map_err(crate::LayerError::from)?, &stage.contents().index);
+        let (root, index) = (stage.open_root().map_err(LayerError::from)?, &stage.contents().index);
         let failed = |source: DiffError| TransferError::Diff { layer, source };
         let mut tar = tar::Writer::new(&mut again);
         layer_to_tar(root.as_fd(), index, &mut tar).map_err(failed)?;
@@ -241,8 +246,15 @@ impl Transfer<'_> {
         Ok(None)
     }
 
+    fn copy_packed(&self, layer: LayerId, mut kept: File, tar: &mut impl Write) -> Result<(), TransferError> {
+        io::copy(&mut kept, tar).map(drop).map_err(|source| self.reading(&layer.to_string(), source))
+    }
+
     /// Makes the tar of a layer from its own files.
     pub(super) fn write_tree(&self, layer: LayerId, tar: &mut impl Write) -> Result<(), TransferError> {
+        if let Some(kept) = self.store().layers().packed_tar(layer)? {
+            return self.copy_packed(layer, kept, tar);
+        }
         match self.store().layers().tar_split(layer)? {
             Some(recording) => self.assemble(layer, recording, tar),
             None => self.write_canonical_tar(layer, tar),
