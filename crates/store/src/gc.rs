@@ -32,6 +32,7 @@ use crate::catalogue::{CatalogueError, Rows, Tx};
 use crate::content::blob_path;
 use crate::error::FileError;
 use crate::layers::layer_dir;
+use crate::open::sync_dir;
 use crate::refs::count_of;
 use crate::{IngestError, IngestStatus, LeaseId, Resource, Stamp, Store, tree};
 
@@ -455,6 +456,18 @@ pub(crate) fn remove_bytes(store: &Store, trash: &[Resource]) -> Result<(), GcEr
         match tree::remove(&path) {
             Ok(()) => gone.push(*resource),
             Err(error) => drop(first_error.get_or_insert(error)),
+        }
+    }
+    // Gone for good before the rows go: else a power cut could bring back bytes that no row tells of. A directory that has
+    // gone from the one that it lay in has gone with all that was in it.
+    let paths = &store.inner.paths;
+    for (dir, is_of) in [
+        (&paths.blobs, (|one| matches!(one, Resource::Blob(_))) as fn(&Resource) -> bool),
+        (&paths.layers, |one| matches!(one, Resource::Layer(_))),
+        (&paths.active, |one| matches!(one, Resource::Active(_))),
+    ] {
+        if gone.iter().any(is_of) {
+            sync_dir(dir)?;
         }
     }
     // What may be lost: trash rows come back, and are found to be done.

@@ -252,10 +252,13 @@ impl Paths {
             make_dir(dir)?;
         }
         let layout = self.content.join("oci-layout");
-        if !layout.try_exists().at("stat", &layout)? {
+        // One that a power cut left empty is made again.
+        if !fs::read(&layout).is_ok_and(|text| text == OCI_LAYOUT) {
             fs::write(&layout, OCI_LAYOUT).at("write", &layout)?;
         }
-        Ok(())
+        // A catalogue says that all of this is there, so all of it is durable before there is one.
+        let content = File::open(&self.content).at("open", &self.content)?;
+        rustix::fs::syncfs(&content).at("sync", &self.content)
     }
 
     pub(crate) fn database(&self) -> PathBuf {

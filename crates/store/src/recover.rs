@@ -71,7 +71,8 @@ pub(crate) fn at_open(store: &Store) -> Result<(), RecoverError> {
         remove_unlisted(store)?;
         // What only leases of the dead process held goes too: nobody should have to ask for that.
         gc::collect_some(store)?;
-        // What was found is gone: a clean session may begin.
+        // What was found is gone, for good: a clean session may begin.
+        [&paths.blobs, &paths.layers, &paths.active].into_iter().try_for_each(|dir| sync_dir(dir))?;
         store.write(|tx| tx.put(&META, &META_CLEAN.to_owned(), &1).map(drop))?;
     }
     let trash: Vec<Resource> =
@@ -162,6 +163,7 @@ pub(crate) fn put_back(store: &Store, id: ActiveId, layer: LayerId) -> Result<()
                 make_dir(&active)?;
                 fs::rename(&from, active.join("fs")).at("rename", &from)?;
                 sync_dir(&active)?;
+                sync_dir(&paths.active)?;
             }
         }
     }

@@ -14,6 +14,7 @@
 //! | [`ply`] | runs the binary on a store of its own |
 //! | [`catalogue`] | changes rows of a store behind its back |
 //! | [`kill`] | kills a process at its n-th mutating system call |
+//! | [`power`] | cuts the power of a disk at any write, and gives what is left of it |
 //! | [`registry`] | registries on loopback: Debian's, and one in memory that does wrong on demand |
 //! | [`tools`] | the other programs, with their state kept inside a scratch directory |
 //!
@@ -29,6 +30,7 @@ pub mod hostile;
 pub mod image;
 pub mod kill;
 pub mod ply;
+pub mod power;
 pub mod registry;
 pub mod scratch;
 pub mod tar;
