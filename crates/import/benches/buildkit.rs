@@ -17,6 +17,7 @@ use std::time::{Instant, SystemTime};
 use plies_archive::Limits;
 use plies_cache::{Manager, ManagerOptions};
 use plies_import::{Import, ImportOptions, ImportReport, Outcome, buildkit};
+use plies_oci::DocumentLimits;
 use plies_store::{Cancel, OpenOptions, Store, WaitPolicy, progress};
 use plies_testkit::buildkit::{COMMITTED, Worker, bucket, bytes, write};
 use plies_testkit::scratch::Scratch;
@@ -86,7 +87,16 @@ fn import(root: &Path, state: &Path) -> ImportReport {
     let manager = Manager::open(store.clone(), ManagerOptions { limits: limits.clone(), checker: None, warn }).unwrap();
     let (cache, cancel) = (manager.accessor(), Cancel::default());
     let (options, progress) = (ImportOptions::default(), &progress::Silent);
-    let import = Import { store: &store, cache: &cache, limits: &limits, options, progress, cancel: &cancel };
+    let documents = DocumentLimits::default();
+    let import = Import {
+        store: &store,
+        cache: &cache,
+        limits: &limits,
+        documents: &documents,
+        options,
+        progress,
+        cancel: &cancel,
+    };
     buildkit::import(&import, state).unwrap()
 }
 

@@ -12,7 +12,7 @@ use std::time::SystemTime;
 use plies_archive::Limits;
 use plies_cache::{Manager, ManagerOptions, State};
 use plies_import::{Import, ImportError, ImportOptions, ImportReport, Outcome, buildkit};
-use plies_oci::ErrorKind;
+use plies_oci::{DocumentLimits, ErrorKind};
 use plies_store::progress::{Event, Progress, TaskId};
 use plies_store::{Cancel, OpenOptions, Store, WaitPolicy};
 use plies_testkit::buildkit::{ACTIVE, COMMITTED, Worker};
@@ -77,6 +77,7 @@ impl Rig {
             store: &self.store,
             cache: &self.manager.accessor(),
             limits: &Limits::default(),
+            documents: &DocumentLimits::default(),
             options,
             progress: &progress,
             cancel: &cancel,
