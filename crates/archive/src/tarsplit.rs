@@ -243,7 +243,7 @@ impl Recorder {
         if self.position > 0 {
             self.out.flush()?;
             let recorded = self.out.get_ref().reader();
-            assemble_records(recorded, Some(self.position), |name, _| open_in(tree, name), &mut spool)
+            assemble_records(recorded, Some(self.position), |name, _| open_in(tree, name), &mut spool, |_| {})
                 .map_err(io::Error::other)?;
         }
         spool.write_all(&self.segment)?;
@@ -562,6 +562,15 @@ struct Record {
     payload: Option<String>,
 }
 
+/// A part of an archive, as a recording has it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Part<'a> {
+    /// Headers, padding and the like.
+    Bytes(&'a [u8]),
+    /// So many bytes of a file's content, more than none.
+    Content(u64),
+}
+
 /// Writes the archive that a recording was made of, and returns its size in bytes.
 ///
 /// `open_file` is asked for the content of each file that had some, in order, by the name as the
@@ -575,7 +584,20 @@ pub fn assemble<F: Read>(
     open_file: impl FnMut(&[u8], u64) -> io::Result<F>,
     out: &mut impl Write,
 ) -> Result<u64, AssembleError> {
-    assemble_records(tar_split, None, open_file, out)
+    assemble_records(tar_split, None, open_file, out, |_| {})
+}
+
+/// As [`assemble`], and tells `part` of each part that was written.
+///
+/// # Errors
+/// As [`assemble`].
+pub fn assemble_parts<F: Read>(
+    tar_split: impl Read,
+    open_file: impl FnMut(&[u8], u64) -> io::Result<F>,
+    out: &mut impl Write,
+    part: impl FnMut(Part<'_>),
+) -> Result<u64, AssembleError> {
+    assemble_records(tar_split, None, open_file, out, part)
 }
 
 /// Opens a file of an archive in the tree that it was extracted to.
@@ -593,6 +615,7 @@ fn assemble_records<F: Read>(
     count: Option<u64>,
     mut open_file: impl FnMut(&[u8], u64) -> io::Result<F>,
     out: &mut impl Write,
+    mut part: impl FnMut(Part<'_>),
 ) -> Result<u64, AssembleError> {
     let mut records = BufReader::new(MultiGzDecoder::new(BufReader::new(tar_split)));
     let mut line = Vec::new();
@@ -620,6 +643,7 @@ fn assemble_records<F: Read>(
             SEGMENT => {
                 out.write_all(&payload).map_err(|source| AssembleError::Write { source })?;
                 written += payload.len() as u64;
+                part(Part::Bytes(&payload));
             }
             FILE if record.size == 0 => {}
             FILE => {
@@ -630,6 +654,7 @@ fn assemble_records<F: Read>(
                 let crc = payload.as_slice().try_into().map_err(|_| malformed("checksum is not 8 bytes"))?;
                 copy_file(&name, record.size, crc, &mut open_file, &mut copy, out)?;
                 written += record.size;
+                part(Part::Content(record.size));
             }
             _ => return Err(malformed("unknown type")),
         }

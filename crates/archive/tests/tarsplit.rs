@@ -10,7 +10,7 @@ use std::process::Command;
 
 use common::{Block, Raw, go_oracle, have, run, seeds};
 use plies_archive::tar::{EntryKind, EntryPath, Reader};
-use plies_archive::tarsplit::{AssembleError, Output, Recorded, Recorder, Unfaithful, assemble};
+use plies_archive::tarsplit::{AssembleError, Output, Part, Recorded, Recorder, Unfaithful, assemble, assemble_parts};
 use plies_archive::{Limits, compress::DecodeError};
 use plies_oci::ErrorKind;
 
@@ -291,4 +291,58 @@ fn a_recording_may_go_to_a_file_and_its_full_disk_is_an_error() {
     assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}");
     let other = io::Error::other("not ours");
     assert_eq!(DecodeError::kind_of(&other), ErrorKind::Unavailable);
+}
+
+#[test]
+fn an_archive_without_what_its_files_hold_lists_the_same() {
+    let mut listed = 0;
+    for (name, bytes) in seeds() {
+        let (recorded, files) = record(&bytes);
+        if recorded.unfaithful.is_some() {
+            continue;
+        }
+        let (mut headers, mut content, mut position) = (Vec::new(), Vec::new(), 0);
+        let open = |name: &[u8], _| Ok(files[&EntryPath::clean(name).unwrap()].as_slice());
+        assemble_parts(in_memory(&recorded), open, &mut io::sink(), |part| match part {
+            Part::Bytes(bytes) => {
+                headers.extend_from_slice(bytes);
+                position += bytes.len() as u64;
+            }
+            Part::Content(size_bytes) => {
+                content.push((position, size_bytes));
+                position += size_bytes;
+            }
+        })
+        .unwrap();
+        assert_eq!(position, bytes.len() as u64, "{name}");
+        let mut whole = Reader::new(&bytes[..], &Limits::default());
+        let mut without = Reader::new(&headers[..], &Limits::default()).without_data();
+        loop {
+            let entry = whole.next_entry().unwrap();
+            assert_eq!(without.next_entry().unwrap(), entry, "{name}");
+            assert!(without.data().is_err() || without.data().unwrap().is_empty());
+            if entry.is_none() {
+                break;
+            }
+            listed += 1;
+        }
+        assert_eq!(without.left_out(), content, "{name}");
+    }
+    assert!(listed > 10, "{listed}");
+}
+
+#[test]
+fn lengths_that_were_left_out_are_limited() {
+    let huge = Raw::new().file("a", "").end();
+    let mut block = huge[..512].to_vec();
+    // 2^62 bytes, in base 256 (tar(5)); what follows is the same again, so that the sum of both is too large for a number.
+    block[124..136].copy_from_slice(&[0x80, 0, 0, 0, 0x40, 0, 0, 0, 0, 0, 0, 0]);
+    block[148..156].fill(b' ');
+    let sum: u32 = block.iter().map(|byte| u32::from(*byte)).sum();
+    block[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+    let limits = Limits { unpacked_bytes: 1 << 40, ..Limits::default() };
+    let input = block.repeat(8);
+    let mut reader = Reader::new(&input[..], &limits).without_data();
+    let error = std::iter::repeat_with(|| reader.next_entry()).find_map(Result::err).unwrap();
+    assert!(error.to_string().contains("unpacked_bytes"), "{error}");
 }

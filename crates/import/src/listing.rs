@@ -14,7 +14,7 @@ use std::path::PathBuf;
 
 use plies_archive::tar::{EntryKind, EntryPath, Reader};
 use plies_archive::whiteout::{Mark, Meaning, meaning};
-use plies_archive::{DirIndex, Implied, Limits};
+use plies_archive::{DirIndex, Implied};
 
 /// What is listed under one name.
 #[derive(Debug, PartialEq, Eq)]
@@ -28,13 +28,8 @@ enum Listed {
 pub(crate) struct Listing(BTreeMap<EntryPath, Listed>);
 
 impl Listing {
-    /// Reads a tar's headers; `None` if it is none that a tree can be held against: it hides all that lies below a
-    /// directory, or has a name twice.
-    pub(crate) fn read(tar: impl Read, limits: &Limits) -> Option<Self> {
-        Self::read_from(&mut Reader::new(tar, limits))
-    }
-
-    /// As [`Listing::read`], from somebody who may do something else with the tar, too.
+    /// Reads a tar's headers, from somebody who may do something else with the tar, too; `None` if it is none that a tree can be
+    /// held against: it hides all that lies below a directory, or has a name twice.
     pub(crate) fn read_from<R: Read>(reader: &mut Reader<R>) -> Option<Self> {
         let mut listed = BTreeMap::new();
         while let Some(entry) = reader.next_entry().ok()? {
@@ -135,6 +130,7 @@ mod tests {
     use std::os::fd::AsFd as _;
     use std::os::unix::fs::{PermissionsExt as _, symlink};
 
+    use plies_archive::Limits;
     use plies_testkit::tar::{Member, archive};
 
     use super::*;
@@ -151,7 +147,7 @@ mod tests {
             fs::set_permissions(at(name), fs::Permissions::from_mode(mode)).unwrap();
         }
         let tar = archive(members);
-        let listing = Listing::read(&tar[..], &Limits::default())?;
+        let listing = Listing::read_from(&mut Reader::new(&tar[..], &Limits::default()))?;
         listing.judge(fs::File::open(dir.path()).unwrap().as_fd(), &DirIndex::default())
     }
 

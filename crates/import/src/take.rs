@@ -10,7 +10,7 @@ use std::sync::{Mutex, PoisonError};
 
 use plies_archive::hash::{HashingReader, HashingWriter};
 use plies_archive::tar::Reader;
-use plies_archive::tarsplit::{self, Recorder};
+use plies_archive::tarsplit::{self, Part, Recorder};
 use plies_archive::{Root, SealError, compress};
 use plies_oci::{BlobDigest, ChainId, Compression, DiffId};
 use plies_store::{
@@ -221,15 +221,35 @@ impl Import<'_> {
         recording: &Path,
         tree: BorrowedFd<'_>,
     ) -> Result<Option<Listing>, String> {
-        let (headers, tar) = io::pipe().map_err(|error| chain(&error))?;
+        let (headers, pipe) = io::pipe().map_err(|error| chain(&error))?;
+        // What files hold is hashed only; where it lies must be where the headers say, or they are not those of the tar.
+        let (mut position, mut content) = (0, Vec::new());
         let (assembled, listing) = std::thread::scope(|scope| {
-            let listing = scope.spawn(|| Listing::read(headers, self.limits));
-            let mut tar = HashingWriter::new(WhileWanted { out: Some(tar), cancel: self.cancel });
-            let assembled = assemble(recording, tree, &mut tar).map(|()| DiffId::from_bytes(tar.finish().1.sha256));
-            (assembled, listing.join())
+            let listing = scope.spawn(|| {
+                let mut reader = Reader::new(headers, self.limits).without_data();
+                Listing::read_from(&mut reader).map(|listing| (listing, reader.left_out().to_vec()))
+            });
+            // Nothing more is wanted when the reader is gone: it has seen enough, or what is no tar.
+            let mut pipe = Some(BufWriter::new(pipe));
+            let mut tar = HashingWriter::new(Checked { cancel: self.cancel });
+            let assembled = assemble(recording, tree, &mut tar, |part| match part {
+                Part::Bytes(bytes) => {
+                    position += bytes.len() as u64;
+                    pipe = pipe.take().and_then(|mut pipe| pipe.write_all(bytes).is_ok().then_some(pipe));
+                }
+                Part::Content(size_bytes) => {
+                    content.push((position, size_bytes));
+                    position += size_bytes;
+                }
+            });
+            drop(pipe);
+            (assembled.map(|()| DiffId::from_bytes(tar.finish().1.sha256)), listing.join())
         });
         match assembled? {
-            actual if actual == diff_id => Ok(listing.ok().flatten()),
+            actual if actual == diff_id => {
+                let listed = listing.ok().flatten();
+                Ok(listed.and_then(|(listing, left_out)| (left_out == content).then_some(listing)))
+            }
             actual => Err(format!("its files and its tar-split give {actual}, not {diff_id}")),
         }
     }
@@ -247,7 +267,7 @@ impl Import<'_> {
         let (stream, tar) = io::pipe().map_err(|error| chain(&error))?;
         let transfer = Transfer { lease, limits: self.limits, progress: self.progress, cancel: self.cancel };
         let (received, assembled) = std::thread::scope(|scope| {
-            let assembled = scope.spawn(|| assemble(recording, root.as_fd(), &mut BufWriter::new(tar)));
+            let assembled = scope.spawn(|| assemble(recording, root.as_fd(), &mut BufWriter::new(tar), |_| {}));
             let received = transfer.receive_layer(stream, Compression::None, below, parent);
             (received, assembled.join())
         });
@@ -282,10 +302,10 @@ impl Import<'_> {
         let mut blob = HashingReader::new(open_file(&wanted.path).map_err(failed)?);
         let decoder = compress::Decoder::new(&mut blob, compression, self.limits);
         let mut tar = HashingReader::new(decoder.map_err(failed)?);
-        let read = io::copy(&mut tar, &mut WhileWanted { out: None, cancel: self.cancel });
+        let read = io::copy(&mut tar, &mut Checked { cancel: self.cancel });
         let (_, tar) = tar.finish();
         // The rest of the blob, and all of it if it does not decompress: other bytes explain that.
-        io::copy(&mut blob, &mut WhileWanted { out: None, cancel: self.cancel }).map_err(failed)?;
+        io::copy(&mut blob, &mut Checked { cancel: self.cancel }).map_err(failed)?;
         match BlobDigest::from_bytes(blob.finish().1.sha256) {
             actual if actual == wanted.digest => {}
             actual => return Err(format!("blob {} has other bytes: they give {actual}", wanted.digest)),
@@ -350,30 +370,29 @@ impl Import<'_> {
     }
 }
 
-/// Writes the tar that a tree and a tar-split recording give.
-fn assemble(recording: &Path, tree: BorrowedFd<'_>, tar: &mut impl Write) -> Result<(), String> {
+/// Writes the tar that a tree and a tar-split recording give, and tells of its parts.
+fn assemble(
+    recording: &Path,
+    tree: BorrowedFd<'_>,
+    tar: &mut impl Write,
+    part: impl FnMut(Part<'_>),
+) -> Result<(), String> {
     let failed = |error: &dyn std::error::Error| format!("its tar-split and its files do not fit: {}", chain(error));
     let records = open_file(recording).map_err(|error| format!("read its tar-split: {error}"))?;
     let root = Root::new(tree).map_err(|error| failed(&error))?;
     let open = |name: &[u8], _| tarsplit::open_in(&root, name);
-    tarsplit::assemble(records, open, tar).map_err(|error| failed(&error))?;
+    tarsplit::assemble_parts(records, open, tar, part).map_err(|error| failed(&error))?;
     tar.flush().map_err(|error| failed(&error))
 }
 
-/// A tar on its way to somebody who may have seen enough of it before its end.
-struct WhileWanted<'a> {
-    out: Option<io::PipeWriter>,
+/// Takes bytes that are only hashed, until somebody cancels.
+struct Checked<'a> {
     cancel: &'a Cancel,
 }
 
-impl Write for WhileWanted<'_> {
+impl Write for Checked<'_> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.cancel.check()?;
-        match self.out.as_mut().map(|out| out.write_all(bytes)) {
-            Some(Err(error)) if error.kind() == io::ErrorKind::BrokenPipe => self.out = None,
-            Some(written) => written?,
-            None => {}
-        }
         Ok(bytes.len())
     }
 

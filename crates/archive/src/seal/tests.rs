@@ -337,3 +337,28 @@ fn privileged_a_sealed_layer_becomes_an_archive_and_a_layer_again() {
     apply_archive(&flat, Merged, &bytes).unwrap();
     assert_eq!(snapshot(open(&flat)), snapshot(overlay(&[&step.upper, &step.base])));
 }
+
+#[test]
+fn privileged_alone_what_hides_nothing_here_stays_and_what_only_a_base_could_tell_is_refused() {
+    if skip_unprivileged() {
+        return;
+    }
+    let place = Place::new();
+    let upper = place.tree("upper");
+    fs::create_dir_all(upper.join("d/e")).unwrap();
+    fs::write(upper.join("d/f"), "f").unwrap();
+    rustix::fs::mknodat(open(&upper), "d/gone", FileType::CharacterDevice, Mode::empty(), 0).unwrap();
+    let set = |path: &str, name: &[u8], value: &[u8]| {
+        let dir = open(&upper.join(path));
+        Subject::Fd(dir.as_fd()).set(name, value).unwrap();
+    };
+    set("d", b"trusted.overlay.impure", b"y");
+    let sealed = seal_alone(open(&upper).as_fd()).unwrap();
+    assert_eq!(sealed.usage, tree::measure(open(&upper).as_fd()).unwrap());
+    assert_eq!(sealed.index, DirIndex::default(), "whether a directory says something is not known");
+    assert!(upper.join("d/e").is_dir());
+    assert!(fs::symlink_metadata(upper.join("d/gone")).is_ok(), "what it hides lies below");
+    assert_eq!(private_xattrs(&upper), ["/d trusted.overlay.origin"], "as unpacking leaves a directory with whiteouts");
+    set("d/e", xattr::OPAQUE, b"y");
+    assert!(matches!(seal_alone(open(&upper).as_fd()), Err(SealError::NotSelfContained { .. })));
+}

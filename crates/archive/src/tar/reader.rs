@@ -47,6 +47,8 @@ pub struct Reader<R> {
     inner: R,
     limits: Limits,
     recorder: Option<Recorder>,
+    /// What was left out of the input: where files' bytes would begin, and how many.
+    left_out: Option<Vec<(u64, u64)>>,
     buffer: Box<[u8]>,
     /// What is left of the buffer: `buffer[start..end]`.
     start: usize,
@@ -101,6 +103,7 @@ impl<R: Read> Reader<R> {
             inner,
             limits: limits.clone(),
             recorder: None,
+            left_out: None,
             buffer: vec![0; BUFFER_BYTES].into_boxed_slice(),
             start: 0,
             end: 0,
@@ -119,6 +122,21 @@ impl<R: Read> Reader<R> {
         debug_assert_eq!(self.offset, 0, "a recording begins at the beginning");
         self.recorder = Some(recorder);
         self
+    }
+
+    /// Reads an archive that lacks what its files hold: all else is there, padding too. To be called before the first entry is
+    /// read. Files have no data then, and a sparse file whose map is part of its data is refused.
+    #[must_use]
+    pub fn without_data(mut self) -> Self {
+        debug_assert_eq!(self.offset, 0, "an archive begins at the beginning");
+        self.left_out = Some(Vec::new());
+        self
+    }
+
+    /// With [`Reader::without_data`]: what was left out until now, where it would begin in the whole archive and how many bytes. Whoever
+    /// has the archive compares it with what is there.
+    pub fn left_out(&self) -> &[(u64, u64)] {
+        self.left_out.as_deref().unwrap_or_default()
     }
 
     /// The next entry; `None` at the end marker, and again after that. Skips what is unread of the
@@ -156,6 +174,10 @@ impl<R: Read> Reader<R> {
     pub fn data(&mut self) -> Result<&[u8], TarError> {
         if self.remaining == 0 {
             return Ok(&[]);
+        }
+        if self.left_out.is_some() {
+            self.fail();
+            return Err(self.malformed(self.offset, "its data was left out"));
         }
         if self.fill().inspect_err(|_| self.fail())? == 0 {
             self.fail();
@@ -355,6 +377,14 @@ impl<R: Read> Reader<R> {
     }
 
     fn skip_rest(&mut self) -> Result<(), TarError> {
+        if let Some(left_out) = &mut self.left_out
+            && self.remaining > 0
+        {
+            left_out.push((self.offset, self.remaining));
+            self.offset = self.offset.saturating_add(std::mem::take(&mut self.remaining));
+            let (limit, total) = (self.limits.unpacked_bytes, self.offset);
+            LimitExceeded::check("unpacked_bytes", limit, total, "uncompressed archive", None)?;
+        }
         while self.remaining > 0 {
             let n = self.data()?.len();
             self.consume(n);
@@ -550,6 +580,9 @@ impl<R: Read> Reader<R> {
 
     fn map_in_data(&mut self, offset: u64) -> Result<MapBuilder, TarError> {
         let malformed = |why| TarError::Malformed { offset, why };
+        if self.left_out.is_some() {
+            return Err(malformed("its data, with a sparse map, was left out"));
+        }
         let mut parser = DataMapParser::default();
         let mut map_bytes = 0;
         loop {
