@@ -1,16 +1,20 @@
-//! How long an import of a BuildKit worker takes, by its number of records: `cargo bench -p plies-import --bench buildkit
-//! [-- [lazy] [layers] RECORDS...]`,
-//! as root.
+//! How long an import of a BuildKit worker takes: `cargo bench -p plies-import --bench buildkit [-- KIND... COUNT...]`, as root.
 //!
 //! The worker is made first, and does not count: chains of ten records, each with a result and the link that leads to it.
-//! Once they are lazy, as what was found in a remote cache and never needed; once each has a committed snapshot of one
-//! file, which is linked. Then the same is imported again.
+//! Then it is imported, files by hard link, and imported again.
+//!
+//! ```text
+//! lazy     COUNT records as of a remote cache, never needed here
+//! layers   COUNT records, each with a committed snapshot of one file
+//! files    ten records with COUNT files; beside it, `cp -al` of the same snapshots, and a sync of the file system
+//! ```
 
 // A program of its own, for people to read.
 #![allow(clippy::unwrap_used, missing_docs)]
 
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
@@ -21,16 +25,19 @@ use plies_oci::DocumentLimits;
 use plies_store::{Cancel, OpenOptions, Store, WaitPolicy, progress};
 use plies_testkit::buildkit::{COMMITTED, Worker, bucket, bytes, write};
 use plies_testkit::scratch::Scratch;
-use plies_testkit::sha256_hex;
+use plies_testkit::{sha256_hex, tools};
 use serde_json::json;
 
 /// Steps of a build.
 const CHAIN: usize = 10;
+/// Files in one directory.
+const FAN: usize = 100;
 
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Kind {
     Lazy,
     Layers,
+    Files,
 }
 
 impl Kind {
@@ -38,11 +45,12 @@ impl Kind {
         match self {
             Self::Lazy => "lazy",
             Self::Layers => "layers",
+            Self::Files => "files",
         }
     }
 }
 
-fn make(state: &Path, kind: Kind, records: usize) {
+fn make(state: &Path, kind: Kind, records: usize, files: usize) {
     let mut worker = Worker::new(state.join("runc-overlayfs"), "overlayfs");
     let (mut results, mut links) = (Vec::new(), Vec::new());
     for n in 0..records {
@@ -58,9 +66,14 @@ fn make(state: &Path, kind: Kind, records: usize) {
             "cache.description": format!("[stage {}/{CHAIN}] RUN make {n}", n % CHAIN + 1),
             "cache.imageRefs": [], "cache.cachePolicy": 0, "cache.blobonly": kind == Kind::Lazy,
         });
-        if kind == Kind::Layers {
-            let dir = worker.snapshot(&id, COMMITTED, parent.as_deref());
-            fs::write(dir.join(&id), &id).unwrap();
+        if kind != Kind::Lazy {
+            let snapshot = worker.snapshot(&id, COMMITTED, parent.as_deref());
+            for file in 0..files / records {
+                let dir =
+                    if files > records { snapshot.join(format!("{id}-{}", file / FAN)) } else { snapshot.clone() };
+                fs::create_dir_all(&dir).unwrap();
+                fs::write(dir.join(format!("{id}-{file}")), &id).unwrap();
+            }
         } else {
             row["cache.blob"] = key(n + 2 * records).into();
             row["cache.diffID"] = key(n + 3 * records).into();
@@ -101,30 +114,41 @@ fn import(root: &Path, state: &Path) -> ImportReport {
 }
 
 fn main() {
-    let mut records: Vec<usize> = std::env::args().filter_map(|arg| arg.parse().ok()).collect();
-    if records.is_empty() {
-        records = vec![1_000, 10_000];
+    let mut counts: Vec<usize> = std::env::args().filter_map(|arg| arg.parse().ok()).collect();
+    if counts.is_empty() {
+        counts = vec![1_000, 10_000];
     }
-    let named = |kind: &Kind| std::env::args().any(|arg| arg == kind.name());
-    let mut kinds: Vec<Kind> = [Kind::Lazy, Kind::Layers].into_iter().filter(named).collect();
+    let all = [Kind::Lazy, Kind::Layers, Kind::Files];
+    let mut kinds: Vec<Kind> = all.into_iter().filter(|kind| std::env::args().any(|arg| arg == kind.name())).collect();
     if kinds.is_empty() {
-        kinds = vec![Kind::Lazy, Kind::Layers];
+        kinds = all.to_vec();
     }
-    println!("{:>9} {:>7} {:>10} {:>12} {:>10}", "records", "", "import", "records/s", "again");
-    for (records, kind) in records.into_iter().flat_map(|records| kinds.iter().map(move |kind| (records, *kind))) {
+    println!("{:>9} {:<7} {:>9} {:>9} {:>9} {:>9}", "count", "", "import", "again", "cp -al", "and sync");
+    for (count, kind) in counts.into_iter().flat_map(|count| kinds.iter().map(move |kind| (count, *kind))) {
         let scratch = Scratch::new();
         let (root, state) = (scratch.join("store"), scratch.join("state"));
-        make(&state, kind, records);
-        let start = Instant::now();
-        let report = import(&root, &state);
-        let took = start.elapsed().as_secs_f64();
-        assert_eq!(report.count(Outcome::Taken), records);
-        assert_eq!(report.keys_count, records);
-        let start = Instant::now();
-        let again = import(&root, &state);
-        let again_took = start.elapsed().as_secs_f64();
-        assert_eq!(again.count(Outcome::Here), records);
-        let rate = records as f64 / took;
-        println!("{records:>9} {:>7} {took:>9.2}s {rate:>12.0} {again_took:>9.2}s", kind.name());
+        let records = if kind == Kind::Files { CHAIN } else { count };
+        make(&state, kind, records, count);
+        // What was just made is not ours to write down.
+        tools::run(Command::new("sync").arg("-f").arg(&state));
+        let seconds = |work: &mut dyn FnMut()| {
+            let start = Instant::now();
+            work();
+            start.elapsed().as_secs_f64()
+        };
+        let took = seconds(&mut || {
+            let report = import(&root, &state);
+            assert_eq!(report.count(Outcome::Taken), records);
+            assert_eq!(report.keys_count, records);
+        });
+        let again = seconds(&mut || assert_eq!(import(&root, &state).count(Outcome::Here), records));
+        print!("{count:>9} {:<7} {took:>8.2}s {again:>8.2}s", kind.name());
+        if kind != Kind::Lazy {
+            let (from, to) = (state.join("runc-overlayfs/snapshots"), scratch.join("copy"));
+            let copied = seconds(&mut || drop(tools::run(Command::new("cp").arg("-al").arg(&from).arg(&to))));
+            let synced = seconds(&mut || drop(tools::run(Command::new("sync").arg("-f").arg(&to))));
+            print!(" {copied:>8.2}s {:>8.2}s", copied + synced);
+        }
+        println!();
     }
 }

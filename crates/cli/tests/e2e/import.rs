@@ -619,11 +619,13 @@ fn what_buildkit_could_build_on_without_a_registry_can_be_built_on_here() {
     let files = worker.snapshot("layer", COMMITTED, None);
     fs::write(files.join("base"), "base").unwrap();
     let refs = |name: &str, digest: &str| json!([format!("{name}@{digest}")]);
+    let blob_chain = format!("sha256:{} {}", base.layer_digest(0), base_diff[0]);
     let gone = format!("sha256:{}", "0".repeat(64));
     worker
         .row(
             "layer",
             json!({"snapshot.committed": true, "cache.blob": format!("sha256:{}", base.layer_digest(0)), "cache.diffID": base_diff[0],
+            "cache.chainID": base_diff[0], "cache.blobChainID": format!("sha256:{}", sha256_hex(blob_chain.as_bytes())),
             "cache.createdAt": 20, "cache.imageRefs": refs("docker.io/library/base:1", &index)}),
         )
         .row(
@@ -665,6 +667,12 @@ fn what_buildkit_could_build_on_without_a_registry_can_be_built_on_here() {
         ply.ok(args!["build", "-t", "built", context]);
         assert!(ply.mount("built").path().join(file).is_file(), "{name}");
     }
+    // Steps stand on the very record that BuildKit's stood on, so that what it knows about them is found.
+    fs::write(context.join("Dockerfile"), "FROM base:1\nCOPY Dockerfile /\n").unwrap();
+    ply.ok(args!["build", context]);
+    let base_record = &items(&report, "taken")["layer"]["id"];
+    let records = ply.json(args!["ref", "ls"]);
+    assert!(records.as_array().unwrap().iter().any(|record| record["parents"] == json!([base_record])), "{records:#}");
     // It goes out under the manifest that it came with.
     let details = ply.json(args!["inspect", "base:1"]);
     assert_eq!(details["manifests"], json!([manifest_of(&base)]));
