@@ -177,6 +177,8 @@ pub(crate) enum Command {
         compact: bool,
     },
     /// Bring a store that an older version made up to this one's format
+    ///
+    /// With --driver, layers that came as tars are then kept as that driver keeps them. Nothing may be mounted meanwhile.
     Migrate {
         /// Only say what would be done
         #[arg(long)]

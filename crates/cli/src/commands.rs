@@ -16,7 +16,7 @@ use plies_engine::exec::Cancel;
 use plies_engine::{
     ContainerdOptions, Containers, DriverKind, Engine, EngineOptions, GcMode, ImportOptions, ImportOutcome,
     ImportSource, ImportedItem, Input, Migrate, Migrated, Output, PolicyRow, PruneOptions, PullPolicy, PullRequest,
-    RemovedImage, RunRequest, SaveFormat, SpaceTotals, TreeNode, WhyNode,
+    RemovedImage, Repacked, RunRequest, SaveFormat, SpaceTotals, TreeNode, WhyNode,
 };
 use serde::Serialize;
 use serde_json::json;
@@ -865,6 +865,10 @@ pub(crate) fn place(global: &Global, use_reserve: bool) -> anyhow::Result<(PathB
 fn run_migrate(global: &Global, dry_run: bool) -> anyhow::Result<ExitCode> {
     let (root, options) = place(global, false)?;
     let plan = Engine::migration_plan(&root, options)?;
+    let repack = global.driver != args::Driver::Auto;
+    if plan.steps.is_empty() && repack {
+        return run_repack(global, dry_run);
+    }
     if global.json && (dry_run || plan.steps.is_empty()) {
         return print_json(&plan);
     }
@@ -883,14 +887,34 @@ fn run_migrate(global: &Global, dry_run: bool) -> anyhow::Result<ExitCode> {
     let (_, options) = place(global, false)?;
     let options = EngineOptions { migrate: Migrate::Always, progress: style.renderer().into(), ..options };
     let engine = Engine::open(&root, options)?;
-    if let Some(migrated) = engine.migrated() {
-        if global.json {
-            print_json(migrated)?;
-        } else {
-            say(&told_of(migrated))?;
-        }
+    match engine.migrated() {
+        // What standard output says is said of the layers.
+        Some(migrated) if repack => eprintln!("ply: {}", told_of(migrated)),
+        Some(migrated) if global.json => drop(print_json(migrated)?),
+        Some(migrated) => say(&told_of(migrated))?,
+        None => {}
     }
     engine.close()?;
+    if repack { run_repack(global, false) } else { Ok(ExitCode::SUCCESS) }
+}
+
+/// Layers of a store of this schema are kept as the driver that was named keeps them.
+fn run_repack(global: &Global, dry_run: bool) -> anyhow::Result<ExitCode> {
+    let style = if global.quiet { Style::Quiet } else { Style::Auto };
+    let engine = open(global, false)?;
+    let cancel = cancel_on_signals()?;
+    let repacked = engine.repack(dry_run, &*style.renderer(), &cancel)?;
+    engine.close()?;
+    if global.json {
+        return print_json(&repacked);
+    }
+    let Repacked { changed_count, kept_count } = repacked;
+    say(&match (dry_run, changed_count, kept_count) {
+        (_, 0, 0) => "All layers are kept so already, nothing to do".to_owned(),
+        (true, ..) => format!("Would keep {changed_count} layers in another form"),
+        (false, _, 0) => format!("Keeps {changed_count} layers in another form"),
+        (false, ..) => format!("Keeps {changed_count} layers in another form; {kept_count} stay as they are"),
+    })?;
     Ok(ExitCode::SUCCESS)
 }
 

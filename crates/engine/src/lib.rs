@@ -38,6 +38,7 @@ mod prune;
 mod pull;
 mod push;
 mod records;
+mod repack;
 mod run;
 mod save;
 mod space;
@@ -78,6 +79,7 @@ pub use prune::{PruneError, PruneRow, PruneSummary};
 pub use pull::{PullPolicy, PullRequest, PulledImage};
 pub use push::{PushError, PushedImage};
 pub use records::{RecordSummary, RecordsError};
+pub use repack::{RepackError, Repacked};
 pub use run::{RunError, RunRequest};
 pub use save::{ManifestOptions, Output, SaveError, SaveFormat};
 pub use space::{

@@ -446,6 +446,12 @@ impl Engine {
         Ok(())
     }
 
+    /// Where something of the store is mounted by processes that have ended since.
+    pub(crate) fn mounted_dirs(&self) -> Result<Vec<PathBuf>, CatalogueError> {
+        let mounts = self.store().read(|rows| rows.all(&MOUNTS))?;
+        Ok(mounts.into_iter().map(|(key, _)| PathBuf::from(OsString::from_vec(key))).collect())
+    }
+
     /// The uppers that are mounted by a process that has ended since, and may be written to at any time.
     pub(crate) fn mounted_uppers(&self) -> Result<Vec<ActiveId>, CatalogueError> {
         let mounts = self.store().read(|rows| rows.all(&MOUNTS))?;

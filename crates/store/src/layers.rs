@@ -527,6 +527,16 @@ impl FinishedStage {
         packed::open_tree(&self.stage.dir)
     }
 
+    /// Whether it is packed.
+    pub(crate) fn is_packed(&self) -> Result<bool, FileError> {
+        packed::is_packed(&self.stage.dir)
+    }
+
+    /// Whether a tar-split lies beside its tree.
+    pub(crate) fn has_tar_split(&self) -> bool {
+        self.stage.tar_split
+    }
+
     /// What is known of it.
     pub(crate) fn contents(&self) -> &LayerContents {
         &self.contents

@@ -427,8 +427,12 @@ fn pick_driver(kind: DriverKind, paths: &Paths) -> Result<Box<dyn Driver>, OpenE
         DriverKind::Auto | DriverKind::Overlay => None,
         DriverKind::OverlayBy(method) => Some(method),
         DriverKind::Erofs => {
-            packed::check(&paths.run)
-                .map_err(|error| OpenError::Driver { driver: "erofs", source: io::Error::other(error) })?;
+            match packed::check(&paths.run) {
+                Ok(()) => {}
+                // To try it takes two files. Without room for them the store must open all the same: to make room.
+                Err(error) if is_full(&error.source) => {}
+                Err(error) => return Err(OpenError::Driver { driver: "erofs", source: io::Error::other(error) }),
+            }
             return Ok(Box::new(Overlay::new(paths.run.clone(), None, true)));
         }
     };
@@ -437,6 +441,10 @@ fn pick_driver(kind: DriverKind, paths: &Paths) -> Result<Box<dyn Driver>, OpenE
         Err(_) if kind == DriverKind::Auto => Ok(Box::new(Native)),
         Err(source) => Err(OpenError::Driver { driver: "overlay", source }),
     }
+}
+
+fn is_full(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
 pub(crate) fn open_catalogue(root: &Path, paths: &Paths, options: &OpenOptions) -> Result<Catalogue, OpenError> {

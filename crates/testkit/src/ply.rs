@@ -50,13 +50,15 @@ impl Ply {
         self.scratch.join("root")
     }
 
-    /// A command on this store, with no settings from outside.
+    /// A command on this store, with no settings from outside but the driver: `PLY_DRIVER=erofs` has a whole test run try
+    /// that one.
     pub fn command(&self, args: &[OsString]) -> Command {
         let mut command = Command::new(&self.binary);
         command.arg("--root").arg(self.root()).args(args);
         command.env_clear().env("PATH", std::env::var_os("PATH").unwrap_or_default()).env("HOME", self.scratch.path());
         // Nothing may be fetched from outside while tests run: whoever tries finds a port that nobody listens on.
         command.env("https_proxy", "http://127.0.0.1:1");
+        command.envs(std::env::var_os("PLY_DRIVER").map(|driver| ("PLY_DRIVER", driver)));
         command.current_dir(self.scratch.path()).stdin(Stdio::null());
         command
     }

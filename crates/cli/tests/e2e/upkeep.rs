@@ -283,6 +283,60 @@ fn the_native_driver_shows_the_same_tree() {
 }
 
 #[test]
+fn a_store_takes_another_driver_and_shows_and_gives_back_the_same() {
+    let Some(ply) = store() else { return };
+    let erofs = |more: &[OsString]| [args!["--driver", "erofs"], more].concat();
+    let info = ply.json(args!["info"]);
+    if let Some(why) = info["erofs_unusable"].as_str() {
+        eprintln!("SKIPPED: the driver erofs {why}");
+        return;
+    }
+    let image = everything("localhost/everything:1", Packing::Gzip);
+    let archive = image.write_oci_tar(&ply.scratch().join("in.tar"));
+    ply.ok(args!["--driver", "overlay", "load", "-i", archive]);
+    let shown = tree_of(&ply, image.tag());
+    let packed = || {
+        let layers = fs::read_dir(ply.root().join("layers")).unwrap().map(|entry| entry.unwrap().path());
+        layers.filter(|dir| dir.join("layer.tar").exists()).count()
+    };
+    let save = |name: &str| {
+        let to = ply.scratch().join(name);
+        ply.ok(args!["save", "-o", to, image.tag()]);
+        fs::read(to).unwrap()
+    };
+    let saved = save("before.tar");
+    let would = ply.ok(&erofs(args!["migrate", "--dry-run"])).stdout;
+    assert!(would.starts_with("Would keep "), "{would}");
+    let at = ply.mount(image.tag());
+    let busy = ply.fails(1, &erofs(args!["migrate"]));
+    assert!(busy.stderr.contains("is mounted"), "{busy}");
+    drop(at);
+    assert_eq!(packed(), 0, "nothing was done");
+
+    let told = ply.json(&erofs(args!["migrate"]));
+    let changed = usize::try_from(told["changed_count"].as_u64().unwrap()).unwrap();
+    assert!(changed > 0, "{told}");
+    assert_eq!(packed(), changed);
+    for (driver, still_packed) in [("erofs", changed), ("overlay", 0)] {
+        assert_eq!(ply.json(args!["--driver", driver, "migrate"])["kept_count"], 0, "{driver}");
+        assert_eq!(packed(), still_packed, "{driver}");
+        tree_of(&ply, image.tag()).assert_same(&shown, driver);
+        assert!(save("after.tar") == saved, "{driver}");
+        ply.ok(args!["fsck", "--read-data"]);
+    }
+
+    // What comes in is kept so from the start.
+    let Some(fresh) = store() else { return };
+    let archive = image.write_oci_tar(&fresh.scratch().join("in.tar"));
+    fresh.ok(args!["--driver", "erofs", "load", "-i", archive]);
+    tree_of(&fresh, image.tag()).assert_same(&shown, "loaded with erofs");
+    fresh.ok(args!["fsck", "--read-data"]);
+    fresh.ok(args!["rmi", image.tag()]);
+    fresh.ok(args!["gc"]);
+    assert_eq!(fs::read_dir(fresh.root().join("layers")).unwrap().count(), 1, "only the directory of stages");
+}
+
+#[test]
 fn a_broken_catalogue_is_told_and_never_begun_anew() {
     let Some(ply) = store() else { return };
     load(&ply, &Image::new("localhost/kept:1").layer(&[Member::file("f", "kept")], Packing::Gzip));

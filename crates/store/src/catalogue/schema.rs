@@ -371,6 +371,14 @@ impl Tx<'_> {
         self.count(Kind::Sidecars, Some(row.sidecars()), None)
     }
 
+    /// Puts the row of a layer that is there, as the same layer kept in another form.
+    pub(crate) fn replace_layer(&mut self, id: LayerId, row: &LayerRow) -> Result<(), CatalogueError> {
+        let Some(before) = self.get(&LAYERS, &id)? else { return Ok(()) };
+        self.put(&LAYERS, &id, row)?;
+        self.count(Kind::Layers, Some(row.total()), Some(before.total()))?;
+        self.count(Kind::Sidecars, Some(row.sidecars()), Some(before.sidecars()))
+    }
+
     pub(crate) fn take_layer(&mut self, id: LayerId) -> Result<Option<LayerRow>, CatalogueError> {
         let Some(row) = self.get(&LAYERS, &id)? else { return Ok(None) };
         self.remove(&LAYERS, &id)?;

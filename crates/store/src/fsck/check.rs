@@ -316,7 +316,10 @@ impl Checker<'_> {
             self.findings.add("layer-tree-missing", subject, "has a directory without its tree", lost());
         } else if let Err(error) = read_index(self.store, id) {
             self.findings.add("layer-index-damaged", subject, error.to_string(), lost());
-        } else if row.tar_split && !matches!(self.store.layers().tar_split(id), Ok(Some(_))) {
+        } else if row.tar_split
+            && !packed::is_packed(&dir)?
+            && !matches!(self.store.layers().tar_split(id), Ok(Some(_)))
+        {
             self.findings.add("layer-tar-split-missing", subject, "cannot give its tar back without it", lost());
         }
         if before == self.findings.found.len()

@@ -8,10 +8,12 @@
 //! mod.rs    blobs, archives and trees become layers
 //! out.rs    layers become tars and blobs again
 //! known.rs  which blob holds which layer's tar
+//! repack.rs layers are kept in another form
 //! ```
 
 mod known;
 mod out;
+mod repack;
 
 use std::collections::VecDeque;
 use std::fmt;
