@@ -3,6 +3,7 @@
 mod apply;
 mod changes;
 pub mod compress;
+mod confine;
 mod diff;
 pub mod erofs;
 pub mod hash;

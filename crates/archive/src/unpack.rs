@@ -6,7 +6,8 @@
 //! ```
 //!
 //! Decompression and hashing cost about as much as making files, so the two halves keep two
-//! processors busy; more threads would wait for one of them.
+//! processors busy; more threads would wait for one of them. The thread that makes files can reach nothing but its tree,
+//! where the kernel sees to that.
 
 use std::io::{self, Read, Write};
 use std::os::fd::BorrowedFd;
@@ -16,6 +17,7 @@ use plies_oci::{Compression, DiffId, ErrorKind};
 
 use crate::apply::{Applied, ApplyError, ApplyStyle, apply};
 use crate::compress::Decoder;
+use crate::confine::confined;
 use crate::erofs::{self, IndexingError};
 use crate::hash::HashingReader;
 use crate::limits::Limits;
@@ -117,7 +119,7 @@ pub fn unpack(
         if let Some(recorder) = recorder {
             reader = reader.with_recorder(recorder);
         }
-        let applied = apply(&mut reader, root, style, limits)?;
+        let applied = confined(root, || apply(&mut reader, root, style, limits))?;
         let finished = reader.finish().map_err(ApplyError::from)?;
         let (_, hashed) = finished.inner.join().finish();
         Ok(Unpacked {
@@ -146,7 +148,7 @@ pub fn receive(
         let decoder = Decoder::new(blob, compression, limits).map_err(|source| UnpackError::Decoder { source })?;
         let ahead = Prefetch::spawn(scope, HashingReader::new(decoder));
         let mut reader = Reader::new(ahead, limits).with_recorder(recorder);
-        let applied = match apply(&mut reader, root, ApplyStyle::Layer, limits) {
+        let applied = match confined(root, || apply(&mut reader, root, ApplyStyle::Layer, limits)) {
             // The entry that asked for it has consumed no data, so nothing was lost.
             Err(ApplyError::NeedsBase { .. }) => {
                 let tree = Root::new(root);
