@@ -106,6 +106,55 @@ fn git_repositories_are_added_at_a_ref_and_a_directory() {
     assert!(ran.stderr.contains("run git for") && ran.stderr.contains("is it installed?"), "{ran}");
 }
 
+#[test]
+fn f04_submodules_come_from_where_they_are_served_and_from_nowhere_else() {
+    let Some(ply) = store() else { return };
+    if !tools::have(&["git", "pkill"]) {
+        return;
+    }
+    let base = ply.scratch().dir("served");
+    let made = |name: &str| {
+        let repo = base.join(name);
+        fs::create_dir(&repo).unwrap();
+        git(&repo, &["init", "-q"]);
+        fs::write(repo.join("file"), name).unwrap();
+        git(&repo, &["add", "."]);
+        git(&repo, &["commit", "-qm", "one"]);
+        repo
+    };
+    let (part, whole) = (made("part.git"), made("whole.git"));
+    let commit = git(&part, &["rev-parse", "HEAD"]).trim().to_owned();
+    git(&whole, &["update-index", "--add", "--cacheinfo", &format!("160000,{commit},part")]);
+    let daemon = Daemon::of(&base);
+    let served = format!("git://127.0.0.1:{}", daemon.1);
+    let context = Context::new(&ply, &format!("FROM scratch\nADD {served}/whole.git /\n"));
+    let names = |url: &str| {
+        fs::write(whole.join(".gitmodules"), format!("[submodule \"part\"]\n\tpath = part\n\turl = {url}\n")).unwrap();
+        git(&whole, &["add", ".gitmodules"]);
+        git(&whole, &["commit", "-qm", "names"]);
+    };
+    names(&format!("{served}/part.git"));
+    context.build(&[]);
+    let tree = tree_of(&ply, "built:latest");
+    assert_eq!(tree.get("part/file").sha256.as_deref(), Some(&*sha256_hex(b"part.git")));
+
+    // CVE-2022-39253: a repository of this machine; CVE-2017-1000117, CVE-2018-17456: addresses that are options.
+    let ran = ply.scratch().join("ran");
+    let touch = format!("touch {}", ran.display());
+    for url in [
+        format!("file://{}", part.display()),
+        part.display().to_string(),
+        format!("ext::sh -c \"{touch}\""),
+        format!("\"-u{touch}\""),
+        format!("\"ssh://-oProxyCommand={touch}/x\""),
+    ] {
+        names(&url);
+        let refused = context.build_fails(&[]);
+        assert!(refused.stderr.contains("git submodule update of"), "{url}: {refused}");
+        assert!(!ran.exists(), "{url}");
+    }
+}
+
 /// The status of each answer.
 type Answers = Arc<Mutex<Vec<u16>>>;
 

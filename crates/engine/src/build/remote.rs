@@ -319,7 +319,11 @@ impl GitSource {
         let (out, err) = (work.beside("out"), work.beside("err"));
         let create = |path: &Path| std::fs::File::create(path).map_err(io("create", path));
         let mut git = Command::new("git");
-        git.args(["-c", "protocol.allow=user", "-c", "protocol.ext.allow=never"]).args(args).current_dir(&work.path);
+        // What a repository names as its submodules is nobody's order: no file of this machine, and no command. Git's own
+        // default, since 2.38.
+        git.args(["-c", "protocol.file.allow=user", "-c", "protocol.ext.allow=never"])
+            .args(args)
+            .current_dir(&work.path);
         // Nobody is there to be asked, and another repository around the caller is none of this one's business.
         git.env("GIT_TERMINAL_PROMPT", "0").env_remove("GIT_DIR").env_remove("GIT_WORK_TREE").env("LC_ALL", "C");
         git.stdin(Stdio::null()).stdout(create(&out)?).stderr(create(&err)?);
