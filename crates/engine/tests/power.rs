@@ -3,7 +3,8 @@
 //! lost, and each time the store is opened again: all that had been said is there, nothing else is in the way, and a
 //! check finds nothing wrong.
 //!
-//! `PLIES_POWER_STEPS`, `PLIES_POWER_CUTS` and `PLIES_POWER_SEED` make it longer: `just chaos`.
+//! `PLIES_POWER_STEPS`, `PLIES_POWER_CUTS` (0: all that there are) and `PLIES_POWER_SEED` make it another, and `PLIES_CHAOS`
+//! (`just chaos`) a long one.
 
 // Clippy's allowance for tests stops at their helpers, and all of this is a test.
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a test that cannot go on has failed")]
@@ -34,6 +35,11 @@ const CUTS: &str = "PLIES_POWER_CUTS";
 
 fn number(name: &str, otherwise: u64) -> u64 {
     std::env::var(name).map_or(otherwise, |text| text.parse().unwrap())
+}
+
+/// Some of what can be tried in every run of the tests, and far more of it in a long one.
+fn sample(name: &str, few: u64, many: u64) -> u64 {
+    number(name, if std::env::var_os("PLIES_CHAOS").is_some() { many } else { few })
 }
 
 fn open(root: &Path) -> Engine {
@@ -257,7 +263,7 @@ fn cut_everywhere(file_system: FileSystem) {
     if !possible() {
         return;
     }
-    let (steps, some, seed) = (number(STEPS, 25), number(CUTS, 60), number(SEED, 1));
+    let (steps, some, seed) = (sample(STEPS, 25, 2000), sample(CUTS, 60, 2500), number(SEED, 1));
     let scratch = Scratch::new();
     prepare(&scratch);
     let mut disk = Disk::new(&scratch, "disk", file_system);
@@ -291,11 +297,10 @@ fn cut_everywhere(file_system: FileSystem) {
         }
         judge(&left.join("store"), known, depth, &context);
     });
-    let last = known.last().unwrap();
     println!(
-        "power {file_system:?}: seed {seed}, {steps} steps, {} writes and flushes, {number} cuts, {again} second cuts, 0 failures; {} names and records at the end",
-        recording.logged(),
-        last.things.len()
+        "power cuts on {file_system:?}: {number} cuts and {again} second ones in {} writes of {steps} steps, {SEED}={seed}; \
+         0 failures",
+        recording.logged()
     );
 }
 

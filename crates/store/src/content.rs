@@ -665,18 +665,23 @@ fn commit_all(
     // Until the rows are committed no collection may unlink what we rename, or count on, here.
     let publishing = store.inner.publishing.read().unwrap_or_else(PoisonError::into_inner);
     let mut renamed = false;
-    for ((ingest, _), digest) in ingests.iter().zip(&digests) {
-        let target = blob_path(store, *digest);
-        // Bytes that are there and as long as they should be were verified when they came; a
-        // damaged blob is healed.
-        if fs::metadata(&target).is_ok_and(|there| there.len() == ingest.offset_bytes) {
-            continue;
+    let mut rename_all = || {
+        for ((ingest, _), digest) in ingests.iter().zip(&digests) {
+            let target = blob_path(store, *digest);
+            // Bytes that are there and as long as they should be were verified when they came; a
+            // damaged blob is healed.
+            if fs::metadata(&target).is_ok_and(|there| there.len() == ingest.offset_bytes) {
+                continue;
+            }
+            fs::rename(ingest.claim.dir.join("data"), &target).at("rename", &target)?;
+            renamed = true;
         }
-        fs::rename(ingest.claim.dir.join("data"), &target).at("rename", &target)?;
-        renamed = true;
-    }
-    if renamed {
-        sync_dir(&paths.blobs)?;
+        if renamed { sync_dir(&paths.blobs) } else { Ok(()) }
+    };
+    if let Err(error) = rename_all() {
+        // What was renamed has no row: the next open looks.
+        store.inner.leave_unclean();
+        return Err(error.into());
     }
     // The point of no return: from here the blobs are visible and held.
     let published = store.write(|tx| {

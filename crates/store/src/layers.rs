@@ -648,7 +648,11 @@ pub(crate) fn publish<E: From<LayerError> + From<CatalogueError> + From<FileErro
         fs::rename(&stage.dir, &target).at("rename", &stage.dir)?;
         stage.dir = target;
     }
-    rustix::fs::fsync(&layers).at("sync directory", &paths.layers)?;
+    if let Err(error) = rustix::fs::fsync(&layers).at("sync directory", &paths.layers) {
+        // Nobody knows what of it is there after a power cut, or after what is done about it now.
+        store.inner.leave_unclean();
+        return Err(error.into());
+    }
 
     // The point of no return: from here the layers are visible and held.
     let published = store.write(|tx| {

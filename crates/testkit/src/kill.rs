@@ -1,4 +1,4 @@
-//! Kills a process at its n-th mutating system call.
+//! Kills a process at its n-th mutating system call, or has that call fail.
 //!
 //! strace delivers SIGKILL on entry of the chosen call, before the kernel acts on it: the store is
 //! left exactly as it was between two changes. Calls are counted per thread, so one point names the
@@ -137,6 +137,18 @@ pub fn kill_at(command: &Command, point: &KillPoint) -> Outcome {
     } else {
         Outcome::Finished(output)
     }
+}
+
+/// Runs `command` and has this call of it fail with `errno` (`EIO`, as strace writes it), without being made.
+///
+/// # Panics
+/// When strace cannot be started.
+pub fn fail_at(command: &Command, point: &KillPoint, errno: &str) -> Output {
+    let inject = format!("inject={}:error={errno}:when={}", point.call, point.nth);
+    crate::tools::output_of(&mut strace(
+        command,
+        &["-o".as_ref(), "/dev/null".as_ref(), "-e".as_ref(), inject.as_ref()],
+    ))
 }
 
 /// `command`, in the same environment, below strace.

@@ -128,6 +128,57 @@ fn load_killed_anywhere_is_all_or_nothing_and_leaks_nothing() {
 }
 
 #[test]
+fn a_load_in_which_any_call_fails_is_all_or_nothing_and_a_failed_sync_is_no_success() {
+    if !tools::have(&["strace"]) {
+        return;
+    }
+    let Some(ply) = store() else { return };
+    load(&ply, &Image::new("localhost/before:1").layer(&[Member::file("f", "shared")], Packing::Gzip));
+    ply.ok(args!["gc"]);
+    let image = everything("localhost/everything:1", Packing::Gzip);
+    let archive = image.write_oci_tar(&ply.scratch().join("in.tar"));
+    let command = args!["load", "-i", archive];
+    let before = names(&ply);
+    let points = points(&ply, &ply.command(command));
+    let sides = Sides { before, after: names(&ply) };
+    let tree = tree_of(&ply, image.tag());
+    let undo = || {
+        ply.ok(args!["rmi", image.tag()]);
+        ply.ok(args!["gc"]);
+    };
+    undo();
+    let mut failed = 0;
+    for (point, errno) in points.iter().zip(["EIO", "ENOSPC", "EMFILE", "EDQUOT"].iter().cycle()) {
+        let context = format!("{point} with {errno}");
+        let output = kill::fail_at(&ply.command(command), point, errno);
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(!said.contains("panicked") && output.status.code().is_some(), "{context}: {said}");
+        // The last is the database's as it closes: all that was to be durable was so before.
+        let is_last = |other: &KillPoint| other.call != "fdatasync" || other.nth <= point.nth;
+        let is_sync = match &*point.call {
+            "fdatasync" => !points.iter().all(is_last),
+            call => ["fsync", "syncfs"].contains(&call),
+        };
+        let came = sides.came_to_pass(&ply, &context);
+        if output.status.success() {
+            assert!(came, "{context}: a success that left nothing");
+            assert!(!is_sync, "{context}: a success without a sync");
+        } else {
+            failed += 1;
+            assert!(!said.trim().is_empty(), "{context}: says nothing");
+        }
+        let checked = ply.run(args!["fsck"]);
+        assert!(checked.status.success(), "{context}: {said}{checked}");
+        if came {
+            tree_of(&ply, image.tag()).assert_same(&tree, &context);
+            undo();
+        }
+    }
+    eprintln!("{failed} of {} loads failed", points.len());
+    assert!(failed * 2 > points.len(), "most calls were never reached: {failed} of {}", points.len());
+}
+
+#[test]
 fn a_killed_load_that_came_to_pass_is_whole() {
     if !tools::have(&["strace"]) {
         return;
