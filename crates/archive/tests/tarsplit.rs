@@ -330,7 +330,8 @@ fn an_archive_without_what_its_files_hold_lists_the_same() {
         };
         match refused {
             None => assert_eq!(without.left_out(), content, "{name}"),
-            Some(why) => assert!(why.contains("with a sparse map, was left out"), "{name}: {why}"),
+            // The sizes of what a sparse file stores are told in several ways, and not all without its data.
+            Some(why) => assert!(name.starts_with("sparse"), "{name}: {why}"),
         }
     }
     assert!(listed > 10, "{listed}");
