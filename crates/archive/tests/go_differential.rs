@@ -77,7 +77,10 @@ fn assert_same(what: &str, ours: &(Entry, Vec<u8>), go: &GoEntry) {
     assert_eq!(i64::from(entry.mode), go.mode & 0o7777, "{what}: mode");
     assert_eq!((i64::from(entry.uid), i64::from(entry.gid)), (go.uid, go.gid), "{what}: owner");
     assert_eq!((entry.mtime.seconds, entry.mtime.nanos), (go.seconds, go.nanos), "{what}: mtime");
-    let xattrs: Vec<_> = go.xattrs.iter().map(|(name, value)| (name.clone().into_bytes(), bytes(value))).collect();
+    let unhex = |name: &str| -> Vec<u8> {
+        (0..name.len()).step_by(2).map(|at| u8::from_str_radix(&name[at..at + 2], 16).unwrap()).collect()
+    };
+    let xattrs: Vec<_> = go.xattrs.iter().map(|(name, value)| (unhex(name), bytes(value))).collect();
     assert_eq!(entry.xattrs, xattrs, "{what}: attributes");
     assert_eq!(BlobDigest::of(data).as_bytes().to_vec(), bytes(&go.sha256), "{what}: data");
 }

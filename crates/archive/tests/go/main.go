@@ -9,6 +9,7 @@ import (
 	"bytes"
 	"compress/gzip"
 	"crypto/sha256"
+	"encoding/hex"
 	"encoding/json"
 	"fmt"
 	"hash/crc64"
@@ -57,7 +58,9 @@ func list(path string) (l listing) {
 			l.Error = err.Error()
 			return l
 		}
-		if header.Size > maxSize {
+		// Links, directories and devices have no content, whatever size they tell.
+		hasContent := !strings.ContainsRune("123456", rune(header.Typeflag))
+		if hasContent && header.Size > maxSize {
 			l.Large = true
 			return l
 		}
@@ -78,7 +81,8 @@ func list(path string) (l listing) {
 		}
 		for key, value := range header.PAXRecords {
 			if strings.HasPrefix(key, "SCHILY.xattr.") {
-				e.Xattrs[key[len("SCHILY.xattr."):]] = []byte(value)
+				// In hexadecimal: a text of JSON holds no other bytes than UTF-8's.
+				e.Xattrs[hex.EncodeToString([]byte(key[len("SCHILY.xattr."):]))] = []byte(value)
 			}
 		}
 		l.Entries = append(l.Entries, e)
