@@ -391,18 +391,10 @@ mod tests {
 
     #[test]
     fn what_cannot_be_packed_says_whose_fault_it_is() {
-        struct Full;
-        impl Write for Full {
-            fn write(&mut self, _: &[u8]) -> io::Result<usize> {
-                Err(io::ErrorKind::StorageFull.into())
-            }
-            fn flush(&mut self) -> io::Result<()> {
-                Ok(())
-            }
-        }
         let tar = archive(&[file("f", "content")]);
         let (limits, none) = (Limits::default(), Compression::None);
-        let full = pack(tar.as_slice(), none, Full, &limits).unwrap_err();
+        let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
+        let full = pack(tar.as_slice(), none, full, &limits).unwrap_err();
         assert!(matches!(full, UnpackError::Write { source } if source.kind() == io::ErrorKind::StorageFull));
         let cut = pack(&tar[..600], none, io::sink(), &limits).unwrap_err();
         assert!(matches!(cut, UnpackError::Apply(ApplyError::Tar(_))), "{cut:?}");

@@ -2,15 +2,15 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 
-use crate::{eventually, tools};
+use crate::{daemon, tools};
 
 /// A daemon without plugins that need a network.
 #[derive(Debug)]
 pub struct Daemon {
-    child: Child,
     dir: PathBuf,
+    _daemon: daemon::Daemon,
 }
 
 impl Daemon {
@@ -34,29 +34,11 @@ impl Daemon {
             at("ttrpc"),
         );
         fs::write(dir.join("config.toml"), config).expect("because the scratch is ours");
-        let log = fs::File::create(dir.join("log")).expect("because the scratch is ours");
-        let mut command = Command::new(tools::find("containerd").expect("because it was just found"));
-        command.arg("-c").arg(dir.join("config.toml")).stdin(Stdio::null()).stderr(log).stdout(Stdio::null());
-        let child = command.spawn().unwrap_or_else(|error| panic!("start containerd: {error}"));
-        let mut daemon = Self { child, dir: dir.to_owned() };
-        let answers = eventually(|| {
-            !matches!(daemon.child.try_wait(), Ok(Some(_)))
-                && daemon.command(&["version"]).output().is_ok_and(|output| output.status.success())
-        });
-        if !answers {
-            let log = fs::read_to_string(dir.join("log")).unwrap_or_default();
-            eprintln!("SKIPPED {}: containerd does not start here: {log}", std::panic::Location::caller());
-            return None;
-        }
-        Some(daemon)
-    }
-
-    /// A command of its client.
-    fn command(&self, args: &[&str]) -> Command {
-        let mut command = Command::new("ctr");
-        command.arg("--address").arg(self.dir.join("sock")).args(args);
-        command.current_dir(&self.dir).stdin(Stdio::null());
-        command
+        let configure = |command: &mut Command| {
+            command.arg("-c").arg(dir.join("config.toml"));
+        };
+        let daemon = daemon::Daemon::start("containerd", dir, configure, || client(dir, &["version"]))?;
+        Some(Self { dir: dir.to_owned(), _daemon: daemon })
     }
 
     /// Runs a command of its client, which must succeed; what it printed.
@@ -65,7 +47,7 @@ impl Daemon {
     /// When it fails.
     #[track_caller]
     pub fn run(&self, args: &[&str]) -> String {
-        tools::run(&mut self.command(args)).trim().to_owned()
+        tools::run(&mut client(&self.dir, args)).trim().to_owned()
     }
 
     /// Where its state is, also while it runs.
@@ -79,12 +61,9 @@ impl Daemon {
     }
 }
 
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        let pid = i32::try_from(self.child.id()).ok().and_then(rustix::process::Pid::from_raw);
-        if let Some(pid) = pid {
-            let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
-        }
-        let _ = self.child.wait();
-    }
+/// A command of its client.
+fn client(dir: &Path, args: &[&str]) -> Command {
+    let mut command = Command::new("ctr");
+    command.arg("--address").arg(dir.join("sock")).args(args).current_dir(dir).stdin(Stdio::null());
+    command
 }

@@ -3,18 +3,18 @@
 use std::fs;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 
 use serde_json::{Value, json};
 
 use crate::tar::{Member, archive};
-use crate::{base64, eventually, sha256_hex, tools};
+use crate::{base64, daemon, sha256_hex, tools};
 
 /// A daemon without a network, on the overlay2 driver.
 #[derive(Debug)]
 pub struct Daemon {
-    child: Child,
     dir: PathBuf,
+    _daemon: daemon::Daemon,
 }
 
 impl Daemon {
@@ -28,34 +28,20 @@ impl Daemon {
             return None;
         }
         fs::create_dir_all(dir).expect("because the scratch is ours");
-        let log = fs::File::create(dir.join("log")).expect("because the scratch is ours");
-        let mut command = Command::new(tools::find("dockerd").expect("because it was just found"));
-        for (option, name) in [("--data-root", "data"), ("--exec-root", "exec"), ("--pidfile", "pid")] {
-            command.arg(option).arg(dir.join(name));
-        }
-        command.args(["--bridge=none", "--iptables=false", "--storage-driver=overlay2"]);
-        command.arg(format!("--host=unix://{}", dir.join("sock").display()));
-        command.stdin(Stdio::null()).stderr(log).stdout(Stdio::null());
-        let child = command.spawn().unwrap_or_else(|error| panic!("start dockerd: {error}"));
-        let mut daemon = Self { child, dir: dir.to_owned() };
-        let answers = eventually(|| {
-            !matches!(daemon.child.try_wait(), Ok(Some(_)))
-                && daemon.command(&["info"]).output().is_ok_and(|output| output.status.success())
-        });
-        if !answers {
-            let log = fs::read_to_string(dir.join("log")).unwrap_or_default();
-            eprintln!("SKIPPED {}: dockerd does not start here: {log}", std::panic::Location::caller());
-            return None;
-        }
-        Some(daemon)
+        let configure = |command: &mut Command| {
+            for (option, name) in [("--data-root", "data"), ("--exec-root", "exec"), ("--pidfile", "pid")] {
+                command.arg(option).arg(dir.join(name));
+            }
+            command.args(["--bridge=none", "--iptables=false", "--storage-driver=overlay2"]);
+            command.arg(format!("--host=unix://{}", dir.join("sock").display()));
+        };
+        let daemon = daemon::Daemon::start("dockerd", dir, configure, || client(dir, &["info"]))?;
+        Some(Self { dir: dir.to_owned(), _daemon: daemon })
     }
 
     /// A command of its client.
     pub fn command(&self, args: &[&str]) -> Command {
-        let mut command = Command::new("docker");
-        command.arg("--host").arg(format!("unix://{}", self.dir.join("sock").display())).args(args);
-        command.env("DOCKER_BUILDKIT", "0").env("HOME", &self.dir).current_dir(&self.dir).stdin(Stdio::null());
-        command
+        client(&self.dir, args)
     }
 
     /// Runs a command of its client, which must succeed; what it printed.
@@ -73,14 +59,11 @@ impl Daemon {
     }
 }
 
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        let pid = i32::try_from(self.child.id()).ok().and_then(rustix::process::Pid::from_raw);
-        if let Some(pid) = pid {
-            let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
-        }
-        let _ = self.child.wait();
-    }
+fn client(dir: &Path, args: &[&str]) -> Command {
+    let mut command = Command::new("docker");
+    command.arg("--host").arg(format!("unix://{}", dir.join("sock").display())).args(args);
+    command.env("DOCKER_BUILDKIT", "0").env("HOME", dir).current_dir(dir).stdin(Stdio::null());
+    command
 }
 
 /// A data root that is written by hand.

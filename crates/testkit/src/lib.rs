@@ -25,6 +25,7 @@ pub mod bolt;
 pub mod buildkit;
 pub mod catalogue;
 pub mod containerd;
+mod daemon;
 pub mod docker;
 pub mod hostile;
 pub mod image;

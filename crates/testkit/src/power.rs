@@ -13,9 +13,7 @@ use std::fs::{self, File};
 use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::process::{Child, Command, Stdio};
 
 use rustix::fs::SeekFrom as Extent;
 
@@ -342,16 +340,11 @@ fn torn(entry: &Entry, random: u64) -> u64 {
 
 /// Whoever used it may still be about to let go of it.
 fn unmount(at: &Path) {
-    let deadline = Instant::now() + Duration::from_secs(10);
-    while !Command::new("umount")
-        .arg(at)
-        .stderr(std::process::Stdio::null())
-        .status()
-        .is_ok_and(|status| status.success())
-    {
-        assert!(Instant::now() < deadline, "{} stays in use", at.display());
-        thread::sleep(Duration::from_millis(20));
-    }
+    let unmounts = || {
+        let mut umount = Command::new("umount");
+        umount.arg(at).stderr(Stdio::null()).status().is_ok_and(|status| status.success())
+    };
+    assert!(crate::eventually(unmounts), "{} stays in use", at.display());
 }
 
 fn apply(entry: &Entry, log: &File, disk: &File, sectors_count: u64) {

@@ -99,26 +99,34 @@ fn kill_everywhere(ply: &Ply, command: &[OsString], sides: &Sides, undo: impl Fn
     assert!(killed * 2 > points.len(), "most moments were never reached: {killed} of {}", points.len());
 }
 
-#[test]
-fn load_killed_anywhere_is_all_or_nothing_and_leaks_nothing() {
+/// A store with an image, and the archive of another one that has everything. `None`: it cannot be interrupted here.
+fn with_an_image_to_load() -> Option<(Ply, Image, PathBuf)> {
     if !tools::have(&["strace"]) {
-        return;
+        return None;
     }
-    let Some(ply) = store() else { return };
+    let ply = store()?;
     load(&ply, &Image::new("localhost/before:1").layer(&[Member::file("f", "shared")], Packing::Gzip));
     ply.ok(args!["gc"]);
     let image = everything("localhost/everything:1", Packing::Gzip);
     let archive = image.write_oci_tar(&ply.scratch().join("in.tar"));
+    Some((ply, image, archive))
+}
+
+fn undo_load(ply: &Ply, image: &Image) {
+    ply.ok(args!["rmi", image.tag()]);
+    ply.ok(args!["gc"]);
+}
+
+#[test]
+fn load_killed_anywhere_is_all_or_nothing_and_leaks_nothing() {
+    let Some((ply, image, archive)) = with_an_image_to_load() else { return };
     let command = args!["load", "-i", archive];
 
     let (before, shape) = (names(&ply), Shape::of(&ply));
     ply.ok(command);
     let sides = Sides { before, after: names(&ply) };
     let tree = tree_of(&ply, image.tag());
-    let undo = || {
-        ply.ok(args!["rmi", image.tag()]);
-        ply.ok(args!["gc"]);
-    };
+    let undo = || undo_load(&ply, &image);
     undo();
     kill_everywhere(&ply, command, &sides, undo, |point| {
         assert_eq!(Shape::of(&ply), shape, "after a kill at {point} and gc");
@@ -129,23 +137,13 @@ fn load_killed_anywhere_is_all_or_nothing_and_leaks_nothing() {
 
 #[test]
 fn a_load_in_which_any_call_fails_is_all_or_nothing_and_a_failed_sync_is_no_success() {
-    if !tools::have(&["strace"]) {
-        return;
-    }
-    let Some(ply) = store() else { return };
-    load(&ply, &Image::new("localhost/before:1").layer(&[Member::file("f", "shared")], Packing::Gzip));
-    ply.ok(args!["gc"]);
-    let image = everything("localhost/everything:1", Packing::Gzip);
-    let archive = image.write_oci_tar(&ply.scratch().join("in.tar"));
+    let Some((ply, image, archive)) = with_an_image_to_load() else { return };
     let command = args!["load", "-i", archive];
     let before = names(&ply);
     let points = points(&ply, &ply.command(command));
     let sides = Sides { before, after: names(&ply) };
     let tree = tree_of(&ply, image.tag());
-    let undo = || {
-        ply.ok(args!["rmi", image.tag()]);
-        ply.ok(args!["gc"]);
-    };
+    let undo = || undo_load(&ply, &image);
     undo();
     let mut failed = 0;
     for (point, errno) in points.iter().zip(["EIO", "ENOSPC", "EMFILE", "EDQUOT"].iter().cycle()) {

@@ -345,20 +345,12 @@ mod tests {
         let (made, written) = make_ahead(|ahead| ahead.write_all(b"half").and(Err(io::Error::other("made"))), &mut out);
         assert_eq!((made.unwrap_err().to_string(), written.is_ok()), ("made".to_owned(), true));
         assert!(out.ends_with(b"half"));
-        struct Full;
-        impl Write for Full {
-            fn write(&mut self, _: &[u8]) -> io::Result<usize> {
-                Err(io::ErrorKind::StorageFull.into())
-            }
-            fn flush(&mut self) -> io::Result<()> {
-                Ok(())
-            }
-        }
         // However much is left to make, it ends.
+        let mut full = std::fs::File::options().write(true).open("/dev/full").unwrap();
         let endless = |ahead: &mut Ahead| loop {
             ahead.write_all(&bytes)?;
         };
-        let (made, written): (io::Result<()>, _) = make_ahead(endless, &mut Full);
+        let (made, written): (io::Result<()>, _) = make_ahead(endless, &mut full);
         assert_eq!(made.unwrap_err().kind(), io::ErrorKind::BrokenPipe);
         assert_eq!(written.unwrap_err().kind(), io::ErrorKind::StorageFull);
     }
