@@ -517,6 +517,8 @@ impl Inner {
                 true => Err(CacheError::no_record(id)),
                 false => Ok(false),
             },
+            // Between two looks it may have become a layer. A row that still says otherwise is wrong.
+            Err(SnapshotError::Sealed { .. }) if directory_of(&self.must_have(id)?.state) != Some(active) => Ok(false),
             Err(other) => Err(other.into()),
         }
     }
@@ -526,9 +528,7 @@ impl Inner {
     fn remove_dead(&self, id: RecordId, active: plies_store::ActiveId) -> Result<bool, CacheError> {
         Ok(self.store.write_lazily(|tx| {
             let partner = match record::get(tx, id) {
-                Ok(Some(row)) if !matches!(row.state, State::Mutable { active: its, .. } | State::Shared { active: its, .. } if its == active) => {
-                    return Ok(false);
-                }
+                Ok(Some(row)) if directory_of(&row.state) != Some(active) => return Ok(false),
                 Ok(row) => row.and_then(|row| partner_of(&row.state)),
                 Err(CatalogueError::Damaged { .. } | CatalogueError::RowTooNew { .. }) => None,
                 Err(error) => return Err(error),
@@ -857,6 +857,14 @@ impl Inner {
     }
 }
 
+/// The upper directory that its files are in, if they are in one.
+fn directory_of(state: &State) -> Option<plies_store::ActiveId> {
+    match state {
+        State::Mutable { active, .. } | State::Shared { active, .. } => Some(*active),
+        State::Sealed { .. } | State::Lazy | State::Composed | State::Stack(_) => None,
+    }
+}
+
 /// The record that shares its files, of a pair that was committed and not finalized.
 pub(crate) fn partner_of(state: &State) -> Option<RecordId> {
     match state {
@@ -969,9 +977,15 @@ mod tests {
         let accessor = manager.accessor();
         let by = RecordOptions::by("test");
 
-        let made = accessor.create(None, &by).unwrap().commit().unwrap();
+        let work = accessor.create(None, &by).unwrap();
+        let mounted = work.mount(plies_store::Attach::Detached).unwrap();
+        rustix::fs::mkdirat(mounted.root(), "d", 0o755.into()).unwrap();
+        mounted.unmount().unwrap();
+        let made = work.commit().unwrap();
         let State::Shared { active, .. } = accessor.row(made.id()).unwrap().state else { panic!("it was finalized") };
+        assert!(manager.inner.check_active(made.id(), active).unwrap());
         made.finalize().unwrap();
+        assert!(!manager.inner.check_active(made.id(), active).unwrap());
         assert!(!manager.inner.remove_dead(made.id(), active).unwrap());
         assert!(accessor.row(made.id()).is_ok());
 
