@@ -13,7 +13,7 @@ use std::time::Duration;
 use common_space::*;
 use plies_cache::{
     CacheError, Cap, Fate, Judged, Parents, PruneOptions, PruneReport, PrunedRecord, Reason, RecordId, RecordOptions,
-    RecordType, SharedChecker, State, effective_keep,
+    RecordRow, RecordType, SharedChecker, State, UseRow, effective_keep,
 };
 use plies_oci::DiffId;
 use plies_store::{ActiveOptions, Attach, Cancel, LeaseOptions, Rows as _, Table, held_by};
@@ -421,6 +421,56 @@ fn a68_a_chain_longer_than_a_batch_goes_in_one_prune() {
     }
     chain.reverse();
     assert_eq!(prune(&rig, &[all()]), chain);
+}
+
+#[test]
+fn a69_of_many_neighbours_go_together_and_what_stands_on_another_before_it() {
+    const CHAINS: u32 = 600;
+    let rig = Rig::new();
+    // Chains of three; the IDs are in no order.
+    let id_of = |chain: u32, step: u32| {
+        let number = chain * 3 + step + 1;
+        let mut bytes = [0; 16];
+        bytes[..4].copy_from_slice(&number.reverse_bits().to_be_bytes());
+        RecordId::from_bytes(bytes)
+    };
+    let put: Result<(), plies_store::CatalogueError> = rig.store.write(|tx| {
+        for (chain, step) in (0..CHAINS).flat_map(|chain| (0..3).map(move |step| (chain, step))) {
+            let (id, parent) = (id_of(chain, step), step.checked_sub(1).map(|below| id_of(chain, below)));
+            if let Some(parent) = parent {
+                tx.put(&CHILDREN, &(parent, id), &())?;
+            }
+            tx.put(&RECORDS, &id, &RecordRow { parents: parent.map_or(Parents::None, Parents::Layer), ..blank() })?;
+            let used = UseRow { last_used_at: Some(stamp_before(HOUR * (chain + 1))), count: 1 };
+            tx.put(&USES, &id, &used)?;
+        }
+        Ok(())
+    });
+    put.unwrap();
+    let held = rig.cache.get(id_of(CHAINS - 1, 1), &RecordOptions::by("test")).unwrap();
+    let rules = [PruneOptions { keep_duration: HOUR * 200, ..all() }];
+    let (judged, _) = judge(&rig, &rules);
+    let promised: Vec<_> =
+        judged.iter().filter(|one| matches!(one.fate, Fate::Goes { .. })).map(|one| one.usage.id).collect();
+    // One is used between the look and its turn: it stays, with what it stands on.
+    let mut late = None;
+    let mut gone = Vec::new();
+    let on_removed = &mut |record: &PrunedRecord| {
+        late.get_or_insert_with(|| rig.cache.get(id_of(300, 0), &RecordOptions::by("test")).unwrap());
+        gone.push(record.usage.id);
+    };
+    rig.control.prune(&rules, on_removed, &Cancel::new()).unwrap();
+    let stays = |chain, step| chain < 199 || (chain == CHAINS - 1 && step < 2) || (chain == 300 && step < 1);
+    let expected: BTreeSet<_> = (0..CHAINS)
+        .flat_map(|chain| (0..3).map(move |step| (chain, step)))
+        .filter(|(chain, step)| !stays(*chain, *step))
+        .map(|(chain, step)| id_of(chain, step))
+        .collect();
+    assert_eq!(gone.iter().copied().collect::<BTreeSet<_>>(), expected);
+    let above = |id: &RecordId| (0..3).find(|step| (0..CHAINS).any(|chain| id_of(chain, 2 - step) == *id)).unwrap();
+    assert!(gone.is_sorted_by_key(|id| (above(id), *id)), "{gone:?}");
+    assert_eq!(promised.into_iter().filter(|id| *id != id_of(300, 0)).collect::<Vec<_>>(), gone);
+    drop((held, late));
 }
 
 #[test]
