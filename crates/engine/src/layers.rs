@@ -351,12 +351,13 @@ impl Engine {
         let layers = self.layer_store()?;
         let rw = layers.get_rw(name)?;
         self.check_not_mounted(rw.info().active)?;
-        self.with_lease("layer rw commit", |lease| {
+        let committed = self.with_lease("layer rw commit", |lease| {
             let layer = layers.commit_rw(&rw, &self.transfer(lease, progress, cancel))?;
             // The reference goes when it is dropped; what is held stays.
             layers.hold(&layer, USER)?;
             Ok(layer.info().clone().into())
-        })
+        });
+        self.keep_policy_after(committed, cancel)
     }
 
     /// Removes a writable layer. What only it counted on goes too: child before parent.

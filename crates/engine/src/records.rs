@@ -379,7 +379,8 @@ impl Engine {
             self.check_not_mounted(active).map_err(|error| RecordsError::Mounts(Box::new(error)))?;
         }
         let mutable = cache.get_mutable(id, &RecordOptions::by("ply ref commit"))?;
-        Ok(mutable.seal(&[], None)?.id())
+        let sealed = mutable.seal(&[], None).map(|sealed| sealed.id());
+        Ok(self.keep_policy_after(sealed, &Cancel::new())?)
     }
 
     /// The immutable record that an ID stands for, extracted: what is lazy is fetched, unpacked or computed.
@@ -392,8 +393,9 @@ impl Engine {
             return Err(RecordsError::MutableParent { parent: wanted.to_owned() });
         }
         let held = self.held_record(id, cancel)?;
-        held.extract(cancel)?;
-        Ok(held.id())
+        let extracted = held.extract(cancel).map(|_| held.id());
+        drop(held);
+        Ok(self.keep_policy_after(extracted, cancel)?)
     }
 
     /// Makes the record that shows all of these over one another; `None` if they are all empty.
@@ -427,8 +429,9 @@ impl Engine {
                 self.cache().diff(Some(&lower), upper.as_ref(), &options)?
             }
         };
-        made.extract(cancel)?;
-        Ok(made.id())
+        let extracted = made.extract(cancel).map(|_| made.id());
+        drop(made);
+        Ok(self.keep_policy_after(extracted, cancel)?)
     }
 
     /// Keeps a record from being pruned, or no longer.

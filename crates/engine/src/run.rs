@@ -427,7 +427,12 @@ impl Engine {
         }
         rustix::mount::unmount(&dir, rustix::mount::UnmountFlags::NOFOLLOW)
             .map_err(|errno| RunError::Unmount { dir, source: errno.into() })?;
-        self.forget_mount(&key)
+        self.forget_mount(&key)?;
+        if let (Mount::Record(active), false) = (row.what, self.policy.rules().is_empty()) {
+            // What was written through the mount is not counted yet; the rules are asked about sums.
+            self.store().snapshots().measure(active)?;
+        }
+        self.keep_policy_after(Ok(()), &Cancel::new())
     }
 
     /// Fails if a mutable record is mounted by a process that has ended since: nobody else may write to it or seal it.

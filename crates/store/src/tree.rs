@@ -13,7 +13,8 @@ use std::path::Path;
 
 use plies_archive::tar::EntryPath;
 use rustix::fs::{
-    AtFlags, Dir, FileType, Gid, Mode, OFlags, RenameFlags, ResolveFlags, Stat, Timespec, Timestamps, Uid, XattrFlags,
+    AtFlags, Dir, FileType, Gid, Mode, OFlags, RawDir, RenameFlags, ResolveFlags, Stat, Timespec, Timestamps, Uid,
+    XattrFlags,
 };
 use rustix::io::Errno;
 
@@ -247,6 +248,21 @@ pub(crate) fn measure(root: impl AsFd) -> io::Result<Usage> {
         }
     }
     Ok(usage)
+}
+
+/// How many names a directory has.
+pub(crate) fn names_count(dir: &Path) -> io::Result<u64> {
+    // The names of a million blobs are 90 MB: few calls, and nothing is kept of them.
+    let mut buffer = Vec::with_capacity(256 << 10);
+    let dir = open_own(dir).map_err(|error| error.source)?;
+    let mut entries = RawDir::new(dir, buffer.spare_capacity_mut());
+    let mut count = 0;
+    while let Some(entry) = entries.next() {
+        let entry = entry?;
+        let name = entry.file_name().to_bytes();
+        count += u64::from(name != b"." && name != b"..");
+    }
+    Ok(count)
 }
 
 // ---- metadata ---------------------------------------------------------------------------------

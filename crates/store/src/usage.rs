@@ -263,8 +263,7 @@ pub(crate) fn orphans(store: &Store) -> Result<Vec<(PathBuf, Usage)>, UsageError
     // Of an upper that was sealed there is a row and no directory.
     let dirs = [(&paths.blobs, counts[0]), (&paths.layers, counts[1] + 1), (&paths.active, 0)];
     for (dir, expected) in dirs {
-        let names_count = fs::read_dir(dir).at("read directory", dir)?.count() as u64;
-        if names_count != expected || trash > 0 {
+        if tree::names_count(dir).at("read directory", dir)? != expected || trash > 0 {
             found.extend(unlisted::<UsageError>(store, dir)?);
         }
     }

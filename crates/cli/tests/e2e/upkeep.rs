@@ -127,6 +127,18 @@ fn the_policy_holds_whenever_bytes_are_added() {
     assert_eq!(records().len(), 2, "there is room for all");
     ply.ok(&with("4MB", args!["load", "-i", path]));
     assert_eq!(records(), second);
+
+    // So do the user's own records: what is written through a mount counts once it is over, what is computed at once.
+    let dir = ply.scratch().dir("mounted");
+    let own = ply.ok(args!["ref", "new"]).stdout.trim().to_owned();
+    ply.ok(args!["mount", "--rw", own, dir]);
+    std::fs::write(dir.join("f"), noise(3_000_000, 4)).unwrap();
+    ply.ok(args!["ref", "pin", own]);
+    ply.ok(&with("4MB", args!["umount", dir]));
+    assert_eq!(records(), [own.clone()], "{second:?} made room");
+    ply.ok(args!["ref", "unpin", own]);
+    ply.ok(&with("1MB", args!["ref", "commit", own]));
+    assert_eq!(records(), [""; 0]);
     let off = ply.scratch().file("off.toml", "[gc]\nenabled = false\n");
     ply.ok(args!["--config", off, "load", "-i", path]);
     ply.fails(1, args!["--config", ply.scratch().file("bad.toml", "[gc]\nmax-used-space = \"4 apples\"\n"), "info"]);
