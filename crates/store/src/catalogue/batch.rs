@@ -3,13 +3,15 @@ use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::{self, ThreadId};
+
+use std::sync::{Arc, PoisonError};
 
 use super::view::{Base, Changes, View};
 use super::{CatalogueError, ReadTx, Tx};
 use crate::Stamp;
+use crate::sync::atomic::{AtomicU64, Ordering};
+use crate::sync::thread::{self, ThreadId};
+use crate::sync::{Condvar, Mutex, MutexGuard};
 use crate::tree::STAT_BLOCK_BYTES;
 
 /// Rows that lazy writes may leave in memory. More are written down by whoever put them: some 4 MB of rows of 200
