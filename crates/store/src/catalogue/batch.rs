@@ -251,8 +251,9 @@ impl Catalogue {
             fs::metadata(&self.path).map_or(true, |file| written_bytes(file) >= self.quick_repair_from_bytes);
         txn.set_two_phase_commit(true);
         txn.set_quick_repair(is_large);
-        txn.commit().map_err(|error| CatalogueError::database("commit")(error.into()))?;
+        // Before the commit, which is one step to a scheduler in place of threads: here it lets others see that it is not done.
         self.removed_count.fetch_add(changes.removed_count(), Ordering::Relaxed);
+        txn.commit().map_err(|error| CatalogueError::database("commit")(error.into()))?;
         Base::begin(&self.db).map_err(|error| CatalogueError::database("begin read")(error.into()))
     }
 }
