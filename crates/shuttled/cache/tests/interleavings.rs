@@ -25,6 +25,7 @@ use plies_store::{Attach, Cancel, DriverKind, GcMode};
 use plies_testkit::tar::{Member, archive};
 use shuttle::rand::{Rng as _, thread_rng};
 use shuttle::sync::atomic::{AtomicUsize, Ordering};
+use shuttle::sync::{Condvar, Mutex};
 use shuttle::thread;
 
 fn rig() -> Rig {
@@ -250,6 +251,48 @@ fn one_blob_is_not_fetched_twice_at_once() {
         assert_eq!(heard, [ErrorKind::Unavailable; 3]);
         assert_eq!(provider.most.load(Ordering::SeqCst), 1);
         assert!((2..=4).contains(&provider.asked.load(Ordering::SeqCst)));
+    });
+}
+
+/// Says no once somebody has left.
+#[derive(Default)]
+struct Stuck {
+    has_left: Mutex<bool>,
+    left: Condvar,
+}
+
+impl Provider for Stuck {
+    fn open(&self, _: &BlobRow) -> io::Result<Box<dyn Read + Send>> {
+        let mut has_left = self.has_left.lock().unwrap();
+        while !*has_left {
+            has_left = self.left.wait(has_left).unwrap();
+        }
+        Err(io::Error::other("no"))
+    }
+}
+
+#[test]
+fn who_leaves_does_not_wait_for_a_fetch_that_is_stuck() {
+    explore("leaving a fetch that is stuck", 400, || {
+        let rig = rig();
+        let cache = rig.open();
+        let (descriptor, options, _) = remote("f");
+        let stuck = Arc::new(Stuck::default());
+        let providers = Providers::one(descriptor.digest, Arc::clone(&stuck) as Arc<dyn Provider>);
+        let held = cache.get_by_blob(&descriptor, None, &RecordOptions { providers, ..options }).unwrap();
+        let cancel = Cancel::new();
+        thread::scope(|scope| {
+            let leaves = scope.spawn(|| held.extract(&cancel).unwrap_err().kind());
+            scope.spawn(|| cancel.cancel());
+            assert_eq!(leaves.join().unwrap(), ErrorKind::Canceled);
+        });
+        *stuck.has_left.lock().unwrap() = true;
+        stuck.left.notify_all();
+        drop(held);
+        while !cache.store.leases().unwrap().is_empty() {
+            thread::yield_now();
+        }
+        assert_quiet(cache);
     });
 }
 

@@ -389,6 +389,21 @@ fn turns_exclude_each_other_and_a_cancel_ends_any_wait() {
 }
 
 #[test]
+fn a_wait_for_a_turn_that_never_comes_ends_with_a_cancel() {
+    explore("cancelled waits for turns", 2000, || {
+        let (turns, cancel) = (Turns::default(), Cancel::new());
+        let held = turns.take([0], &Cancel::new()).unwrap();
+        // Nobody else wakes it: a cancel that comes between its look and its sleep must not be missed.
+        thread::scope(|scope| {
+            let waits = scope.spawn(|| turns.take([0], &cancel).map(drop));
+            scope.spawn(|| cancel.cancel());
+            assert_eq!(waits.join().unwrap(), Err(Canceled));
+        });
+        drop(held);
+    });
+}
+
+#[test]
 fn work_in_parallel_is_done_once_each_and_a_failure_is_told() {
     explore("work in parallel", 2000, || {
         let items = [0_usize, 1, 2, 3, 4];
