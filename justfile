@@ -6,7 +6,12 @@ check:
     cargo fmt --all --check
     cargo clippy --workspace --all-targets -- -D warnings
     RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --document-private-items
-    @if command -v cargo-deny >/dev/null; then cargo deny check; else echo "NOT CHECKED: licences and advisories, for want of cargo-deny (cargo install cargo-deny)"; fi
+    @if command -v cargo-deny >/dev/null; then just deny; else echo "NOT CHECKED: licences and advisories, for want of cargo-deny (cargo install cargo-deny)"; fi
+
+# What comes in from outside: licences, bans, sources, and advisories if their list can be fetched.
+deny:
+    cargo deny check licenses bans sources
+    @if cargo deny fetch; then cargo deny check advisories; else echo "NOT CHECKED: advisories, for want of their list"; fi
 
 # All tests. FILTER as cargo-nextest takes it.
 test *FILTER:

@@ -7,7 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
-filter='binary(hostile) or test(mutated_archives_mean_the_same) or test(fuzz_) or binary(power)'
+filter='binary(hostile) or test(mutated_archives_mean_the_same) or test(fuzz_) or binary(power) or binary(interleavings)'
 CI=true PLIES_CHAOS=1 cargo nextest run --workspace --release --no-fail-fast --success-output final \
     -E "$filter" "$@" 2>&1 | tee "$log"
 status=${PIPESTATUS[0]}

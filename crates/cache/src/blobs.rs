@@ -15,14 +15,13 @@
 
 use std::collections::{HashMap, HashSet};
 use std::io::{self, Read};
-use std::num::NonZero;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use plies_oci::{BlobDigest, ChainId, Compression, Descriptor, DiffId, MediaClass, MediaType, classify};
 use plies_store::progress::Silent;
 use plies_store::{
     BlobError, Cancel, CatalogueError, LayerBlob, LayerId, Lease, LeaseOptions, Rows as _, Stamp, Store, Transfer, Tx,
+    parallel,
 };
 
 use crate::compose::{hold_blob, media_type};
@@ -259,7 +258,7 @@ impl Inner {
         }
         let Some(parts) = self.parts(id)? else { return Ok(Vec::new()) };
         self.all_can_be_had(&parts, job)?;
-        let chosen = in_parallel(&parts, |part| self.choose(part, job))?;
+        let chosen = parallel(&parts, PARTS_MAX, |_| 1, |part| self.choose(part, job))?;
         let Some(chosen) = chosen.into_iter().collect::<Option<Vec<Chosen>>>() else { return Ok(Vec::new()) };
         self.write_down(id, &parts, &chosen)?;
 
@@ -639,37 +638,6 @@ fn set_chains(
         known.insert(at, chain);
     }
     Ok(())
-}
-
-/// Does `work` for all items, a few at once. After the first failure nothing new is begun; that failure is the result.
-fn in_parallel<I: Sync, T: Send>(
-    items: &[I],
-    work: impl Fn(&I) -> Result<T, CacheError> + Sync,
-) -> Result<Vec<T>, CacheError> {
-    let threads = NonZero::new(items.len().min(PARTS_MAX)).map_or(1, NonZero::get);
-    if threads == 1 {
-        return items.iter().map(work).collect();
-    }
-    let next = AtomicUsize::new(0);
-    let results: Mutex<Vec<(usize, Result<T, CacheError>)>> = Mutex::new(Vec::with_capacity(items.len()));
-    std::thread::scope(|scope| {
-        for _ in 0..threads {
-            scope.spawn(|| {
-                loop {
-                    let at = next.fetch_add(1, Ordering::Relaxed);
-                    let Some(item) = items.get(at) else { return };
-                    let result = work(item);
-                    if result.is_err() {
-                        next.store(items.len(), Ordering::Relaxed);
-                    }
-                    results.lock().unwrap_or_else(PoisonError::into_inner).push((at, result));
-                }
-            });
-        }
-    });
-    let mut results = results.into_inner().unwrap_or_else(PoisonError::into_inner);
-    results.sort_by_key(|(at, _)| *at);
-    results.into_iter().map(|(_, result)| result).collect()
 }
 
 #[cfg(test)]

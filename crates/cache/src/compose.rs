@@ -12,7 +12,7 @@ use plies_oci::{ChainId, Compression, MediaClass, MediaType, classify};
 use plies_store::progress::Silent;
 use plies_store::{
     Cancel, Canceled, CatalogueError, LayerId, LayerSource, LeaseOptions, Origin, Rows as _, SnapshotError, SnapshotId,
-    Transfer, Tx,
+    Transfer, Tx, parallel,
 };
 
 use crate::lazy::Providers;
@@ -186,7 +186,7 @@ impl Inner {
         }
         self.finalize(id)?;
         self.fetch(&self.walk(id)?, providers, cancel)?;
-        let _one = self.composing.lock(id);
+        let _one = self.composing.take([id], cancel)?;
         let lease = self.store.lease(LeaseOptions::process("extract"))?;
         let transfer = Transfer { lease: &lease, limits: &self.limits, progress: &Silent, cancel };
         let walk = self.walk(id)?;
@@ -200,7 +200,7 @@ impl Inner {
                 State::Lazy => layers.push(self.unpack_over(*at, row, &layers, providers, &transfer)?),
                 State::Composed => {
                     // Several merges may show the same diff: it is computed for all of them.
-                    let _one = (*at != id).then(|| self.composing.lock(*at));
+                    let _one = (*at != id).then(|| self.composing.take([*at], cancel)).transpose()?;
                     match &self.must_have(*at)?.state {
                         State::Sealed { layer } => layers.extend(layer),
                         _ => layers.extend(self.compute(*at, row, providers, &transfer)?),
@@ -262,25 +262,8 @@ impl Inner {
         cancel: &Cancel,
     ) -> Result<(), CacheError> {
         let lazy: Vec<&(RecordId, RecordRow)> = walk.iter().filter(|(_, row)| row.state == State::Lazy).collect();
-        let next = std::sync::atomic::AtomicUsize::new(0);
-        let failed = std::sync::Mutex::new(None);
-        let fail = |error: CacheError| {
-            failed.lock().unwrap_or_else(|e| e.into_inner()).get_or_insert(error);
-        };
-        std::thread::scope(|scope| {
-            for _ in 0..lazy.len().min(FETCHES_MAX) {
-                scope.spawn(|| {
-                    while let Some((id, row)) = lazy.get(next.fetch_add(1, std::sync::atomic::Ordering::Relaxed)) {
-                        if let Err(error) = self.fetch_one(*id, row, providers, cancel) {
-                            // Nothing new is begun.
-                            next.store(lazy.len(), std::sync::atomic::Ordering::Relaxed);
-                            fail(error);
-                        }
-                    }
-                });
-            }
-        });
-        failed.into_inner().unwrap_or_else(|e| e.into_inner()).map_or(Ok(()), Err)
+        let fetch = |lazy: &&(RecordId, RecordRow)| self.fetch_one(lazy.0, &lazy.1, providers, cancel);
+        parallel(&lazy, FETCHES_MAX, |_| 1, fetch).map(drop)
     }
 
     fn fetch_one(

@@ -4,17 +4,15 @@ use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::io::{self, Read};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::sync::{Arc, PoisonError};
 
 use plies_oci::BlobDigest;
 use plies_store::{Cancel, Canceled};
 
 use crate::CacheError;
 use crate::record::BlobRow;
-
-/// How long a waiter sleeps at most before it looks whether it was cancelled: a wake-up may come just before it sleeps.
-const WAKE: Duration = Duration::from_millis(50);
+use crate::sync::atomic::{AtomicBool, Ordering};
+use crate::sync::{Condvar, Mutex, MutexGuard, thread};
 
 /// Somebody who can fetch a blob: a registry, another builder, an archive.
 pub trait Provider: Send + Sync {
@@ -144,7 +142,7 @@ impl Flights {
                         lock(&ours.state).landed = Some(result);
                         ours.changed.notify_all();
                     };
-                    let spawned = std::thread::Builder::new().name("unlazy".into()).spawn(fly);
+                    let spawned = thread::Builder::new().name("unlazy".into()).spawn(fly);
                     if let Err(source) = spawned {
                         flights.remove(&key);
                         return Err(CacheError::Provider { digest: key, source });
@@ -155,14 +153,21 @@ impl Flights {
             lock(&flight.state).waiters += 1;
             flight
         };
-        let waker = Arc::clone(&flight);
-        let _wake = cancel.on_cancel(move || waker.changed.notify_all());
+        // A word of its own: the cancel's lock, under which this is called, must not be taken under the flight's.
+        let (stopped, waker) = (Arc::<AtomicBool>::default(), Arc::clone(&flight));
+        let stop = Arc::clone(&stopped);
+        let _wake = cancel.on_cancel(move || {
+            stop.store(true, Ordering::Release);
+            // So that it can't come between the look and the wait.
+            drop(lock(&waker.state));
+            waker.changed.notify_all();
+        });
         let mut state = lock(&flight.state);
         loop {
             if let Some(landed) = &state.landed {
                 return landed.clone().map_err(CacheError::Shared);
             }
-            if cancel.is_canceled() {
+            if stopped.load(Ordering::Acquire) {
                 drop(state);
                 // In the order of whoever joins: nobody can, between the last one's leaving and the flight's end.
                 let mut flights = lock(&self.flights);
@@ -177,7 +182,7 @@ impl Flights {
                 }
                 return Err(Canceled.into());
             }
-            state = flight.changed.wait_timeout(state, WAKE).unwrap_or_else(PoisonError::into_inner).0;
+            state = flight.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
     }
 
@@ -186,35 +191,5 @@ impl Flights {
         if flights.get(&key).is_some_and(|there| Arc::ptr_eq(there, flight)) {
             flights.remove(&key);
         }
-    }
-}
-
-/// A lock for each record, so that the same thing is not done twice at once to one of them.
-#[derive(Debug, Default)]
-pub(crate) struct KeyedLocks {
-    busy: Mutex<std::collections::HashSet<crate::RecordId>>,
-    changed: Condvar,
-}
-
-impl KeyedLocks {
-    pub(crate) fn lock(&self, id: crate::RecordId) -> KeyedGuard<'_> {
-        let mut busy = lock(&self.busy);
-        while !busy.insert(id) {
-            busy = self.changed.wait(busy).unwrap_or_else(PoisonError::into_inner);
-        }
-        KeyedGuard { locks: self, id }
-    }
-}
-
-#[derive(Debug)]
-pub(crate) struct KeyedGuard<'a> {
-    locks: &'a KeyedLocks,
-    id: crate::RecordId,
-}
-
-impl Drop for KeyedGuard<'_> {
-    fn drop(&mut self) {
-        lock(&self.locks.busy).remove(&self.id);
-        self.locks.changed.notify_all();
     }
 }

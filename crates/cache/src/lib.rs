@@ -41,6 +41,7 @@ mod prune;
 mod record;
 mod refs;
 mod solver;
+mod sync;
 mod usage;
 mod uses;
 

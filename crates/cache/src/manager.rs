@@ -2,17 +2,20 @@
 
 use std::ops::ControlFlow;
 use std::panic::Location;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, PoisonError};
 
 use plies_archive::Limits;
 use plies_oci::{BlobDigest, ChainId, Descriptor, DiffId, MediaClass, classify};
-use plies_store::{ActiveOptions, CatalogueError, LayerId, LeaseOptions, Rows, SnapshotError, Stamp, Store, Warn};
+use plies_store::{
+    ActiveId, ActiveOptions, CatalogueError, LayerId, LeaseOptions, Rows, SnapshotError, Stamp, Store, Turns, Warn,
+};
 
-use crate::lazy::{Flights, KeyedLocks, Providers};
+use crate::lazy::{Flights, Providers};
 use crate::live::{Live, Refused, Ticket};
 use crate::prune::SharedChecker;
 use crate::record::{self, BlobRow, Parents, RecordRow, RecordType, State, UseRow};
 use crate::solver;
+use crate::sync::Mutex;
 use crate::uses::Uses;
 use crate::{CacheError, Holder, ImmutableRef, MutableRef, RecordId};
 
@@ -89,7 +92,7 @@ pub(crate) struct Inner {
     pub(crate) uses: Uses,
     pub(crate) flights: Arc<Flights>,
     /// One at a time finalizes a record or makes its tree.
-    pub(crate) composing: KeyedLocks,
+    pub(crate) composing: Turns<RecordId>,
     pub(crate) pruning: Mutex<()>,
 }
 
@@ -133,7 +136,7 @@ impl Manager {
             live: Live::default(),
             uses: Uses::default(),
             flights: Arc::default(),
-            composing: KeyedLocks::default(),
+            composing: Turns::default(),
             pruning: Mutex::new(()),
         };
         if inner.read(solver::is_old)? {
@@ -510,25 +513,28 @@ impl Inner {
 
     /// Whether a mutable record's directory can still be trusted. If not, the record is removed. False if the record has
     /// other files by now: somebody finalized it, and its row is to be read again.
-    fn check_active(&self, id: RecordId, active: plies_store::ActiveId) -> Result<bool, CacheError> {
+    fn check_active(&self, id: RecordId, active: ActiveId) -> Result<bool, CacheError> {
         match self.store.snapshots().check_usable(active) {
             Ok(()) => Ok(true),
             Err(SnapshotError::NotFound { .. } | SnapshotError::Stale { .. }) => match self.remove_dead(id, active)? {
                 true => Err(CacheError::no_record(id)),
                 false => Ok(false),
             },
-            // Between two looks it may have become a layer. A row that still says otherwise is wrong.
-            Err(SnapshotError::Sealed { .. }) if directory_of(&self.must_have(id)?.state) != Some(active) => Ok(false),
+            Err(SnapshotError::Sealed { .. })
+                if !self.read(|rows| record::get(rows, id))?.is_some_and(|row| is_in(&row.state, active)) =>
+            {
+                Ok(false)
+            }
             Err(other) => Err(other.into()),
         }
     }
 
     /// Removes a record whose files were in a directory that is gone, with the partner that shared them; false if it has
     /// others by now.
-    fn remove_dead(&self, id: RecordId, active: plies_store::ActiveId) -> Result<bool, CacheError> {
+    fn remove_dead(&self, id: RecordId, active: ActiveId) -> Result<bool, CacheError> {
         Ok(self.store.write_lazily(|tx| {
             let partner = match record::get(tx, id) {
-                Ok(Some(row)) if directory_of(&row.state) != Some(active) => return Ok(false),
+                Ok(Some(row)) if !is_in(&row.state, active) => return Ok(false),
                 Ok(row) => row.and_then(|row| partner_of(&row.state)),
                 Err(CatalogueError::Damaged { .. } | CatalogueError::RowTooNew { .. }) => None,
                 Err(error) => return Err(error),
@@ -857,12 +863,9 @@ impl Inner {
     }
 }
 
-/// The upper directory that its files are in, if they are in one.
-fn directory_of(state: &State) -> Option<plies_store::ActiveId> {
-    match state {
-        State::Mutable { active, .. } | State::Shared { active, .. } => Some(*active),
-        State::Sealed { .. } | State::Lazy | State::Composed | State::Stack(_) => None,
-    }
+/// Whether a record's files are in this directory.
+fn is_in(state: &State, active: ActiveId) -> bool {
+    matches!(state, State::Mutable { active: its, .. } | State::Shared { active: its, .. } if *its == active)
 }
 
 /// The record that shares its files, of a pair that was committed and not finalized.

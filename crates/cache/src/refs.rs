@@ -400,7 +400,7 @@ impl Inner {
     }
 
     pub(crate) fn finalize(&self, id: RecordId) -> Result<(), CacheError> {
-        let _one = self.composing.lock(id);
+        let _one = self.composing.take([id], &Cancel::new())?;
         let State::Shared { mutable, active } = self.must_have(id)?.state else { return Ok(()) };
         self.store.snapshots().seal_with(active, &[], |tx, layer| {
             record::remove(tx, mutable)?;

@@ -3,12 +3,13 @@
 
 use std::collections::BTreeMap;
 use std::ops::Bound;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 
 use plies_store::{CatalogueError, Rows as _, Stamp};
 
 use crate::manager::Inner;
 use crate::record::{RECORDS, USES, UseRow};
+use crate::sync::{Mutex, MutexGuard};
 use crate::{CacheError, RecordId};
 
 /// Uses that are gathered before some are written down: some 6 MB at the most. Written are those of neighbours, whose

@@ -11,14 +11,13 @@
 //! run.rs        run, mount, umount         records.rs  `ply ref`
 //! import.rs     another program's state -> records and layers
 //! space.rs      du, tree, gc, info       why.rs      what keeps something
-//! turns.rs      what several requests want at once is done by one
 //! prune.rs      what goes from the build cache     policy.rs  the same at all times, by rules
 //! fsck.rs       check and repair
 //! dockerfile/ context/ exec/   the parts of a build that need no store
 //! ```
 //!
 //! # Locks
-//! Of a build's own: the queue of what is to be solved; a step's turn (`turns.rs`), held while the step is done;
+//! Of a build's own: the queue of what is to be solved; a step's turn ([`Turns`]), held while the step is done;
 //! then the caches in use (`build::CacheMounts`), held while one is taken. Whoever waits for a turn holds nothing, and
 //! whoever waits for a cache holds one turn and caches whose ids are lower. Fetching an image takes the turns of all its
 //! blobs at once, and waits for nothing else then. The store's own locks come after these.
@@ -42,7 +41,6 @@ mod repack;
 mod run;
 mod save;
 mod space;
-mod turns;
 mod why;
 
 use std::path::Path;
@@ -54,8 +52,8 @@ pub use plies_cache::{PruneOptions, parse_bytes, parse_duration};
 use plies_oci::{BlobDigest, ErrorKind};
 use plies_registry::ClientOptions;
 use plies_store::{
-    Cancel, CatalogueError, Holder, Lease, LeaseOptions, OpenError, OpenOptions, Stamp, Store, Transfer, WaitPolicy,
-    Warn,
+    Cancel, CatalogueError, Holder, Lease, LeaseOptions, OpenError, OpenOptions, Stamp, Store, Transfer, Turns,
+    WaitPolicy, Warn,
 };
 
 pub use archive::{ArchiveError, Input};
@@ -85,7 +83,6 @@ pub use save::{ManifestOptions, Output, SaveError, SaveFormat};
 pub use space::{
     GcSummary, Info, PolicyRow, RecordSpace, RecordTotals, SpaceError, SpaceReport, SpaceRow, SpaceTotals, TreeNode,
 };
-use turns::Turns;
 pub use why::WhyNode;
 
 /// How to open an engine.

@@ -17,8 +17,8 @@ use plies_engine::build::{BuildOutput, BuildRequest, TreeOutput};
 use plies_engine::exec::Cancel;
 use plies_engine::progress::Silent;
 use plies_engine::{
-    Containers, DriverKind, Engine, EngineOptions, FsckDepth, FsckRequest, GcMode, ImportOptions, ImportOutcome,
-    ImportSource, Input,
+    ContainerdOptions, Containers, DriverKind, Engine, EngineOptions, FsckDepth, FsckRequest, GcMode, ImportOptions,
+    ImportOutcome, ImportSource, Input,
 };
 use plies_oci::ErrorKind;
 use plies_testkit::docker::DataRoot;
@@ -48,19 +48,32 @@ enum Door {
     Add,
     /// `ply import docker`
     Import,
+    /// `ply import containers-storage`
+    ImportStorage,
+    /// `ply import containerd`, of blobs that were not unpacked there
+    ImportBlobs,
 }
 
 impl Door {
-    const ALL: [Self; 6] = [Self::Layer, Self::Merged, Self::Register, Self::Load, Self::Add, Self::Import];
+    const ALL: [Self; 8] = [
+        Self::Layer,
+        Self::Merged,
+        Self::Register,
+        Self::Load,
+        Self::Add,
+        Self::Import,
+        Self::ImportStorage,
+        Self::ImportBlobs,
+    ];
 
     /// Whether this archive is tried here: all are in the long version, else the doors to a store take turns.
     fn tries(self, index: usize, kind: FileSystem, all: bool) -> bool {
         let place = Self::ALL.iter().position(|door| *door == self).unwrap();
         // Btrfs takes its time to sync.
         let (first, every) = match kind {
-            FileSystem::Ext4 => (0, 4),
-            FileSystem::Tmpfs => (1, 4),
-            FileSystem::Btrfs => (2, 16),
+            FileSystem::Ext4 => (0, 6),
+            FileSystem::Tmpfs => (1, 6),
+            FileSystem::Btrfs => (2, 18),
         };
         all || place < 2 || (index + first) % every == place - 2
     }
@@ -192,16 +205,7 @@ impl Place {
 
     fn load(&self, case: &Case, index: usize) -> Outcome {
         let name = format!("localhost/hostile:{index}");
-        let (tar, packed) = (own(case, "load"), compress::detect(&case.bytes) != plies_oci::Compression::None);
-        let image = match packed {
-            true => Image::new(&name).layer_raw(
-                &format!("sha256:{}", sha256_hex(&tar)),
-                tar,
-                if case.id.contains("zstd") || case.id.contains("window") { Packing::Zstd } else { Packing::Gzip }
-                    .media_type(),
-            ),
-            false => Image::new(&name).layer_tar(&tar, Packing::ALL[index % 3]),
-        };
+        let image = image_of(case, "load", &name, index);
         let path = image.write_oci_tar(&self.dir.join("image.tar"));
         if let Err(error) = self.engine.load(&Input::Path(path), None, &Silent, &Cancel::new()) {
             return Outcome::of(&error, error.kind());
@@ -249,17 +253,34 @@ impl Place {
         }
     }
 
-    fn import(&self, case: &Case) -> Outcome {
-        let data = DataRoot::new(self.dir.join("docker"));
-        let tar = own(case, "import");
-        let (_, diff) = data.layer_of_tar(&tar);
-        data.image(&[&diff]);
+    fn import(&self, case: &Case, index: usize, door: Door) -> Outcome {
+        let path = self.dir.join("source");
+        let source = match door {
+            Door::ImportBlobs => {
+                let image = image_of(case, "import blobs", &format!("localhost/imported:{index}"), index);
+                plies_testkit::containerd::write_root(&path, &image);
+                ImportSource::Containerd(ContainerdOptions { namespaces: vec![], containers: Containers::List })
+            }
+            Door::ImportStorage => {
+                plies_testkit::docker::graph_root(&path, &own(case, "import storage"));
+                ImportSource::ContainersStorage(Containers::List)
+            }
+            _ => {
+                let data = DataRoot::new(path.clone());
+                let (_, diff) = data.layer_of_tar(&own(case, "import"));
+                data.image(&[&diff]);
+                ImportSource::Docker(Containers::List)
+            }
+        };
         let options = ImportOptions { dry_run: false, copy: false };
-        let source = ImportSource::Docker(Containers::List);
-        let report = self.engine.import(&source, &data.path, options, &Silent, &Cancel::new()).unwrap();
-        fs::remove_dir_all(&data.path).unwrap();
+        let report = self.engine.import(&source, &path, options, &Silent, &Cancel::new()).unwrap();
+        fs::remove_dir_all(&path).unwrap();
         let layer = report.items.iter().find(|item| item.kind == "layer");
-        let why = || format!("{:?}", layer.and_then(|item| item.why.clone()));
+        let why = || match layer {
+            Some(item) => format!("{:?}", item.why),
+            // Its image was not even read so far.
+            None => format!("{:?}", report.items),
+        };
         match layer.map(|item| item.outcome) {
             Some(ImportOutcome::Taken | ImportOutcome::Here) => Outcome::Taken,
             _ if why().contains("os error") || why().contains("not permitted") => Outcome::Unable(why()),
@@ -274,7 +295,7 @@ impl Place {
             Door::Register => self.register(case),
             Door::Load => self.load(case, index),
             Door::Add => self.add(case),
-            Door::Import => self.import(case),
+            Door::Import | Door::ImportStorage | Door::ImportBlobs => self.import(case, index, door),
         };
         match outcome {
             Outcome::Taken => self.taken += 1,
@@ -319,6 +340,17 @@ fn own(case: &Case, door: &str) -> Vec<u8> {
         Expect::Refused => case.bytes.clone(),
         Expect::Taken | Expect::Either => [&case.bytes[..], door.as_bytes()].concat(),
     }
+}
+
+/// An image of one layer, the archive: as it is, if it is packed already.
+fn image_of(case: &Case, door: &str, name: &str, index: usize) -> Image {
+    let tar = own(case, door);
+    if compress::detect(&case.bytes) == plies_oci::Compression::None {
+        return Image::new(name).layer_tar(&tar, Packing::ALL[index % 3]);
+    }
+    let is_zstd = case.id.contains("zstd") || case.id.contains("window");
+    let packing = if is_zstd { Packing::Zstd } else { Packing::Gzip };
+    Image::new(name).layer_raw(&format!("sha256:{}", sha256_hex(&tar)), tar, packing.media_type())
 }
 
 fn send_all(dir: &Path, kind: FileSystem, in_user_namespace: bool) {

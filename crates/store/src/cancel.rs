@@ -1,9 +1,11 @@
 //! Asking something that runs to stop.
 
 use std::io;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, PoisonError};
 
 use plies_oci::ErrorKind;
+
+use crate::sync::{Mutex, MutexGuard};
 
 /// The request was cancelled by its caller.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -91,7 +93,7 @@ impl Cancel {
     }
 
     /// Nothing can panic while holding the lock that leaves the state wrong.
-    fn lock(&self) -> std::sync::MutexGuard<'_, CancelState> {
+    fn lock(&self) -> MutexGuard<'_, CancelState> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -66,9 +66,11 @@ mod recover;
 mod refs;
 mod reserve;
 mod snapshots;
+mod sync;
 mod sys;
 pub mod transfer;
 mod tree;
+mod turns;
 mod usage;
 
 use std::fmt;
@@ -99,6 +101,7 @@ pub use snapshots::{ActiveInfo, ActiveOptions, Attach, MountOptions, Mounted, Sn
 pub use transfer::{
     LayerBlob, LayerSource, OpenBlob, Origin, Packing, ReceivedLayer, Taken, Transfer, TransferError, parallel,
 };
+pub use turns::{Turn, Turns};
 pub use usage::{SizeRow, UsageError, UsageKind, UsageRow, scan_sizes};
 
 /// A store that this process owns. Cloning is cheap; the store closes when the last clone and the
@@ -251,7 +254,7 @@ impl Store {
     /// Asks for the catalogue to be compacted when the store closes, whatever was removed. A session that removes more
     /// rows than it leaves does so by itself.
     pub fn compact_at_close(&self) {
-        self.inner.compact_at_end.store(true, std::sync::atomic::Ordering::Relaxed);
+        self.inner.compact_at_end.store(true, sync::atomic::Ordering::Relaxed);
     }
 
     /// What everything under the root costs, from the rows: a row for each kind.

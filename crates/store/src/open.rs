@@ -8,8 +8,8 @@ use std::io;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, RwLock};
+
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use plies_oci::ErrorKind;
@@ -22,6 +22,8 @@ use crate::lock::{Holder, LockFailure, StoreLock, WaitPolicy};
 use crate::migrate::{self, Migrate, Migrated};
 use crate::progress::{Progress, Silent};
 use crate::recover::{self, RecoverError};
+use crate::sync::atomic::{AtomicBool, Ordering};
+use crate::sync::{Mutex, RwLock};
 use crate::{ActiveId, Stamp, Store, packed, reserve, tree};
 
 /// The file that says that `content/` is an image layout (image-spec, `image-layout.md`).

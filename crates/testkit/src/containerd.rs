@@ -4,6 +4,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use crate::buildkit::{bucket, bytes, write};
+use crate::image::Image;
 use crate::{daemon, tools};
 
 /// A daemon without plugins that need a network.
@@ -59,6 +61,30 @@ impl Daemon {
     pub fn stop(self) -> PathBuf {
         self.root()
     }
+}
+
+/// Writes a root directory by hand: one image with its manifest and blobs, none of which was unpacked.
+///
+/// # Panics
+/// When it cannot be written.
+pub fn write_root(path: &Path, image: &Image) {
+    let (meta, content) =
+        (path.join("io.containerd.metadata.v1.bolt"), path.join("io.containerd.content.v1.content/blobs/sha256"));
+    fs::create_dir_all(&meta).expect("because the scratch is ours");
+    fs::create_dir_all(&content).expect("because the scratch is ours");
+    let blobs = image.blobs();
+    for (hex, blob) in &blobs {
+        fs::write(content.join(hex), blob).expect("because the scratch is ours");
+    }
+    let manifest = "application/vnd.oci.image.manifest.v1+json";
+    let target =
+        bucket([("digest", bytes(format!("sha256:{}", image.manifest_digest()))), ("mediatype", bytes(manifest))]);
+    let listed = bucket(blobs.keys().map(|hex| (format!("sha256:{hex}"), bucket([("labels", bucket::<&str>([]))]))));
+    let namespace = bucket([
+        ("images", bucket([(image.tag(), bucket([("target", target)]))])),
+        ("content", bucket([("blob", listed)])),
+    ]);
+    write(&meta.join("meta.db"), vec![("v1", bucket([("default", namespace)]))]);
 }
 
 /// A command of its client.

@@ -114,8 +114,7 @@ impl DataRoot {
     /// # Panics
     /// When it cannot be written.
     pub fn layer_of_tar(&self, tar: &[u8]) -> (String, String) {
-        let line = json!({ "type": 2, "payload": base64(tar), "position": 0 });
-        let (chain, diff, _) = self.add_layer(None, tar, packed(&[line]));
+        let (chain, diff, _) = self.add_layer(None, tar, recording_of_all(tar));
         (chain, diff)
     }
 
@@ -142,16 +141,51 @@ impl DataRoot {
 
     /// An image of layers with these diff IDs: its ID, 64 digits.
     pub fn image(&self, diff_ids: &[&str]) -> String {
-        let diff_ids: Vec<Value> = diff_ids.iter().map(|diff| json!(format!("sha256:{diff}"))).collect();
-        let config = json!({
-            "architecture": crate::image::architecture(), "os": "linux", "config": {},
-            "rootfs": { "type": "layers", "diff_ids": diff_ids },
-        })
-        .to_string();
+        let config = config(diff_ids);
         let id = sha256_hex(config.as_bytes());
         self.write(&format!("imagedb/content/sha256/{id}"), config);
         id
     }
+}
+
+/// The config of an image of layers with these diff IDs.
+fn config(diff_ids: &[&str]) -> String {
+    let diff_ids: Vec<Value> = diff_ids.iter().map(|diff| json!(format!("sha256:{diff}"))).collect();
+    json!({
+        "architecture": crate::image::architecture(), "os": "linux", "config": {},
+        "rootfs": { "type": "layers", "diff_ids": diff_ids },
+    })
+    .to_string()
+}
+
+/// Writes a storage of podman's at `path`, with one image of one layer of this tar, all of which stands in its tar-split.
+///
+/// # Panics
+/// When it cannot be written.
+pub fn graph_root(path: &Path, tar: &[u8]) {
+    let (layer, diff) = ("a".repeat(64), sha256_hex(tar));
+    let config = config(&[&diff]);
+    let image = sha256_hex(config.as_bytes());
+    // The library's name for a file whose own is no file name.
+    let big_data = format!("={}", base64(format!("sha256:{image}").as_bytes()));
+    let layers = json!([{ "id": layer, "diff-digest": format!("sha256:{diff}") }]).to_string();
+    let files = [
+        ("overlay-layers/layers.json".to_owned(), layers.into_bytes()),
+        (format!("overlay-layers/{layer}.tar-split.gz"), recording_of_all(tar)),
+        ("overlay-images/images.json".to_owned(), json!([{ "id": image }]).to_string().into_bytes()),
+        (format!("overlay-images/{image}/{big_data}"), config.into_bytes()),
+    ];
+    fs::create_dir_all(path.join("overlay").join(&layer).join("diff")).expect("because the scratch is ours");
+    for (name, bytes) in files {
+        let file = path.join(name);
+        fs::create_dir_all(file.parent().expect("because it has one")).expect("because the scratch is ours");
+        fs::write(file, bytes).expect("because the scratch is ours");
+    }
+}
+
+/// A tar-split that has the whole archive.
+fn recording_of_all(tar: &[u8]) -> Vec<u8> {
+    packed(&[json!({ "type": 2, "payload": base64(tar), "position": 0 })])
 }
 
 /// The tar-split of an archive with one file: its header, its content by checksum, the rest.

@@ -110,6 +110,35 @@ fn assert_no_trace(ply: &Ply, canaries: &[&Canary], what: &str, on_disk: bool) {
     fs::remove_dir_all(plain).unwrap();
 }
 
+/// A process that another one started, or that one itself.
+struct Process {
+    id: u32,
+    name: String,
+    environment: Vec<u8>,
+    /// It sees other mounts: it is the step's, or about to be.
+    is_inside: bool,
+}
+
+/// A process and all that came of it.
+fn processes_of(first: u32) -> Vec<Process> {
+    let stat = |id: u32| fs::read_to_string(format!("/proc/{id}/stat")).ok();
+    // Behind the name, which may hold anything: the state, and the parent's number (proc(5)).
+    let parent = |id: u32| stat(id)?.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse::<u32>().ok();
+    let ids = fs::read_dir("/proc").unwrap().filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
+    let is_of = |id: u32| std::iter::successors(Some(id), |id| parent(*id)).any(|id| id == first);
+    let mounts = |id: &str| fs::read_link(format!("/proc/{id}/ns/mnt")).ok();
+    let ours = mounts("self").unwrap();
+    let process = |id: u32| {
+        Some(Process {
+            id,
+            name: fs::read_to_string(format!("/proc/{id}/comm")).ok()?.trim().to_owned(),
+            environment: fs::read(format!("/proc/{id}/environ")).ok()?,
+            is_inside: mounts(&id.to_string())? != ours,
+        })
+    };
+    ids.filter(|id| is_of(*id)).filter_map(process).collect()
+}
+
 #[test]
 fn no_byte_of_a_secret_is_kept_anywhere() {
     if !tools::have(&["docker-registry", "htpasswd", "ssh-agent", "ssh-add", "ssh-keygen"]) {
@@ -183,6 +212,20 @@ fn no_byte_of_a_secret_is_kept_anywhere() {
             !found.stdout.is_empty()
         };
         assert!(eventually(begun), "{executor}: the step does not begin");
+        let processes = processes_of(child.id());
+        assert!(processes.iter().any(|process| process.is_inside), "{executor}: there is no step");
+        for Process { id, name, environment, is_inside } in processes {
+            let what = format!("{executor}: the environment of {name}");
+            [&file, &password, &key].iter().for_each(|canary| canary.assert_not_said(&what, &environment));
+            // What they are given is the user's own, as with every program that somebody starts.
+            let is_users = id == child.id() || name == "ssh-agent" || name == "cat";
+            if !is_users {
+                surroundings.assert_not_said(&what, &environment);
+            }
+            if !is_inside && !is_users {
+                [&variable, &proxy].iter().for_each(|canary| canary.assert_not_said(&what, &environment));
+            }
+        }
         child.kill().unwrap();
         child.wait().unwrap();
         // What the step was shown lies in memory until somebody opens the store.

@@ -3,13 +3,15 @@ use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::{self, ThreadId};
+
+use std::sync::{Arc, PoisonError};
 
 use super::view::{Base, Changes, View};
 use super::{CatalogueError, ReadTx, Tx};
 use crate::Stamp;
+use crate::sync::atomic::{AtomicU64, Ordering};
+use crate::sync::thread::{self, ThreadId};
+use crate::sync::{Condvar, Mutex, MutexGuard};
 use crate::tree::STAT_BLOCK_BYTES;
 
 /// Rows that lazy writes may leave in memory. More are written down by whoever put them: some 4 MB of rows of 200
@@ -249,8 +251,9 @@ impl Catalogue {
             fs::metadata(&self.path).map_or(true, |file| written_bytes(file) >= self.quick_repair_from_bytes);
         txn.set_two_phase_commit(true);
         txn.set_quick_repair(is_large);
-        txn.commit().map_err(|error| CatalogueError::database("commit")(error.into()))?;
+        // Before the commit, which is one step to a scheduler in place of threads: here it lets others see that it is not done.
         self.removed_count.fetch_add(changes.removed_count(), Ordering::Relaxed);
+        txn.commit().map_err(|error| CatalogueError::database("commit")(error.into()))?;
         Base::begin(&self.db).map_err(|error| CatalogueError::database("begin read")(error.into()))
     }
 }

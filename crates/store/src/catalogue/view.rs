@@ -3,12 +3,13 @@
 use std::collections::BTreeMap;
 use std::iter::Peekable;
 use std::ops::{Bound, ControlFlow};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, PoisonError};
 
 use redb::{ReadableDatabase as _, ReadableTableMetadata as _, TableDefinition, TableError};
 use rpds::RedBlackTreeMapSync;
 
 use super::CatalogueError;
+use crate::sync::RwLock;
 
 type RawReadTable = Arc<redb::ReadOnlyTable<&'static [u8], &'static [u8]>>;
 

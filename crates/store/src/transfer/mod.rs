@@ -22,7 +22,7 @@ use std::io::{self, BufWriter, Read, Write};
 use std::num::NonZero;
 use std::os::fd::AsFd as _;
 use std::os::unix::fs::FileExt as _;
-use std::sync::{Mutex, PoisonError};
+use std::sync::PoisonError;
 
 use plies_archive::compress::{self, DecodeError};
 use plies_archive::hash::HashingReader;
@@ -40,6 +40,7 @@ pub use known::{blobs_of_diff_id, diff_id_of_blob};
 use crate::cancel::canceled_inside;
 use crate::catalogue::{CatalogueError, Rows as _};
 use crate::progress::{Outcome, Progress, Task, Watched};
+use crate::sync::{Mutex, thread};
 use crate::{
     ActiveId, ActiveOptions, Attach, BlobError, Cancel, Canceled, CommitError, Expected, FinishedStage, Ingest,
     IngestError, IngestRef, LayerContents, LayerError, LayerId, Lease, Mounted, SnapshotError, SnapshotId, Stage,
@@ -1167,7 +1168,7 @@ pub fn parallel<I: Sync, T: Send, E: Send>(
     let queue = Mutex::new(VecDeque::from(order));
     let results: Mutex<Vec<Option<Result<T, E>>>> = Mutex::new(items.iter().map(|_| None).collect());
     let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
-    std::thread::scope(|scope| {
+    thread::scope(|scope| {
         for _ in 0..workers.min(items.len()) {
             scope.spawn(|| {
                 while let Some(at) = next() {

@@ -3,7 +3,6 @@
 use std::fs::File;
 use std::io::{self, BufWriter, Read, Write};
 use std::os::fd::AsFd as _;
-use std::sync::mpsc::{Receiver, SyncSender, channel, sync_channel};
 
 use plies_archive::compress;
 use plies_archive::hash::HashingWriter;
@@ -15,6 +14,8 @@ use super::{LayerBlob, Packing, Transfer, TransferError, scratch, threads};
 use crate::cancel::canceled_inside;
 use crate::catalogue::{CatalogueError, Rows as _};
 use crate::progress::{Outcome, Task, Watched};
+use crate::sync::mpsc::{Receiver, SyncSender, channel, sync_channel};
+use crate::sync::thread;
 use crate::{Canceled, Expected, LayerError, LayerId};
 
 /// Bytes of a tar that one thread hands to another at once: half a processor's second-level cache or less.
@@ -310,7 +311,7 @@ fn make_ahead<E: Send>(
     let (pieces, made) = sync_channel(PIECES_AHEAD_MAX);
     let (taken, empty) = channel();
     let mut ahead = Ahead { piece: Vec::with_capacity(PIECE_BYTES), pieces, empty };
-    std::thread::scope(|scope| {
+    thread::scope(|scope| {
         let making = scope.spawn(move || {
             let result = make(&mut ahead);
             // Nobody takes it any more where that fails.

@@ -1,19 +1,20 @@
 //! What several requests of this process may want at once: the first does it, the others wait and find the result.
 
 use std::collections::BTreeSet;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 
-use plies_store::{Cancel, Canceled};
+use crate::sync::atomic::{AtomicBool, Ordering};
+use crate::sync::{Condvar, Mutex, MutexGuard};
+use crate::{Cancel, Canceled};
 
 /// Who is at what, by a key.
 #[derive(Debug)]
-pub(crate) struct Turns<K>(Arc<(Mutex<BTreeSet<K>>, Condvar)>);
+pub struct Turns<K>(Arc<(Mutex<BTreeSet<K>>, Condvar)>);
 
 /// The right to do what some keys stand for; ends when dropped.
 #[derive(Debug)]
 #[must_use = "others begin when this is dropped"]
-pub(crate) struct Turn<K: Ord> {
+pub struct Turn<K: Ord> {
     turns: Turns<K>,
     keys: BTreeSet<K>,
 }
@@ -36,7 +37,7 @@ impl<K: Ord + Clone + Send + 'static> Turns<K> {
     ///
     /// # Errors
     /// [`Canceled`], if the caller does not want to wait any more.
-    pub(crate) fn take(&self, keys: impl IntoIterator<Item = K>, cancel: &Cancel) -> Result<Turn<K>, Canceled> {
+    pub fn take(&self, keys: impl IntoIterator<Item = K>, cancel: &Cancel) -> Result<Turn<K>, Canceled> {
         let keys: BTreeSet<K> = keys.into_iter().collect();
         // A word of its own: the cancel's lock, under which this is called, must not be taken under ours.
         let (stopped, shared) = (Arc::<AtomicBool>::default(), Arc::clone(&self.0));
