@@ -128,8 +128,8 @@ impl Catalogue {
         read(&ReadTx::new(view))
     }
 
-    /// Runs `change` over everything that was changed before, and returns once what it changed is as safe as asked for;
-    /// see the module.
+    /// Runs `change` over everything that was changed before, and returns once what it changed is as safe as asked for, or, if
+    /// it changed nothing, what it found; see the module.
     ///
     /// # Panics
     /// If called from within a closure of this catalogue, and with the panic of `change`.
@@ -141,10 +141,10 @@ impl Catalogue {
     ) -> Result<T, E> {
         assert!(*lock(&self.running) != Some(thread::current().id()), "a write inside a write would wait for itself");
         let gate = lock(&self.gate);
-        let view = {
+        let (view, seen) = {
             let state = lock(&self.state);
             state.failed.clone().map_or(Ok(()), Err)?;
-            state.view.clone()
+            (state.view.clone(), state.published)
         };
         let mut tx = Tx::new(&view, now());
         let running = Running::note(&self.running);
@@ -152,6 +152,11 @@ impl Catalogue {
         drop(running);
         let changes = tx.finish();
         if changes.rows() == 0 {
+            drop(gate);
+            if urgency == Urgency::Durable {
+                // What it found as it was to be may be there in memory only, or on its way and never arrive.
+                self.flush_up_to(seen)?;
+            }
             return Ok(result);
         }
         let traceless = view.traceless(&changes)?;
@@ -299,6 +304,9 @@ impl fmt::Debug for Catalogue {
         f.write_str("Catalogue")
     }
 }
+
+#[cfg(test)]
+mod power;
 
 #[cfg(test)]
 mod tests {
@@ -473,6 +481,32 @@ mod tests {
         // The first, the one that was stuck, and the eight together.
         assert_eq!(disk.syncs.load(Ordering::SeqCst) - before, 3 * of_one);
         assert_eq!(all(catalogue), (0..11).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn a_durable_write_that_finds_nothing_to_change_waits_for_what_it_found() {
+        let dir = tempfile::tempdir().unwrap();
+        let (catalogue, disk) = on_a_disk(&dir);
+        let catalogue = &catalogue;
+        let is_there = || write(catalogue, |tx| tx.contains(&NUMBERS, &1));
+        let before = disk.syncs.load(Ordering::SeqCst);
+        assert!(!is_there().unwrap());
+        assert_eq!(disk.syncs.load(Ordering::SeqCst), before, "nothing was found that could be lost");
+        write_lazily(catalogue, 1);
+        assert!(is_there().unwrap());
+        assert!(disk.syncs.load(Ordering::SeqCst) > before, "found in memory only");
+
+        // Somebody else's, which is on its way to the disk and does not arrive.
+        let (before, stuck) = (disk.syncs.load(Ordering::SeqCst), lock(&disk.is_stuck));
+        thread::scope(|scope| {
+            let first = scope.spawn(|| write(catalogue, |tx| tx.put(&NUMBERS, &2, &0)));
+            wait_until(|| disk.syncs.load(Ordering::SeqCst) > before);
+            let second = scope.spawn(|| write(catalogue, |tx| tx.contains(&NUMBERS, &2)));
+            disk.fails.store(true, Ordering::SeqCst);
+            drop(stuck);
+            assert!(first.join().unwrap().is_err());
+            assert!(second.join().unwrap().is_err(), "what it found is not there");
+        });
     }
 
     #[test]

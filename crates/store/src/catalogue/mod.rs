@@ -12,7 +12,8 @@
 //!
 //! Crash behaviour: a commit is atomic, and holds all closures up to one, none after it. Commits are
 //! two-phase, because the data is attacker-chosen and so is, in part, the moment of a crash. A lazy
-//! write is visible at once and durable with the next one that is not. If a commit fails, everything
+//! write is visible at once and durable with the next one that is not, even if that one finds all as it wants it and changes
+//! nothing: what it found may be in memory only. If a commit fails, everything
 //! that was not durable is gone, as after a crash, and all later writes fail. An open after a kill reads
 //! the file once, to find the pages in use; a large file has them written down with each commit instead.
 
