@@ -70,6 +70,7 @@ mod sys;
 pub mod transfer;
 mod tree;
 mod usage;
+mod write_back;
 
 use std::fmt;
 use std::path::{Path, PathBuf};

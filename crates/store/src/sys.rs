@@ -2,7 +2,7 @@
 //! namespace for a moment.
 #![allow(unsafe_code)]
 
-use std::ffi::{c_char, c_int, c_long, c_ulong};
+use std::ffi::{c_char, c_int, c_long, c_uint, c_ulong};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd};
@@ -16,6 +16,18 @@ unsafe extern "C" {
     fn _exit(status: c_int) -> !;
     fn syscall(number: c_long, ...) -> c_long;
     fn ioctl(fd: c_int, request: c_ulong, ...) -> c_int;
+    fn sync_file_range(fd: c_int, offset: i64, bytes: i64, flags: c_uint) -> c_int;
+}
+
+/// `SYNC_FILE_RANGE_WRITE` of `include/uapi/linux/fs.h`.
+const SYNC_FILE_RANGE_WRITE: c_uint = 2;
+
+/// Has the kernel begin to write a part of a file to the disk, without waiting for it. Where it cannot, nothing is lost: the sync
+/// that follows does it all, and is also who tells of errors.
+pub(crate) fn begin_write_back(file: &File, offset: u64, bytes: u64) {
+    let (Ok(offset), Ok(bytes)) = (i64::try_from(offset), i64::try_from(bytes)) else { return };
+    // SAFETY: the call takes numbers and an open descriptor.
+    let _may_not_work_here = unsafe { sync_file_range(file.as_raw_fd(), offset, bytes, SYNC_FILE_RANGE_WRITE) };
 }
 
 /// `include/uapi/linux/loop.h`.
