@@ -14,7 +14,7 @@ use plies_store::{Cancel, DriverKind};
 
 fn drivers() -> Vec<DriverKind> {
     if rustix::process::geteuid().is_root() {
-        return vec![DriverKind::Overlay, DriverKind::Native];
+        return vec![DriverKind::Auto, DriverKind::Overlay, DriverKind::Native];
     }
     eprintln!("SKIPPED: needs root, to mount overlays and to keep owners");
     vec![]

@@ -620,7 +620,7 @@ fn only_what_a_tree_shows_is_fetched() {
 
 #[test]
 fn privileged_a_layer_that_links_into_a_lower_one_is_unpacked_over_it() {
-    for driver in [DriverKind::Overlay, DriverKind::Native] {
+    for driver in [DriverKind::Auto, DriverKind::Overlay, DriverKind::Native] {
         let Some(rig) = Rig::with_driver(driver) else { return };
         let (store, manager) = rig.open();
         let cache = manager.accessor();

@@ -24,10 +24,10 @@ fn by(name: &str) -> RecordOptions {
     RecordOptions::by(name)
 }
 
-/// On both drivers where this process may mount.
+/// With every driver where this process may mount.
 fn each_driver(test: impl Fn(&Rig)) {
     let kinds: &[DriverKind] = if rustix::process::geteuid().is_root() {
-        &[DriverKind::Overlay, DriverKind::Native]
+        &[DriverKind::Auto, DriverKind::Overlay, DriverKind::Native]
     } else {
         eprintln!("SKIPPED with overlay: needs root, to mount overlays");
         &[DriverKind::Native]

@@ -2,7 +2,7 @@
 //! (`client/mergediff_test.go`), each named after its case there, and some that those leave out. Every tree is looked at
 //! as a whole: modes, owners, extended attributes with capabilities, devices, links, and which names are one file.
 //!
-//! Each case is tried four times: with both drivers, of layers that were made here and of layers that are pulled when
+//! Each case is tried six times: with every driver, of layers that were made here and of layers that are pulled when
 //! somebody looks. What comes out is exported and imported into an empty store, and has to be the same tree there.
 
 // The exemption for tests ends at helpers outside of test functions.
@@ -186,7 +186,7 @@ fn check(cases: &[Case]) {
     if !tools::privileged() {
         return;
     }
-    for driver in [DriverKind::Overlay, DriverKind::Native] {
+    for driver in [DriverKind::Auto, DriverKind::Overlay, DriverKind::Native] {
         for is_pulled in [false, true] {
             let (rig, origin, other) = (Rig::with_driver(driver), Rig::with_driver(driver), Rig::with_driver(driver));
             let (cache, origin_cache) = (rig.open(), origin.open());
@@ -843,7 +843,7 @@ fn privileged_a51_a_diff_of_one_layer_is_exported_as_that_layers_blob() {
     if !tools::privileged() {
         return;
     }
-    for driver in [DriverKind::Overlay, DriverKind::Native] {
+    for driver in [DriverKind::Auto, DriverKind::Overlay, DriverKind::Native] {
         let rig = Rig::with_driver(driver);
         let cache = rig.open();
         let alpine = cache.finalized(None, &[File("etc/alpine", "")]);

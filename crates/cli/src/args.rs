@@ -10,6 +10,7 @@ use plies_engine::IdRange;
 use plies_engine::build::{Entitlement, Secret, SecretSource, SshAgent, SshSource};
 use plies_engine::exec::{ExecutorChoice, ResourceLimit};
 use plies_oci::{Platform, Reference};
+use serde::Deserialize;
 
 use crate::commands::search_path;
 use crate::config::Space;
@@ -31,17 +32,9 @@ pub(crate) struct Global {
     /// State directory [default: /var/lib/plies as root, the XDG data directory otherwise]
     #[arg(long, global = true, env = "PLY_ROOT", value_name = "DIR", help_heading = "Global options")]
     pub(crate) root: Option<PathBuf>,
-    /// How layers are kept and mounted
-    #[arg(
-        long,
-        global = true,
-        value_enum,
-        default_value_t,
-        env = "PLY_DRIVER",
-        value_name = "DRIVER",
-        help_heading = "Global options"
-    )]
-    pub(crate) driver: Driver,
+    /// How layers are kept and mounted [default: as the config file says, or auto]
+    #[arg(long, global = true, value_enum, env = "PLY_DRIVER", value_name = "DRIVER", help_heading = "Global options")]
+    pub(crate) driver: Option<Driver>,
     /// Config file [default: /etc/plies/config.toml as root, plies/config.toml in the XDG config directory otherwise]
     #[arg(long, global = true, env = "PLY_CONFIG", value_name = "FILE", help_heading = "Global options")]
     pub(crate) config: Option<PathBuf>,
@@ -59,14 +52,15 @@ pub(crate) struct Global {
     pub(crate) no_wait: bool,
 }
 
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub(crate) enum Driver {
-    /// `overlay` where it works, `native` elsewhere
+    /// For a new store the first that works of `erofs`, `overlay` and `native`, then always the same
     #[default]
     Auto,
     /// A directory a layer, stacked by the kernel
     Overlay,
-    /// Layers stay the tars that they came as, with an index that the kernel mounts and stacks (Linux 6.12)
+    /// Layers stay the tars that they came as, with an index that the kernel mounts and stacks (Linux 6.12, with loop devices 6.4)
     Erofs,
     /// Plain copies, where overlayfs is missing
     Native,

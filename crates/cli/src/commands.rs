@@ -839,9 +839,9 @@ pub(crate) fn place(global: &Global, use_reserve: bool) -> anyhow::Result<(PathB
     })?;
     let disk_bytes = plies_engine::disk_bytes(&root)
         .with_context(|| format!("look how large the file system of {} is", root.display()))?;
-    let config::Settings { registry, policy, limits } = config::load(global.config.as_deref(), disk_bytes)?;
+    let config::Settings { driver, registry, policy, limits } = config::load(global.config.as_deref(), disk_bytes)?;
     let options = EngineOptions {
-        driver: match global.driver {
+        driver: match global.driver.or(driver).unwrap_or_default() {
             args::Driver::Auto => DriverKind::Auto,
             args::Driver::Overlay => DriverKind::Overlay,
             args::Driver::Native => DriverKind::Native,
@@ -856,7 +856,10 @@ pub(crate) fn place(global: &Global, use_reserve: bool) -> anyhow::Result<(PathB
         command: std::env::args().take(2).collect::<Vec<_>>().join(" "),
         migrate: Migrate::default(),
         progress: Arc::new(plies_engine::progress::Silent),
-        warn: Arc::new(|error| eprintln!("ply: warning: {error}")),
+        warn: Arc::new(|error| {
+            let chain = std::iter::successors(Some(error), |error| error.source()).map(ToString::to_string);
+            eprintln!("ply: warning: {}", format::safe(&chain.collect::<Vec<_>>().join(": ")));
+        }),
     };
     Ok((root, options))
 }
@@ -865,7 +868,7 @@ pub(crate) fn place(global: &Global, use_reserve: bool) -> anyhow::Result<(PathB
 fn run_migrate(global: &Global, dry_run: bool) -> anyhow::Result<ExitCode> {
     let (root, options) = place(global, false)?;
     let plan = Engine::migration_plan(&root, options)?;
-    let repack = global.driver != args::Driver::Auto;
+    let repack = global.driver.is_some_and(|driver| driver != args::Driver::Auto);
     if plan.steps.is_empty() && repack {
         return run_repack(global, dry_run);
     }

@@ -1,6 +1,8 @@
 //! The config file, and what the environment says of registries.
 //!
 //! ```toml
+//! driver = "auto"                    # as --driver, which goes before it, as does PLY_DRIVER
+//!
 //! [registry."docker.io"]
 //! mirrors = ["mirror.example"]       # asked first, in this order
 //!
@@ -37,6 +39,7 @@ use plies_engine::registry::{ClientOptions, Credentials, HostConfig, Proxies, Re
 use plies_engine::{ArchiveLimits, DocumentLimits, PruneOptions};
 use serde::Deserialize;
 
+use crate::args::Driver;
 use crate::commands::search_path;
 
 /// The config file of root.
@@ -52,6 +55,7 @@ const CONFIG_BYTES_MAX: u64 = 1 << 20;
 #[derive(Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 struct Config {
+    driver: Option<Driver>,
     registry: BTreeMap<String, HostConfig>,
     gc: Gc,
     limits: LimitsTable,
@@ -256,6 +260,8 @@ impl Gc {
 
 /// What the file says to an engine.
 pub(crate) struct Settings {
+    /// How layers are kept and mounted, if it says so.
+    pub(crate) driver: Option<Driver>,
     /// What the client of registries is to know.
     pub(crate) registry: ClientOptions,
     /// The rules that the build cache is kept by.
@@ -270,7 +276,7 @@ pub(crate) fn load(file: Option<&Path>, disk_bytes: u64) -> anyhow::Result<Setti
     let policy = config.gc.rules(disk_bytes).context("[gc] of the config file is not valid")?;
     let (limits, documents) = config.limits.limits();
     let registry = ClientOptions { limits: documents, ..registries(config.registry) };
-    Ok(Settings { registry, policy, limits })
+    Ok(Settings { driver: config.driver, registry, policy, limits })
 }
 
 fn registries(hosts: BTreeMap<String, HostConfig>) -> ClientOptions {

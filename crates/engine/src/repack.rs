@@ -76,6 +76,9 @@ impl Engine {
                 }
             }
         }
+        if !dry_run {
+            self.store().remember_driver()?;
+        }
         lease.release()?;
         Ok(done)
     }

@@ -318,7 +318,14 @@ impl Info {
             ("version", self.version.into()),
             ("root", self.root.clone()),
             ("driver", self.driver.into()),
-            ("erofs", self.erofs_unusable.as_ref().map_or("usable".into(), |why| format!("not usable: {why}"))),
+            (
+                "erofs",
+                match &self.erofs_unusable {
+                    Some(why) => format!("not usable: {why}"),
+                    None if self.driver.starts_with("erofs") => "usable".into(),
+                    None => "usable (ply migrate --driver erofs)".into(),
+                },
+            ),
             ("images", self.images_count.to_string()),
             ("records", self.records_count.to_string()),
             ("layers", self.layers_count.to_string()),

@@ -28,6 +28,7 @@ use crate::catalogue::{CatalogueError, Rows as _};
 use crate::error::{At as _, FileError};
 use crate::open::sync_dir;
 use crate::transfer::FromStart;
+use crate::write_back::WriteBack;
 use crate::{Lease, Stamp, Store};
 
 /// Read buffer when an ingest is hashed again; a few pages of read-ahead.
@@ -497,6 +498,7 @@ pub struct Ingest {
     file: File,
     hasher: Sha256Hasher,
     offset_bytes: u64,
+    write_back: WriteBack,
     named: bool,
     spent: bool,
 }
@@ -526,8 +528,16 @@ impl Ingest {
             }
             opened => opened.at("open", &data)?,
         };
-        let mut opened =
-            Self { claim, ingest, file, hasher: Sha256Hasher::default(), offset_bytes: 0, named, spent: false };
+        let mut opened = Self {
+            claim,
+            ingest,
+            file,
+            hasher: Sha256Hasher::default(),
+            offset_bytes: 0,
+            write_back: WriteBack::default(),
+            named,
+            spent: false,
+        };
         opened.rehash().at("read", &data)?;
         Ok(opened)
     }
@@ -578,6 +588,7 @@ impl Ingest {
         self.file.rewind().at("seek", path())?;
         self.hasher = Sha256Hasher::default();
         self.offset_bytes = 0;
+        self.write_back = WriteBack::default();
         Ok(())
     }
 
@@ -623,6 +634,7 @@ impl Write for Ingest {
         let n = self.file.write(bytes)?;
         self.hasher.update(&bytes[..n]);
         self.offset_bytes += n as u64;
+        self.write_back.grown_to(&self.file, self.offset_bytes);
         Ok(n)
     }
 

@@ -72,6 +72,7 @@ pub mod transfer;
 mod tree;
 mod turns;
 mod usage;
+mod write_back;
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -79,6 +80,7 @@ use std::sync::Arc;
 
 pub use cancel::{Cancel, CancelGuard, Canceled, canceled_inside};
 use catalogue::Urgency;
+use catalogue::schema::{META, META_PACKS};
 pub use catalogue::{CatalogueError, Key, KeyReader, PrefixOf, ReadTx, Row, Rows, Table, Tx};
 pub use content::{
     Blob, BlobError, BlobInfo, CommitError, Content, Expected, Ingest, IngestError, IngestRef, IngestStatus,
@@ -142,6 +144,15 @@ impl Store {
     /// How snapshots are mounted, and why so.
     pub fn driver(&self) -> &'static str {
         self.inner.driver.describe()
+    }
+
+    /// Has [`DriverKind::Auto`] keep the layers of this store as the driver does that it was opened with.
+    ///
+    /// # Errors
+    /// [`CatalogueError`].
+    pub fn remember_driver(&self) -> Result<(), CatalogueError> {
+        let packs = u64::from(self.inner.driver.packs());
+        self.write(|tx| tx.put(&META, &META_PACKS.to_owned(), &packs).map(drop))
     }
 
     /// Tries whether the driver `erofs` would work here: mounts an empty layer and an overlay over it, attached nowhere.

@@ -12,7 +12,7 @@
 //! ```
 //!
 //! Rows have versions of their own, which are upgraded as they are read ([`crate::Row::upgrade`]): a schema changes
-//! when a table comes that older versions would not keep in step.
+//! when a table comes that older versions would not keep in step, or files that they would not know.
 
 use std::fs::{self, File};
 use std::io;
@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
-use crate::catalogue::schema::{META, META_SCHEMA, SCHEMA};
+use crate::catalogue::schema::{META, META_PACKS, META_SCHEMA, SCHEMA};
 use crate::catalogue::{Catalogue, CatalogueError, Rows as _, Tx, Urgency};
 use crate::error::{At as _, FileError};
 use crate::lock::StoreLock;
@@ -42,8 +42,15 @@ struct Step {
 }
 
 /// All there are, in order and without a gap.
-const STEPS: [Step; 1] =
-    [Step { from: 1, what: "count what holds each blob, layer, snapshot and upper", run: |tx| tx.recount().map(drop) }];
+const STEPS: [Step; 2] = [
+    Step { from: 1, what: "count what holds each blob, layer, snapshot and upper", run: |tx| tx.recount().map(drop) },
+    Step {
+        from: 2,
+        what: "let layers be kept as their tars",
+        // What is there stays as it is, and so does what comes: that was the default then.
+        run: |tx| tx.put(&META, &META_PACKS.to_owned(), &0).map(drop),
+    },
+];
 
 fn steps_from(schema: u64) -> impl Iterator<Item = &'static Step> {
     STEPS.iter().filter(move |step| step.from >= schema)
@@ -273,10 +280,10 @@ mod tests {
         drop(old);
 
         let plan = migration_plan(&root, &options(), WaitPolicy::Fail).unwrap();
-        assert_eq!((plan.from, plan.to, plan.steps.len()), (1, 2, 1));
+        assert_eq!((plan.from, plan.to, plan.steps.len()), (1, SCHEMA, 2));
         let careful = OpenOptions { migrate: Migrate::UpTo(0), ..options() };
         let refused = Store::open(&root, careful, WaitPolicy::Fail).unwrap_err();
-        assert!(matches!(refused, OpenError::NotMigrated { found: 1, supported: 2, .. }), "{refused}");
+        assert!(matches!(refused, OpenError::NotMigrated { found: 1, supported: SCHEMA, .. }), "{refused}");
         assert!(refused.to_string().contains("`ply migrate`"), "{refused}");
 
         for first in [true, false] {
@@ -284,7 +291,7 @@ mod tests {
             assert_eq!(store.migrated().is_some(), first);
             store
                 .read(|tx| {
-                    assert_eq!(tx.get(&META, &META_SCHEMA.to_owned())?, Some(2));
+                    assert_eq!(tx.get(&META, &META_SCHEMA.to_owned())?, Some(SCHEMA));
                     for (n, count) in [1, 2, 1, 0].into_iter().enumerate() {
                         assert_eq!(count_of(tx, resource(n as u8))?, count, "{n}");
                     }

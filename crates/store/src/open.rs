@@ -14,7 +14,7 @@ use std::time::{Duration, SystemTime};
 
 use plies_oci::ErrorKind;
 
-use crate::catalogue::schema::{META, META_CLEAN, META_SCHEMA, META_SESSION, SCHEMA};
+use crate::catalogue::schema::{META, META_CLEAN, META_PACKS, META_SCHEMA, META_SESSION, SCHEMA};
 use crate::catalogue::{Catalogue, CatalogueError, Rows as _, Urgency};
 use crate::driver::{Driver, DriverKind, Native, Overlay};
 use crate::error::{At as _, FileError};
@@ -393,13 +393,15 @@ pub(crate) fn open(root: &Path, options: OpenOptions, wait: WaitPolicy<'_>) -> R
     if !options.create && !paths.catalog.try_exists().at("stat", &paths.catalog)? {
         return Err(OpenError::Missing { root });
     }
-    let driver = pick_driver(options.driver, &paths)?;
+    // One that was asked for and does not work makes no store.
+    check_driver(options.driver, &paths)?;
     if options.use_reserve {
         reserve::spend(&paths.catalog)?;
     }
     make_dir(&paths.catalog)?;
     let lock = StoreLock::take(&paths.catalog.join("lock"), &options.command, wait)?;
     let (catalogue, migrated) = migrate::open_migrated(&root, &paths, &options)?;
+    let driver = make_driver(&catalogue, &paths, &options)?;
     let inner = Inner {
         root,
         paths,
@@ -423,26 +425,70 @@ pub(crate) fn open(root: &Path, options: OpenOptions, wait: WaitPolicy<'_>) -> R
     Ok(store)
 }
 
-fn pick_driver(kind: DriverKind, paths: &Paths) -> Result<Box<dyn Driver>, OpenError> {
-    let method = match kind {
-        DriverKind::Native => return Ok(Box::new(Native)),
-        DriverKind::Auto | DriverKind::Overlay => None,
-        DriverKind::OverlayBy(method) => Some(method),
-        DriverKind::Erofs => {
-            match packed::check(&paths.run) {
-                Ok(()) => {}
-                // To try it takes two files. Without room for them the store must open all the same: to make room.
-                Err(error) if is_full(&error.source) => {}
-                Err(error) => return Err(OpenError::Driver { driver: "erofs", source: io::Error::other(error) }),
-            }
-            return Ok(Box::new(Overlay::new(paths.run.clone(), None, true)));
+/// Whether a driver that was named works here.
+fn check_driver(kind: DriverKind, paths: &Paths) -> Result<(), OpenError> {
+    match kind {
+        DriverKind::Auto | DriverKind::Native => Ok(()),
+        DriverKind::Overlay | DriverKind::OverlayBy(_) => {
+            Overlay::check().map_err(|source| OpenError::Driver { driver: "overlay", source })
         }
-    };
-    match Overlay::check() {
-        Ok(()) => Ok(Box::new(Overlay::new(paths.run.clone(), method, false))),
-        Err(_) if kind == DriverKind::Auto => Ok(Box::new(Native)),
-        Err(source) => Err(OpenError::Driver { driver: "overlay", source }),
+        DriverKind::Erofs => {
+            check_erofs(paths).map_err(|error| OpenError::Driver { driver: "erofs", source: io::Error::other(error) })
+        }
     }
+}
+
+fn check_erofs(paths: &Paths) -> Result<(), FileError> {
+    match packed::check(&paths.run) {
+        // To try it takes two files. Without room for them a store must open all the same: to make room.
+        Err(error) if !is_full(&error.source) => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// The driver that was asked for, or for `auto` the one that the store was made with as far as that works here.
+fn make_driver(catalogue: &Catalogue, paths: &Paths, options: &OpenOptions) -> Result<Box<dyn Driver>, CatalogueError> {
+    let packs = || Ok::<_, CatalogueError>(catalogue.read(|tx| tx.get(&META, &META_PACKS.to_owned()))? == Some(1));
+    let (method, packs) = match options.driver {
+        DriverKind::Native => return Ok(Box::new(Native)),
+        DriverKind::Overlay => (None, false),
+        DriverKind::OverlayBy(method) => (Some(method), false),
+        DriverKind::Erofs => (None, true),
+        DriverKind::Auto => match if packs()? { check_erofs(paths).map(|()| true) } else { Ok(false) } {
+            Ok(packs) => (None, packs),
+            Err(source) => {
+                (options.warn)(&NoErofs { made_with: true, source });
+                (None, false)
+            }
+        },
+    };
+    if options.driver == DriverKind::Auto && Overlay::check().is_err() {
+        return Ok(Box::new(Native));
+    }
+    Ok(Box::new(Overlay::new(paths.run.clone(), method, packs)))
+}
+
+/// Whether a new store keeps the layers that come to it as tars packed: if it was asked to, or can.
+fn new_packs(paths: &Paths, options: &OpenOptions) -> bool {
+    match options.driver {
+        DriverKind::Erofs => true,
+        DriverKind::Auto => {
+            check_erofs(paths).map_err(|source| (options.warn)(&NoErofs { made_with: false, source })).is_ok()
+        }
+        DriverKind::Overlay | DriverKind::OverlayBy(_) | DriverKind::Native => false,
+    }
+}
+
+/// `auto` does without the driver `erofs`, which is said once for a new store, and each time for one that was made with it.
+#[derive(Debug, thiserror::Error)]
+#[error("the driver erofs does not work here: {}", if *.made_with {
+    "what is kept as tars cannot be mounted, new layers become directories (ply migrate --driver overlay keeps all so)"
+} else {
+    "this new store keeps its layers as directories"
+})]
+struct NoErofs {
+    made_with: bool,
+    source: FileError,
 }
 
 fn is_full(error: &io::Error) -> bool {
@@ -459,7 +505,7 @@ pub(crate) fn open_catalogue(root: &Path, paths: &Paths, options: &OpenOptions) 
             return Err(OpenError::Missing { root: root.to_owned() });
         }
         paths.create()?;
-        create_catalogue(&path, options)?;
+        create_catalogue(&path, options, new_packs(paths, options))?;
     }
     // redb trusts a file that was closed cleanly, and may panic over one that was damaged since.
     let opened = catch_unwind(AssertUnwindSafe(|| Catalogue::open(&path, options.cache_bytes)))
@@ -494,7 +540,7 @@ fn holds_data(paths: &Paths) -> Result<bool, FileError> {
 }
 
 /// Under another name until it is whole, so that a crash here leaves no half database to explain.
-fn create_catalogue(path: &Path, options: &OpenOptions) -> Result<(), OpenError> {
+fn create_catalogue(path: &Path, options: &OpenOptions, packs: bool) -> Result<(), OpenError> {
     let new = path.with_extension("new");
     match fs::remove_file(&new) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -508,6 +554,7 @@ fn create_catalogue(path: &Path, options: &OpenOptions) -> Result<(), OpenError>
     let catalogue = Catalogue::new(database, &new).map_err(|error| CatalogueError::database("create")(error.into()))?;
     catalogue.write(Urgency::Durable, &Stamp::default, |tx| {
         tx.put(&META, &META_SCHEMA.to_owned(), &SCHEMA)?;
+        tx.put(&META, &META_PACKS.to_owned(), &u64::from(packs))?;
         tx.put(&META, &META_CLEAN.to_owned(), &1)?;
         Ok::<_, CatalogueError>(())
     })?;

@@ -20,9 +20,13 @@ use std::path::Path;
 use plies_archive::{DirIndex, Limits, Usage, erofs, tar};
 use plies_oci::DiffId;
 use rustix::fs::{Mode, OFlags};
-use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_string, fsmount, fsopen};
+use rustix::io::Errno;
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen,
+};
 
 use crate::error::{At as _, FileError};
+use crate::sys;
 use crate::tree::{self, STAT_BLOCK_BYTES};
 
 const TREE: &str = "fs";
@@ -83,15 +87,31 @@ pub(crate) fn mount(dir: &Path) -> Result<OwnedFd, FileError> {
     mount_files(&image, &tar).at("mount", path)
 }
 
-/// By descriptor, so that no option has a path in it that would need to be short or escaped.
 fn mount_files(image: &File, tar: &File) -> io::Result<OwnedFd> {
+    match mount_from(image, tar) {
+        // Before Linux 6.12, and where it was built so, EROFS mounts block devices alone.
+        Err(Errno::NOTBLK) => mount_by_loop(image, tar),
+        mounted => Ok(mounted?),
+    }
+}
+
+/// By way of loop devices, which the mount keeps, and which end with it.
+fn mount_by_loop(image: &File, tar: &File) -> io::Result<OwnedFd> {
+    let devices = [sys::loop_device(image)?, sys::loop_device(tar)?];
+    Ok(mount_from(&devices[0], &devices[1])?)
+}
+
+/// By descriptor, so that no option has a path in it that would need to be short or escaped.
+fn mount_from(image: &File, tar: &File) -> rustix::io::Result<OwnedFd> {
     let context = fsopen("erofs", FsOpenFlags::FSOPEN_CLOEXEC)?;
     let context = context.as_fd();
     for (key, file) in [("source", image), ("device", tar)] {
         fsconfig_set_string(context, key, format!("/proc/self/fd/{}", file.as_raw_fd()))?;
     }
+    // Loop devices that are to be read only are not opened to write.
+    fsconfig_set_flag(context, "ro")?;
     fsconfig_create(context)?;
-    Ok(fsmount(context, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::MOUNT_ATTR_RDONLY)?)
+    fsmount(context, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::MOUNT_ATTR_RDONLY)
 }
 
 /// Writes the image of an archive that was read to `dir`.
@@ -212,4 +232,52 @@ pub(crate) fn check(dir: &Path) -> Result<(), FileError> {
         Ok(fsconfig_create(context.as_fd())?)
     };
     stack().at("mount an overlay over an EROFS image from", dir)
+}
+
+#[cfg(test)]
+mod tests {
+    use plies_testkit::tar::{Member, archive};
+    use plies_testkit::{eventually, tools};
+
+    use super::*;
+
+    /// Kernels before 6.12 are not at hand, but all of them can do this.
+    #[test]
+    fn privileged_loop_devices_show_the_same_and_go_with_their_mount() {
+        if !tools::privileged() {
+            return;
+        }
+        if let Err(error) = check(&std::env::temp_dir()) {
+            eprintln!("SKIPPED: {error}: {}", error.source);
+            return;
+        }
+        let tar = archive(&[Member::file("d/f", "content".repeat(1000)).xattr("user.a", "b")]);
+        let limits = Limits::default();
+        let index = erofs::index(&mut tar::Reader::new(tar.as_slice(), &limits), &limits).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join(TAR), &tar).unwrap();
+        write_image(dir.path(), &index, DiffId::from_bytes([1; 32]), tar.len() as u64).unwrap();
+        let files = [IMAGE, TAR].map(|name| File::open(dir.path().join(name)).unwrap());
+        let mount = mount_by_loop(&files[0], &files[1]).unwrap();
+        let read = |mount: &OwnedFd| {
+            let file = rustix::fs::openat(mount, "d/f", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).unwrap();
+            let mut text = String::new();
+            io::Read::read_to_string(&mut File::from(file), &mut text).unwrap();
+            text
+        };
+        assert_eq!(read(&mount), "content".repeat(1000));
+        let attached = || {
+            let devices = std::fs::read_dir("/sys/block").unwrap().map(|entry| entry.unwrap().path());
+            let files = devices.filter_map(|device| std::fs::read_to_string(device.join("loop/backing_file")).ok());
+            files.filter(|file| file.starts_with(dir.path().to_str().unwrap())).count()
+        };
+        assert_eq!(attached(), 2);
+        // The names may go first, as when a layer is removed.
+        for name in [IMAGE, TAR] {
+            std::fs::remove_file(dir.path().join(name)).unwrap();
+        }
+        assert_eq!(read(&mount).len(), 7000);
+        drop(mount);
+        assert!(eventually(|| attached() == 0), "the devices are let go of");
+    }
 }

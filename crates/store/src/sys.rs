@@ -1,8 +1,9 @@
-//! The only unsafe code of this crate: two calls that no safe wrapper has, and a child that is forked to hold a user
+//! The only unsafe code of this crate: calls that no safe wrapper has, and a child that is forked to hold a user
 //! namespace for a moment.
 #![allow(unsafe_code)]
 
-use std::ffi::{c_char, c_int, c_long};
+use std::ffi::{c_char, c_int, c_long, c_uint, c_ulong};
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd};
 
@@ -14,6 +15,78 @@ unsafe extern "C" {
     fn fork() -> c_int;
     fn _exit(status: c_int) -> !;
     fn syscall(number: c_long, ...) -> c_long;
+    fn ioctl(fd: c_int, request: c_ulong, ...) -> c_int;
+    fn sync_file_range(fd: c_int, offset: i64, bytes: i64, flags: c_uint) -> c_int;
+}
+
+/// `SYNC_FILE_RANGE_WRITE` of `include/uapi/linux/fs.h`.
+const SYNC_FILE_RANGE_WRITE: c_uint = 2;
+
+/// Has the kernel begin to write a part of a file to the disk, without waiting for it. Where it cannot, nothing is lost: the sync
+/// that follows does it all, and is also who tells of errors.
+pub(crate) fn begin_write_back(file: &File, offset: u64, bytes: u64) {
+    let (Ok(offset), Ok(bytes)) = (i64::try_from(offset), i64::try_from(bytes)) else { return };
+    // SAFETY: the call takes numbers and an open descriptor.
+    let _may_not_work_here = unsafe { sync_file_range(file.as_raw_fd(), offset, bytes, SYNC_FILE_RANGE_WRITE) };
+}
+
+/// `include/uapi/linux/loop.h`.
+const LOOP_CTL_GET_FREE: c_ulong = 0x4c82;
+const LOOP_CONFIGURE: c_ulong = 0x4c0a;
+const LO_FLAGS_READ_ONLY: u32 = 1;
+const LO_FLAGS_AUTOCLEAR: u32 = 4;
+
+/// How often another loop device is tried when somebody else was faster: as many as one overlay has layers.
+const LOOP_TRIES: usize = 500;
+
+/// `struct loop_config`, with the `struct loop_info64` inside it.
+#[repr(C)]
+struct LoopConfig {
+    fd: u32,
+    /// Bytes.
+    block_size: u32,
+    /// Device, inode, rdevice, offset, size limit: all as the file has them.
+    places: [u64; 5],
+    number: u32,
+    encryption: [u32; 2],
+    flags: u32,
+    names_and_key: [u8; 64 + 64 + 32],
+    init: [u64; 2],
+    reserved: [u64; 8],
+}
+
+/// Attaches a file to a loop device, to be read only. It is let go of with the last who has the device open or mounted.
+pub(crate) fn loop_device(file: &File) -> io::Result<File> {
+    let control = File::options().read(true).write(true).open("/dev/loop-control")?;
+    let config = LoopConfig {
+        fd: u32::try_from(file.as_raw_fd()).expect("because open descriptors are not negative"),
+        // Blocks of a tar, which are those of its index.
+        block_size: 512,
+        places: [0; 5],
+        number: 0,
+        encryption: [0; 2],
+        flags: LO_FLAGS_READ_ONLY | LO_FLAGS_AUTOCLEAR,
+        names_and_key: [0; 160],
+        init: [0; 2],
+        reserved: [0; 8],
+    };
+    for _ in 0..LOOP_TRIES {
+        // SAFETY: the call takes no argument.
+        let number = unsafe { ioctl(control.as_raw_fd(), LOOP_CTL_GET_FREE) };
+        if number < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let device = File::open(format!("/dev/loop{number}"))?;
+        // SAFETY: the structure is the one that the call takes; the kernel copies it.
+        match unsafe { ioctl(device.as_raw_fd(), LOOP_CONFIGURE, &raw const config) } {
+            0 => return Ok(device),
+            _ => match io::Error::last_os_error() {
+                error if error.kind() == io::ErrorKind::ResourceBusy => {}
+                error => return Err(error),
+            },
+        }
+    }
+    Err(io::ErrorKind::ResourceBusy.into())
 }
 
 /// One number on all architectures (`include/uapi/asm-generic/unistd.h`).

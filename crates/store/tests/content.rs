@@ -436,7 +436,7 @@ fn stores_that_cannot_be_opened_say_why() {
     store.write(|tx| tx.put(&META, &"schema".to_owned(), &99)).unwrap();
     drop(store);
     let error = fails();
-    assert!(matches!(error, OpenError::TooNew { found: 99, supported: 2 }), "{error}");
+    assert!(matches!(error, OpenError::TooNew { found: 99, supported: 3 }), "{error}");
     assert_eq!(error.kind(), ErrorKind::FailedPrecondition);
 }
 

@@ -1,4 +1,4 @@
-//! Layers, snapshots, actives and mounts, with both drivers.
+//! Layers, snapshots, actives and mounts, with every driver.
 
 // The exemption for tests ends at helpers outside of test functions.
 #![allow(clippy::unwrap_used)]
@@ -29,6 +29,7 @@ fn diff_id(n: u8) -> DiffId {
 
 fn each_driver(test: impl Fn(&Rig)) {
     for driver in [
+        DriverKind::Auto,
         DriverKind::Native,
         DriverKind::Overlay,
         DriverKind::OverlayBy(OverlayMethod::Paths),

@@ -19,6 +19,7 @@ macro_rules! args {
 #[derive(Debug)]
 pub struct Ply {
     binary: PathBuf,
+    driver: Option<OsString>,
     // Dropped last: it unmounts and removes the store.
     scratch: Scratch,
 }
@@ -37,7 +38,13 @@ pub struct Ran {
 impl Ply {
     /// An empty store for this binary.
     pub fn new(binary: impl Into<PathBuf>) -> Self {
-        Self { binary: binary.into(), scratch: Scratch::new() }
+        Self { binary: binary.into(), driver: std::env::var_os("PLY_DRIVER"), scratch: Scratch::new() }
+    }
+
+    /// The same with this driver, for a test that looks at what that one keeps.
+    #[must_use]
+    pub fn with_driver(self, driver: &str) -> Self {
+        Self { driver: Some(driver.into()), ..self }
     }
 
     /// The directory of the test, which the store is a part of.
@@ -58,9 +65,18 @@ impl Ply {
         command.env_clear().env("PATH", std::env::var_os("PATH").unwrap_or_default()).env("HOME", self.scratch.path());
         // Nothing may be fetched from outside while tests run: whoever tries finds a port that nobody listens on.
         command.env("https_proxy", "http://127.0.0.1:1");
-        command.envs(std::env::var_os("PLY_DRIVER").map(|driver| ("PLY_DRIVER", driver)));
+        command.envs(self.driver.as_ref().map(|driver| ("PLY_DRIVER", driver)));
         command.current_dir(self.scratch.path()).stdin(Stdio::null());
         command
+    }
+
+    /// Whether the driver `erofs` works here. Says aloud if not.
+    pub fn has_erofs(&self) -> bool {
+        let why = self.json(args!["info"])["erofs_unusable"].take();
+        if let Some(why) = why.as_str() {
+            eprintln!("SKIPPED: {why}");
+        }
+        why.is_null()
     }
 
     /// Runs to the end, however that is.

@@ -283,8 +283,11 @@ fn no_descriptor_reaches_a_program_that_is_started() {
 fn m12_nobody_else_enters_the_store_whatever_the_umask() {
     let image = |ply: &Ply| everything("localhost/all:1", Packing::Gzip).write_oci_tar(&ply.scratch().join("all.tar"));
     let mut trees = Vec::new();
-    for umask in ["000", "022", "077"] {
+    for (umask, driver) in
+        ["000", "022", "077"].into_iter().flat_map(|umask| ["auto", "overlay"].map(|driver| (umask, driver)))
+    {
         let Some(ply) = store() else { return };
+        let ply = ply.with_driver(driver);
         if umask == "022" {
             // Somebody made it beforehand, as one makes a directory.
             fs::create_dir(ply.root()).unwrap();
@@ -295,7 +298,7 @@ fn m12_nobody_else_enters_the_store_whatever_the_umask() {
         let mut command = Command::new("sh");
         command.args(["-c", "umask \"$0\"; exec \"$@\"", umask]).arg(ply_command.get_program());
         command.args(ply_command.get_args()).env_clear().env("HOME", ply.scratch().path());
-        command.env("PATH", std::env::var_os("PATH").unwrap_or_default());
+        command.env("PATH", std::env::var_os("PATH").unwrap_or_default()).env("PLY_DRIVER", driver);
         tools::run(&mut command);
         load(&ply, &Image::new("localhost/one:1").layer(&[Member::file("f", "")], Packing::Plain));
         for entry in fs::read_dir(ply.root()).unwrap() {
@@ -304,16 +307,17 @@ fn m12_nobody_else_enters_the_store_whatever_the_umask() {
             // A directory with that mode keeps all that is in it to itself.
             assert_eq!(meta.mode() & 0o777 & !wanted, 0, "umask {umask}: {} is {:o}", path.display(), meta.mode());
         }
-        // CVE-2021-41091: a setuid program of a layer, for everybody who can come to it.
-        let found = tools::run(Command::new("find").arg(ply.root()).args(["-perm", "-4000", "-type", "f"]));
+        // CVE-2021-41091: a setuid program of a layer, or the tar that it is in, for everybody who can come to it.
+        let wanted = ["(", "-perm", "-4000", "-o", "-name", "layer.tar", ")", "-type", "f"];
+        let found = tools::run(Command::new("find").arg(ply.root()).args(wanted));
         let program = found.lines().next().expect("because a layer has one");
         fs::set_permissions(ply.scratch().path(), fs::Permissions::from_mode(0o711)).unwrap();
         let mut other = Command::new("setpriv");
         other.args(["--reuid", "65534", "--regid", "65534", "--clear-groups", "cat", program]);
         assert!(!other.output().unwrap().status.success(), "umask {umask}: {program} is open to everybody");
-        trees.push((umask, tree_of(&ply, "localhost/all:1")));
+        trees.push((format!("{umask}, {driver}"), tree_of(&ply, "localhost/all:1")));
     }
     for (umask, tree) in &trees[1..] {
-        tree.assert_same(&trees[0].1, &format!("umask {umask} and 000"));
+        tree.assert_same(&trees[0].1, &format!("umask {umask}, and 000"));
     }
 }

@@ -677,7 +677,7 @@ fn the_reference_implementation_of_tar_split_reads_ours_and_we_read_its() {
     if !tools::have(&["skopeo"]) {
         return;
     }
-    let Some(ply) = store() else { return };
+    let Some(ply) = store().map(|ply| ply.with_driver("overlay")) else { return };
     let long = "n".repeat(180);
     let tar = archive(&[
         Member::dir("d").mode(0o700),

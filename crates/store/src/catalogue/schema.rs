@@ -33,8 +33,8 @@ use crate::{ActiveId, LayerId, LeaseId, Owner, Resource, SnapshotId, Stamp};
 
 /// The version of all of the above, and of the layout of the directories.
 ///
-/// 1 had neither `refs` nor `loose`.
-pub(crate) const SCHEMA: u64 = 2;
+/// 1 had neither `refs` nor `loose`. 2 knew no packed layers: its programs take them for damaged, so they must not open them.
+pub(crate) const SCHEMA: u64 = 3;
 
 pub(crate) const META: Table<String, u64> = Table::new("meta");
 pub(crate) const LEASES: Table<LeaseId, LeaseRow> = Table::new("leases");
@@ -60,6 +60,9 @@ pub(crate) const META_SCHEMA: &str = "schema";
 pub(crate) const META_SESSION: &str = "session";
 /// Key of [`META`]: 1 if the last session ended well, 0 while one runs or after it was killed.
 pub(crate) const META_CLEAN: &str = "clean";
+/// Key of [`META`]: 1 if [`DriverKind::Auto`](crate::DriverKind::Auto) keeps layers that come as tars packed here, 0 if not.
+/// Said when the store is made, and again when somebody has its layers kept in another form.
+pub(crate) const META_PACKS: &str = "packs";
 
 /// A lease; without expiry it belongs to the process that holds the store.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -25,7 +25,7 @@ pub use overlay::OverlayMethod;
 /// Which driver serves snapshots.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum DriverKind {
-    /// Overlay mounts where this process may make them, copies elsewhere.
+    /// For a new store [`Self::Erofs`] where that works; else as the store was made. Without the right to mount, copies.
     #[default]
     Auto,
     /// Overlay mounts; needs the right to mount. Finds out how the kernel takes the layers.

@@ -14,7 +14,9 @@ use redb::{ReadableDatabase as _, ReadableTable as _, TableDefinition, TableHand
 
 use super::CheckOptions;
 use super::check::{go_on, hash_file};
-use crate::catalogue::schema::{BLOBS, BlobRow, HOLDS, LAYERS, META, META_CLEAN, META_SCHEMA, META_SESSION, SCHEMA};
+use crate::catalogue::schema::{
+    BLOBS, BlobRow, HOLDS, LAYERS, META, META_CLEAN, META_PACKS, META_SCHEMA, META_SESSION, SCHEMA,
+};
 use crate::catalogue::{Catalogue, CatalogueError, Rows as _, Urgency};
 use crate::error::{At as _, FileError};
 use crate::layers::Sidecar;
@@ -86,13 +88,16 @@ pub(crate) fn rebuild(
         return Err(OpenError::TooNew { found, supported: SCHEMA });
     }
     let now: Stamp = (options.clock)().into();
-    adopt_layers(&catalogue, &paths, now, &mut rebuilt)?;
+    let has_packed = adopt_layers(&catalogue, &paths, now, &mut rebuilt)?;
     adopt_blobs(&catalogue, &paths, now, check, &mut rebuilt)?;
     let session = last_session(&paths)?;
     write(&catalogue, now, |tx| {
         let known = tx.get(&META, &META_SESSION.to_owned()).ok().flatten().unwrap_or(0);
         tx.put(&META, &META_SCHEMA.to_owned(), &SCHEMA)?;
         tx.put(&META, &META_SESSION.to_owned(), &known.max(session))?;
+        if tx.get(&META, &META_PACKS.to_owned()).ok().flatten().is_none() {
+            tx.put(&META, &META_PACKS.to_owned(), &u64::from(has_packed))?;
+        }
         // Nothing was on its way that an open should look for: it would remove what was not adopted.
         tx.put(&META, &META_CLEAN.to_owned(), &1)
     })?;
@@ -185,10 +190,13 @@ fn read_rows(
     Ok(())
 }
 
-fn adopt_layers(catalogue: &Catalogue, paths: &Paths, now: Stamp, rebuilt: &mut Rebuilt) -> Result<(), OpenError> {
+/// Says whether any layer is kept packed.
+fn adopt_layers(catalogue: &Catalogue, paths: &Paths, now: Stamp, rebuilt: &mut Rebuilt) -> Result<bool, OpenError> {
+    let mut has_packed = false;
     for dir in entries(&paths.layers)? {
         let name = dir.file_name().and_then(|name| name.to_str());
         let Some(id) = name.and_then(|name| LayerId::from_str(name).ok()) else { continue };
+        has_packed |= packed::is_packed(&dir)?;
         let known: Result<_, CatalogueError> = catalogue.read(|tx| tx.get(&LAYERS, &id));
         if matches!(known, Ok(Some(_))) {
             continue;
@@ -200,7 +208,7 @@ fn adopt_layers(catalogue: &Catalogue, paths: &Paths, now: Stamp, rebuilt: &mut 
         adopt(catalogue, now, id.into(), |tx| tx.put(&LAYERS, &id, &sidecar.row))?;
         rebuilt.layers_count += 1;
     }
-    Ok(())
+    Ok(has_packed)
 }
 
 fn adopt_blobs(

@@ -41,6 +41,7 @@ use crate::cancel::canceled_inside;
 use crate::catalogue::{CatalogueError, Rows as _};
 use crate::progress::{Outcome, Progress, Task, Watched};
 use crate::sync::{Mutex, thread};
+use crate::write_back::WrittenBack;
 use crate::{
     ActiveId, ActiveOptions, Attach, BlobError, Cancel, Canceled, CommitError, Expected, FinishedStage, Ingest,
     IngestError, IngestRef, LayerContents, LayerError, LayerId, Lease, Mounted, SnapshotError, SnapshotId, Stage,
@@ -592,7 +593,9 @@ impl Transfer<'_> {
         }
         let stage = Stage::without_tree(self.store())?;
         let tar = stage.tar_file()?;
-        let packed = checked(offer, pack(blob, offer.compression, &tar, self.limits), |packed| packed.diff_id)?;
+        let packed = checked(offer, pack(blob, offer.compression, WrittenBack::new(&tar), self.limits), |packed| {
+            packed.diff_id
+        })?;
         match packed.index {
             Some(index) if index.applied().opaque_root => Ok(WorkedLayer::NeedsBase),
             Some(index) => {
@@ -893,8 +896,8 @@ impl Transfer<'_> {
     ) -> Result<(DiffId, u64, Incoming), TransferError> {
         let stage = Stage::without_tree(self.store())?;
         let tar = stage.tar_file()?;
-        let Packed { diff_id, tar_bytes, index } =
-            pack(stream, compression, &tar, self.limits).map_err(unpack_error(|| "from a stream".to_owned()))?;
+        let Packed { diff_id, tar_bytes, index } = pack(stream, compression, WrittenBack::new(&tar), self.limits)
+            .map_err(unpack_error(|| "from a stream".to_owned()))?;
         let incoming = match index {
             Some(index) if !index.applied().opaque_root => {
                 let contents = packed_contents(&stage, &index, diff_id, tar_bytes)?;
