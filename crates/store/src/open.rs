@@ -8,7 +8,6 @@ use std::io;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
-
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
