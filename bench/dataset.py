@@ -13,6 +13,9 @@ is already in DIR is not made again. In DIR afterwards:
     many.oci.tar     the same as one tar archive
     many.json        what is in it: entries, bytes, digests of layers
 
+With --set also one of those that are made of it, in files of that name: `base`, its first layer alone; `big`, one
+layer of 17 files, 1.6 GB, cut out of its tars; `many-zstd`, the same with zstd layers (needs zstd).
+
 Runs as root (owners and devices are kept) and needs about 6 GB while it works.
 """
 
@@ -51,6 +54,9 @@ PACKAGE_LAYERS = [
 # Whole seconds, so that every tool that packs and unpacks keeps them.
 NEWEST_MTIME = 1_700_000_000
 GZIP_LEVEL = 6
+BIG_FILES = 17
+BIG_BYTES = 1_600_000_000
+SETS = ["many", "base", "big", "many-zstd"]
 ARCH = {"x86_64": "amd64", "aarch64": "arm64"}.get(os.uname().machine, os.uname().machine)
 
 
@@ -226,7 +232,7 @@ def write_blob(blobs, document):
     return {"digest": f"sha256:{digest}", "size": len(data)}
 
 
-def write_layout(layout, layers):
+def write_layout(layout, layers, compression="gzip"):
     """Config, manifest and index around the layers, so that the directory is an OCI layout."""
     blobs = layout / "blobs" / "sha256"
     config = write_blob(blobs, {
@@ -236,7 +242,7 @@ def write_layout(layout, layers):
     manifest = write_blob(blobs, {
         "schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json",
         "config": {"mediaType": "application/vnd.oci.image.config.v1+json", **config},
-        "layers": [{"mediaType": "application/vnd.oci.image.layer.v1.tar+gzip", "digest": layer["blob"],
+        "layers": [{"mediaType": f"application/vnd.oci.image.layer.v1.tar+{compression}", "digest": layer["blob"],
                     "size": layer["size_bytes"]} for layer in layers]})
     (layout / "oci-layout").write_text('{"imageLayoutVersion":"1.0.0"}')
     (layout / "index.json").write_text(json.dumps({
@@ -272,25 +278,82 @@ def build(directory):
     for name, layer in made_layers(trees, blobs):
         layers.append({"name": name, **layer})
 
-    write_layout(layout, layers)
-    run("tar", "-C", layout, "--owner=0", "--group=0", "-cf", directory / "many.oci.tar.new", "oci-layout", "index.json", "blobs")
-    totals = {key: sum(layer[key] for layer in layers) for key in ("entries", "regular", "raw_bytes", "size_bytes")}
-    (directory / "many.json").write_text(json.dumps({**totals, "layers": layers}, indent=1))
-    os.rename(directory / "many.oci.tar.new", directory / "many.oci.tar")
+    write_archive(directory, "many", layers)
     shutil.rmtree(work)
+
+
+def write_archive(directory, name, layers, compression="gzip"):
+    """The layout as one file, and what is in it."""
+    layout, new = directory / "oci" / name, directory / f"{name}.oci.tar.new"
+    write_layout(layout, layers, compression)
+    run("tar", "-C", layout, "--owner=0", "--group=0", "-cf", new, "oci-layout", "index.json", "blobs")
+    totals = {key: sum(layer[key] for layer in layers) for key in ("entries", "regular", "raw_bytes", "size_bytes")}
+    (directory / f"{name}.json").write_text(json.dumps({**totals, "layers": layers}, indent=1))
+    os.rename(new, directory / f"{name}.oci.tar")
+
+
+class Tars:
+    """The tars of layers, one behind the other."""
+
+    def __init__(self, blobs, layers):
+        self.left = [blobs / layer["blob"].removeprefix("sha256:") for layer in reversed(layers)]
+        self.tar = gzip.open(self.left.pop())
+
+    def read(self, size):
+        data = self.tar.read(size)
+        while len(data) < size and self.left:
+            self.tar = gzip.open(self.left.pop())
+            data += self.tar.read(size - len(data))
+        return data
+
+
+def derive(directory, name):
+    """Makes one of the sets that consist of what `many` has."""
+    many = json.loads((directory / "many.json").read_text())["layers"]
+    source = directory / "oci" / "many" / "blobs" / "sha256"
+    blobs = directory / "oci" / name / "blobs" / "sha256"
+    shutil.rmtree(directory / "oci" / name, ignore_errors=True)
+    blobs.mkdir(parents=True)
+    if name == "base":
+        shutil.copy(source / many[0]["blob"].removeprefix("sha256:"), blobs)
+        write_archive(directory, name, many[:1])
+    elif name == "big":
+        layer, files = Layer(blobs), Tars(source, many)
+        with tarfile.open(fileobj=layer, mode="w|", format=tarfile.PAX_FORMAT) as tar:
+            for number in range(BIG_FILES):
+                info = tarfile.TarInfo(f"f{number}")
+                info.size, info.mtime = BIG_BYTES // BIG_FILES, NEWEST_MTIME
+                tar.addfile(info, files)
+        write_archive(directory, name, [{"name": name, **layer.finish(), "entries": BIG_FILES, "regular": BIG_FILES}])
+    else:
+        layers = []
+        for layer in many:
+            new = blobs / "new"
+            with open(new, "wb") as file:
+                unzip = subprocess.Popen(["gzip", "-dc", source / layer["blob"].removeprefix("sha256:")], stdout=subprocess.PIPE)
+                run("zstd", "-q", "-c", stdin=unzip.stdout, stdout=file)
+            digest = digest_file(new)
+            layers.append({**layer, "blob": f"sha256:{digest}", "size_bytes": os.path.getsize(new)})
+            os.rename(new, blobs / digest)
+        write_archive(directory, name, layers, "zstd")
+    shutil.rmtree(directory / "oci" / name)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dir", type=Path, default=Path("/var/tmp/plies-bench"), help="where the data is kept")
     parser.add_argument("--again", action="store_true", help="make it again though it is there")
+    parser.add_argument("--set", choices=SETS, default="many", help="which")
     options = parser.parse_args()
     options.dir.mkdir(parents=True, exist_ok=True)
     if options.again or not (options.dir / "many.oci.tar").exists():
         build(options.dir)
-    made = json.loads((options.dir / "many.json").read_text())
-    print(f"{options.dir / 'many.oci.tar'}: {len(made['layers'])} layers, {made['entries']:,} entries, "
-          f"{made['raw_bytes'] / 1e6:,.0f} MB unpacked, {made['size_bytes'] / 1e6:,.0f} MB gzip")
+    archive = options.dir / f"{options.set}.oci.tar"
+    if options.set != "many" and (options.again or not archive.exists()):
+        derive(options.dir, options.set)
+    made = json.loads((options.dir / f"{options.set}.json").read_text())
+    print(f"{archive}: {len(made['layers'])} layers, {made['entries']:,} entries, "
+          f"{made['raw_bytes'] / 1e6:,.0f} MB unpacked, {made['size_bytes'] / 1e6:,.0f} MB compressed")
 
 
 if __name__ == "__main__":

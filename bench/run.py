@@ -135,7 +135,8 @@ class Disk:
 
 
 class Ply:
-    name = "ply load"
+    name = "ply --driver overlay load"
+    driver = "overlay"
 
     def __init__(self, options):
         self.binary = options.ply
@@ -146,7 +147,7 @@ class Ply:
     def load(self, archive, disk):
         self.root = disk.mount / "ply"
         with open(disk.mount / "log", "w") as log:
-            return measure([self.binary, "--root", self.root, "load", "-i", archive], log=log)
+            return measure([self.binary, "--root", self.root, "--driver", self.driver, "load", "-i", archive], log=log)
 
     def tree(self, image, at):
         run(self.binary, "--root", self.root, "mount", image, at, stdout=subprocess.DEVNULL)
@@ -161,11 +162,7 @@ class Ply:
 
 class PlyErofs(Ply):
     name = "ply --driver erofs load"
-
-    def load(self, archive, disk):
-        self.root = disk.mount / "ply"
-        with open(disk.mount / "log", "w") as log:
-            return measure([self.binary, "--root", self.root, "--driver", "erofs", "load", "-i", archive], log=log)
+    driver = "erofs"
 
 
 class Containerd:
@@ -293,7 +290,7 @@ def table(title, header, rows):
 
 
 def bench_load(options, results):
-    archive = options.data / "many.oci.tar"
+    archive = options.data / f"{options.set}.oci.tar"
     engines = [engine(options) for engine in (Ply, PlyErofs, Containerd, Skopeo) if engine.__name__.lower() in options.engines]
     runs = {engine.name: [] for engine in engines}
     trees = {}
@@ -322,8 +319,8 @@ def bench_load(options, results):
         rows.append([engine.name, spread(total), spread([run.wall for run in own]), spread([run.cpu for run in own]),
                      f"{max(run.rss_bytes for run in own) / 1e6:.0f} MB", f"{statistics.median(run.disk_bytes for run in own) / 1e6:,.0f} MB",
                      f"{statistics.median(total) / ours:.2f}x", engine.version()])
-    made = json.loads((options.data / "many.json").read_text())
-    table(f"load: {len(made['layers'])} gzip layers, {made['entries']:,} entries, {made['raw_bytes'] / 1e6:,.0f} MB unpacked; n={options.runs}",
+    made = json.loads((options.data / f"{options.set}.json").read_text())
+    table(f"load: {options.set}, {len(made['layers'])} layers, {made['entries']:,} entries, {made['raw_bytes'] / 1e6:,.0f} MB unpacked; n={options.runs}",
           ["", "with sync, s", "wall, s", "CPU, s", "peak RSS", "disk", "ratio", "version"], rows)
     results["load"] = {name: [vars(run) for run in own] for name, own in runs.items()}
     if trees:
@@ -677,6 +674,7 @@ def main():
     parser.add_argument("--data", type=Path, default=Path("/var/tmp/plies-bench"), help="where the data is kept between runs")
     parser.add_argument("--runs", type=int, default=5, help="turns of load, again, steps and layers")
     parser.add_argument("--only", default="load,mount,build,again,steps,layers,list", help="which tables, comma between")
+    parser.add_argument("--set", default="many", choices=["many", "base", "big", "many-zstd"], help="what is loaded")
     parser.add_argument("--engines", default="ply,plyerofs,containerd,skopeo", help="who takes part in load, comma between")
     parser.add_argument("--no-compare", action="store_true", help="do not compare the trees")
     parser.add_argument("--json", type=Path, help="write every single result here")
@@ -686,8 +684,8 @@ def main():
     if os.geteuid() != 0:
         sys.exit("bench: needs root: it makes file systems and mounts")
     if "PLIES_BENCH_NAMESPACE" not in os.environ:
-        run(REPOSITORY / "scripts" / "install-packages.sh", "containerd", "skopeo", "pigz", "busybox-static", "buildah", "crun", "e2fsprogs", "util-linux")
-        run(HERE / "dataset.py", "--dir", options.data)
+        run(REPOSITORY / "scripts" / "install-packages.sh", "containerd", "skopeo", "pigz", "busybox-static", "buildah", "crun", "e2fsprogs", "util-linux", "zstd")
+        run(HERE / "dataset.py", "--dir", options.data, "--set", options.set)
         os.environ["PLIES_BENCH_NAMESPACE"] = "private"
         os.execvp("unshare", ["unshare", "--mount", "--propagation", "private", sys.executable, *sys.argv])
     print(f"{os.uname().release}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}")

@@ -8,14 +8,14 @@ use std::io;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 use std::time::{Duration, SystemTime};
 
 use plies_oci::ErrorKind;
 
 use crate::catalogue::schema::{META, META_CLEAN, META_PACKS, META_SCHEMA, META_SESSION, SCHEMA};
 use crate::catalogue::{Catalogue, CatalogueError, Rows as _, Urgency};
-use crate::driver::{Driver, DriverKind, Native, Overlay};
+use crate::driver::{Driver, DriverKind, Native, Overlay, Packs};
 use crate::error::{At as _, FileError};
 use crate::lock::{Holder, LockFailure, StoreLock, WaitPolicy};
 use crate::migrate::{self, Migrate, Migrated};
@@ -447,24 +447,25 @@ fn check_erofs(paths: &Paths) -> Result<(), FileError> {
 
 /// The driver that was asked for, or for `auto` the one that the store was made with as far as that works here.
 fn make_driver(catalogue: &Catalogue, paths: &Paths, options: &OpenOptions) -> Result<Box<dyn Driver>, CatalogueError> {
-    let packs = || Ok::<_, CatalogueError>(catalogue.read(|tx| tx.get(&META, &META_PACKS.to_owned()))? == Some(1));
     let (method, packs) = match options.driver {
         DriverKind::Native => return Ok(Box::new(Native)),
-        DriverKind::Overlay => (None, false),
-        DriverKind::OverlayBy(method) => (Some(method), false),
-        DriverKind::Erofs => (None, true),
-        DriverKind::Auto => match if packs()? { check_erofs(paths).map(|()| true) } else { Ok(false) } {
-            Ok(packs) => (None, packs),
-            Err(source) => {
-                (options.warn)(&NoErofs { made_with: true, source });
-                (None, false)
-            }
-        },
+        DriverKind::Overlay => (None, Packs::No),
+        DriverKind::OverlayBy(method) => (Some(method), Packs::No),
+        DriverKind::Erofs => (None, Packs::Yes),
+        DriverKind::Auto if Overlay::check().is_err() => return Ok(Box::new(Native)),
+        DriverKind::Auto => {
+            let packs = catalogue.read(|tx| tx.get(&META, &META_PACKS.to_owned()))? == Some(1);
+            (None, if packs { can_pack(paths, options) } else { Packs::No })
+        }
     };
-    if options.driver == DriverKind::Auto && Overlay::check().is_err() {
-        return Ok(Box::new(Native));
-    }
     Ok(Box::new(Overlay::new(paths.run.clone(), method, packs)))
+}
+
+/// Tried when the first layer comes: most commands take in none, and each trial is a line in the kernel's log.
+fn can_pack(paths: &Paths, options: &OpenOptions) -> Packs {
+    let (paths, warn) = (paths.clone(), Arc::clone(&options.warn));
+    let works = move || check_erofs(&paths).map_err(|source| warn(&NoErofs { made_with: true, source })).is_ok();
+    Packs::If(LazyLock::new(Box::new(works)))
 }
 
 /// Whether a new store keeps the layers that come to it as tars packed: if it was asked to, or can.
@@ -478,7 +479,8 @@ fn new_packs(paths: &Paths, options: &OpenOptions) -> bool {
     }
 }
 
-/// `auto` does without the driver `erofs`, which is said once for a new store, and each time for one that was made with it.
+/// `auto` does without the driver `erofs`, which is said once for a new store, and for one that was made with it whenever layers
+/// come in.
 #[derive(Debug, thiserror::Error)]
 #[error("the driver erofs does not work here: {}", if *.made_with {
     "what is kept as tars cannot be mounted, new layers become directories (ply migrate --driver overlay keeps all so)"

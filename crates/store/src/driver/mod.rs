@@ -19,8 +19,8 @@ use crate::snapshots::{MountOptions, SnapshotError};
 use crate::{LayerId, packed};
 
 pub(crate) use native::{Compare, NOTHING_IS_CERTAIN, Native};
-pub(crate) use overlay::Overlay;
 pub use overlay::OverlayMethod;
+pub(crate) use overlay::{Overlay, Packs};
 
 /// Which driver serves snapshots.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

@@ -4,11 +4,12 @@
 //! by one as short paths (6.5), or all in one option string that must fit a page. One probe finds
 //! out which.
 
+use std::fmt;
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
+use std::sync::{LazyLock, OnceLock};
 
 use plies_archive::{Change, Sealed, UpperForm};
 use rustix::fs::{Mode, OFlags};
@@ -62,8 +63,25 @@ pub(crate) struct Overlay {
     /// A scratch directory of the store, for the empty directories below.
     run: PathBuf,
     method: OnceLock<OverlayMethod>,
-    /// Layers that come as tars are kept so.
-    packs: bool,
+    packs: Packs,
+}
+
+/// Whether layers that come as tars are kept so.
+pub(crate) enum Packs {
+    No,
+    Yes,
+    /// If this says that it works.
+    If(LazyLock<bool, Box<dyn FnOnce() -> bool + Send>>),
+}
+
+impl fmt::Debug for Packs {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::No => "No",
+            Self::Yes => "Yes",
+            Self::If(_) => "If",
+        })
+    }
 }
 
 /// A directory to be shown below others.
@@ -84,7 +102,7 @@ impl LowerDir {
 }
 
 impl Overlay {
-    pub(crate) fn new(run: PathBuf, method: Option<OverlayMethod>, packs: bool) -> Self {
+    pub(crate) fn new(run: PathBuf, method: Option<OverlayMethod>, packs: Packs) -> Self {
         let overlay = Self { run, method: OnceLock::new(), packs };
         if let Some(method) = method {
             overlay.method.set(method).expect("because it was just made");
@@ -294,7 +312,7 @@ fn by_option_string(
 
 impl Driver for Overlay {
     fn describe(&self) -> &'static str {
-        match (self.packs, self.method()) {
+        match (self.packs(), self.method()) {
             (false, OverlayMethod::Descriptors) => "overlay (layers by descriptor)",
             (false, OverlayMethod::Paths) => "overlay (layers by path, one by one)",
             (false, OverlayMethod::OptionString) => "overlay (layers in one option string)",
@@ -305,7 +323,11 @@ impl Driver for Overlay {
     }
 
     fn packs(&self) -> bool {
-        self.packs
+        match &self.packs {
+            Packs::No => false,
+            Packs::Yes => true,
+            Packs::If(works) => **works,
+        }
     }
 
     fn max_lowers(&self) -> usize {
