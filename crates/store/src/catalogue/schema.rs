@@ -60,6 +60,8 @@ pub(crate) const META_SCHEMA: &str = "schema";
 pub(crate) const META_SESSION: &str = "session";
 /// Key of [`META`]: 1 if the last session ended well, 0 while one runs or after it was killed.
 pub(crate) const META_CLEAN: &str = "clean";
+/// Key of [`META`]: the layer that is being kept in another form; see [`crate::Transfer::repack`].
+pub(crate) const META_REPACKING: &str = "repacking";
 
 /// A lease; without expiry it belongs to the process that holds the store.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
