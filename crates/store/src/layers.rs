@@ -29,6 +29,7 @@ use crate::catalogue::schema::{LAYERS, LAYERS_BY_CHAIN, LAYERS_BY_DIFF, LayerKin
 use crate::catalogue::{CatalogueError, Rows, Tx};
 use crate::error::{At as _, FileError};
 use crate::open::sync_dir;
+use crate::recover::RecoverError;
 use crate::tree::STAT_BLOCK_BYTES;
 use crate::{LayerId, Lease, Stamp, Store, packed, parallel, tree};
 use plies_archive::tar::EntryPath;
@@ -81,6 +82,15 @@ pub enum LayerError {
     /// Its row.
     #[error(transparent)]
     Catalogue(#[from] CatalogueError),
+}
+
+impl From<RecoverError> for LayerError {
+    fn from(error: RecoverError) -> Self {
+        match error {
+            RecoverError::File(error) => Self::File(error),
+            RecoverError::Catalogue(error) => Self::Catalogue(error),
+        }
+    }
 }
 
 impl LayerError {

@@ -1,7 +1,8 @@
 //! What is put right when a store is opened, before anybody sees it.
 //!
 //! Always, and at no cost if there is nothing to do: leases of processes that are gone, their
-//! mounts and stages, persistent uppers that were being sealed, bytes whose rows were deleted. After
+//! mounts and stages, persistent uppers that were being sealed, a layer that was being kept in another form, bytes whose rows
+//! were deleted. After
 //! an unclean stop (a marker says so), also: bytes that never got a row, found by reading the
 //! directories once. Every step can be interrupted and done again. A row that cannot be read is nobody's here: a store must
 //! open for a check to find it.
@@ -14,10 +15,13 @@ use std::str::FromStr;
 
 use plies_oci::BlobDigest;
 
-use crate::catalogue::schema::{ACTIVES, ActiveRow, LAYERS, LEASES, META, META_CLEAN, SEALING, TRASH, exists};
+use crate::catalogue::schema::{
+    ACTIVES, ActiveRow, LAYERS, LEASES, LayerRow, META, META_CLEAN, META_REPACKING, SEALING, TRASH, exists,
+};
 use crate::catalogue::{CatalogueError, Rows as _};
 use crate::error::{At as _, FileError};
 use crate::gc::{self, GcError};
+use crate::layers::{Sidecar, beside_of, layer_dir};
 use crate::open::{Paths, make_dir, sync_dir};
 use crate::refs::count_of;
 use crate::snapshots::detach;
@@ -57,6 +61,7 @@ pub(crate) fn at_open(store: &Store) -> Result<(), RecoverError> {
     for id in store.read(|tx| tx.readable(&SEALING))?.into_iter().map(|(id, _)| id) {
         unseal(store, id)?;
     }
+    settle(store)?;
     for scratch in [&paths.stage, &paths.run, &paths.mounts] {
         // A new store has them; somebody may have tidied up an old one.
         make_dir(scratch)?;
@@ -172,6 +177,29 @@ pub(crate) fn put_back(store: &Store, id: ActiveId, layer: LayerId) -> Result<()
         tree::remove(&paths.layers.join(layer.to_string()))?;
     }
     Ok(store.write(|tx| tx.remove(&SEALING, &id).map(drop))?)
+}
+
+/// Has the row of the layer that was being kept in another form say what its directory is, the old one or the new one.
+/// Nothing to do if there is none. Whoever exchanges the directories does this afterwards, also if that failed, and whoever
+/// opens the store does it for those who were killed.
+pub(crate) fn settle(store: &Store) -> Result<(), RecoverError> {
+    let Some(number) = store.read(|tx| tx.get(&META, &META_REPACKING.to_owned()))? else { return Ok(()) };
+    let id = LayerId::from_bytes(number.to_be_bytes());
+    // What is seen may be in memory only.
+    sync_dir(&store.inner.paths.layers)?;
+    let row: Option<LayerRow> = store.read(|tx| tx.get(&LAYERS, &id))?;
+    let settled = match (row, Sidecar::read(&layer_dir(store, id))?) {
+        (Some(row), Some(sidecar)) => {
+            let row = LayerRow { diff_id: row.diff_id, ..sidecar.row };
+            Some(LayerRow { beside: beside_of(store, id, &row)?, ..row })
+        }
+        // What is damaged is for a check to find.
+        _ => None,
+    };
+    Ok(store.write(|tx| {
+        tx.remove(&META, &META_REPACKING.to_owned())?;
+        settled.iter().try_for_each(|row| tx.replace_layer(id, row))
+    })?)
 }
 
 /// Volatile uppers of earlier sessions: nothing says that their files are whole. Their rows go when

@@ -55,7 +55,10 @@ impl FileSystem {
     fn format(self, image: &Path) {
         match self {
             Self::Ext4 | Self::Ext4Writeback => tools::run(
-                Command::new("mkfs.ext4").args(["-q", "-F", "-m", "0", "-E", "lazy_itable_init=0"]).arg(image),
+                // Blocks as large disks have them.
+                Command::new("mkfs.ext4")
+                    .args(["-q", "-F", "-m", "0", "-b", "4096", "-E", "lazy_itable_init=0"])
+                    .arg(image),
             ),
             Self::Btrfs => tools::run(Command::new("mkfs.btrfs").arg("-q").arg(image)),
         };

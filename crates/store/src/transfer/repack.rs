@@ -1,9 +1,10 @@
 //! Layers are kept in another form: as their tars, or as directories again.
 
 use crate::catalogue::Rows as _;
-use crate::catalogue::schema::{LAYERS, LayerKind, LayerRow};
+use crate::catalogue::schema::{LAYERS, LayerKind, LayerRow, META, META_REPACKING};
 use crate::layers::{LayerError, layer_dir};
 use crate::progress::{Outcome, Task};
+use crate::recover::settle;
 use crate::{LayerId, packed};
 
 use super::{Transfer, TransferError};
@@ -30,7 +31,8 @@ impl Transfer<'_> {
     /// Keeps a layer in the form that this store's driver gives to layers, made from a blob of it or from itself. Says
     /// whether that could be done: what no index can hold stays a directory, and what nothing gives back stays as it is.
     ///
-    /// Nothing may be mounted that shows the layer: its files go. A crash leaves one form or the other.
+    /// Nothing may be mounted that shows the layer: its files go. A crash leaves one form or the other, and a row for it
+    /// that the next opening puts right (`settle`).
     ///
     /// # Errors
     /// [`TransferError`]; then the layer is as it was.
@@ -51,10 +53,14 @@ impl Transfer<'_> {
         // A row that knows of a recording is right for a packed layer too, which has no use for one; one that does not
         // know of it could not give the tar of a directory back.
         let early = LayerRow { tar_split: before.tar_split || stage.has_tar_split(), ..before.clone() };
-        store.write(|tx| tx.replace_layer(layer, &early))?;
+        store.write(|tx| {
+            tx.put(&META, &META_REPACKING.to_owned(), &u64::from_be_bytes(*layer.as_bytes()))?;
+            tx.replace_layer(layer, &early)
+        })?;
         let aside = store.inner.paths.stage.join(LayerId::from_bytes(store.inner.fresh_id()?).to_string());
-        let after = stage.replace(store, layer, &before, &aside).map_err(LayerError::from)?;
-        store.write(|tx| tx.replace_layer(layer, &after))?;
+        let replaced = stage.replace(store, layer, &before, &aside).map_err(LayerError::from);
+        settle(store).map_err(LayerError::from)?;
+        replaced?;
         store.inner.discard_dir(&aside);
         task.end(Outcome::Done);
         Ok(true)
