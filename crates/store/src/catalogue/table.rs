@@ -68,7 +68,7 @@ pub(crate) fn encode_row<V: Row>(row: &V) -> Vec<u8> {
     postcard::to_extend(row, vec![V::VERSION]).expect("because rows are plain data, which postcard always encodes")
 }
 
-fn decode_row<V: Row>(table: &'static str, key: &[u8], bytes: &[u8]) -> Result<V, CatalogueError> {
+pub(super) fn decode_row<V: Row>(table: &'static str, key: &[u8], bytes: &[u8]) -> Result<V, CatalogueError> {
     let (version, body) = bytes.split_first().ok_or_else(|| damaged(table, key, "empty value"))?;
     if *version > V::VERSION {
         return Err(CatalogueError::RowTooNew { table, found: *version, supported: V::VERSION });
