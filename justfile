@@ -30,6 +30,10 @@ edits COUNT="100000" SEED="1":
 chaos *FILTER:
     scripts/chaos.sh {{FILTER}}
 
+# The tests with many threads under ThreadSanitizer: it wants the standard library's sources (rustup component add rust-src).
+tsan *ARGS:
+    scripts/tsan.sh {{ARGS}}
+
 # Fuzzes every target for so many seconds, each with another seed every time: just fuzz 3600
 fuzz SECONDS="60" TARGET="all":
     cargo run --release -p plies-fuzz -- {{TARGET}} {{SECONDS}}

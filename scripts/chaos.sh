@@ -11,9 +11,11 @@ filter='binary(hostile) or test(mutated_archives_mean_the_same) or test(fuzz_) o
 CI=true PLIES_CHAOS=1 cargo nextest run --workspace --release --no-fail-fast --success-output final \
     -E "$filter" "$@" 2>&1 | tee "$log"
 status=${PIPESTATUS[0]}
+scripts/tsan.sh 2>&1 | tee -a "$log"
+[ "${PIPESTATUS[0]}" = 0 ] || status=1
 
 printf '\n%-60s %-50s %s\n' tests points failures
 sed -nE 's/^ *([a-z][^:]*): ([0-9].*); ([0-9]+) failures$/\1\t\2\t\3/p' "$log" | sort -u |
     while IFS=$'\t' read -r tests points failures; do printf '%-60s %-50s %s\n' "$tests" "$points" "$failures"; done
-grep -aE '^ *(FAIL|TIMEOUT|SIGNAL)' "$log" | sort -u
+grep -aE '^ *(FAIL|TIMEOUT|SIGNAL)|^NOT CHECKED' "$log" | sort -u
 exit "$status"

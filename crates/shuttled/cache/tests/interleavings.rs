@@ -254,26 +254,39 @@ fn one_blob_is_not_fetched_twice_at_once() {
     });
 }
 
-/// Says no once somebody has left.
+/// Says that it was asked, and no once somebody has left.
 #[derive(Default)]
 struct Stuck {
-    has_left: Mutex<bool>,
-    left: Condvar,
+    /// Whether it was asked, and whether somebody has left.
+    state: Mutex<(bool, bool)>,
+    changed: Condvar,
+}
+
+impl Stuck {
+    fn change(&self, change: impl Fn(&mut (bool, bool))) {
+        change(&mut self.state.lock().unwrap());
+        self.changed.notify_all();
+    }
+
+    fn wait_until(&self, is: impl Fn(&(bool, bool)) -> bool) {
+        let mut state = self.state.lock().unwrap();
+        while !is(&state) {
+            state = self.changed.wait(state).unwrap();
+        }
+    }
 }
 
 impl Provider for Stuck {
     fn open(&self, _: &BlobRow) -> io::Result<Box<dyn Read + Send>> {
-        let mut has_left = self.has_left.lock().unwrap();
-        while !*has_left {
-            has_left = self.left.wait(has_left).unwrap();
-        }
+        self.change(|state| state.0 = true);
+        self.wait_until(|state| state.1);
         Err(io::Error::other("no"))
     }
 }
 
 #[test]
 fn who_leaves_does_not_wait_for_a_fetch_that_is_stuck() {
-    explore("leaving a fetch that is stuck", 400, || {
+    explore("leaving a fetch that is stuck", 600, || {
         let rig = rig();
         let cache = rig.open();
         let (descriptor, options, _) = remote("f");
@@ -283,11 +296,13 @@ fn who_leaves_does_not_wait_for_a_fetch_that_is_stuck() {
         let cancel = Cancel::new();
         thread::scope(|scope| {
             let leaves = scope.spawn(|| held.extract(&cancel).unwrap_err().kind());
-            scope.spawn(|| cancel.cancel());
+            scope.spawn(|| {
+                stuck.wait_until(|state| state.0);
+                cancel.cancel();
+            });
             assert_eq!(leaves.join().unwrap(), ErrorKind::Canceled);
         });
-        *stuck.has_left.lock().unwrap() = true;
-        stuck.left.notify_all();
+        stuck.change(|state| state.1 = true);
         drop(held);
         while !cache.store.leases().unwrap().is_empty() {
             thread::yield_now();
