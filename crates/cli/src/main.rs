@@ -12,6 +12,7 @@ mod layers;
 mod output;
 mod progress;
 
+use std::io::{self, Write as _};
 use std::process::ExitCode;
 
 use clap::Parser as _;
@@ -52,18 +53,21 @@ fn advice(error: &anyhow::Error) -> Option<&'static str> {
 
 /// One line with the whole chain of causes, or a line each with `-v`.
 fn report(error: &anyhow::Error, verbose: bool) {
+    let mut text = String::new();
     if verbose {
-        eprintln!("ply: {}", format::multiline(&error.to_string()));
+        text += &format!("ply: {}\n", format::multiline(&error.to_string()));
         for cause in error.chain().skip(1) {
-            eprintln!("  because: {}", format::multiline(&cause.to_string()));
+            text += &format!("  because: {}\n", format::multiline(&cause.to_string()));
         }
     } else {
         let chain: Vec<String> = error.chain().map(|cause| format::multiline(&cause.to_string())).collect();
-        eprintln!("ply: {}", joined(&chain));
+        text += &format!("ply: {}\n", joined(&chain));
     }
     if let Some(advice) = advice(error) {
-        eprintln!("  ({advice})");
+        text += &format!("  ({advice})\n");
     }
+    // Where that cannot be written nobody is told, and the exit code has to do.
+    drop(io::stderr().write_all(text.as_bytes()));
 }
 
 /// A chain of causes as one line. What messages quote below their first line (a Dockerfile's line with a caret) comes

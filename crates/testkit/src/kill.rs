@@ -5,7 +5,7 @@
 //! first thread to come that far.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fmt, fs,
     os::unix::process::ExitStatusExt as _,
     path::Path,
@@ -76,30 +76,62 @@ impl fmt::Display for KillPoint {
     }
 }
 
+/// A call that was made.
+struct Call {
+    thread: String,
+    name: String,
+    /// It may change something: all may but those that open what is there.
+    changes: bool,
+}
+
+/// Runs `command` under strace to its end and lists the calls of [`MUTATING`] that it made.
+fn calls(command: &Command, log: &Path) -> Vec<Call> {
+    let mut traced = strace(command, &["-o".as_ref(), log.as_os_str(), "-e".as_ref(), "signal=none".as_ref()]);
+    crate::tools::run(&mut traced);
+    let log = fs::read_to_string(log).expect("because strace has just written it");
+    let call = |line: &str| {
+        let (thread, rest) = line.split_once(' ')?;
+        // "<... write resumed>" is the end of a call counted before.
+        let (name, arguments) = rest.trim_start().split_once('(')?;
+        let opens = name.starts_with("openat");
+        let changes = !opens || ["O_CREAT", "O_TRUNC", "O_TMPFILE"].iter().any(|flag| arguments.contains(flag));
+        MUTATING.contains(&name).then(|| Call { thread: thread.to_owned(), name: name.to_owned(), changes })
+    };
+    log.lines().filter_map(call).collect()
+}
+
 /// Runs `command` under strace to its end and counts its mutating calls: for each name, the most
 /// that any one thread made.
 ///
 /// # Panics
 /// When it fails.
 pub fn count(command: &Command, log: &Path) -> BTreeMap<String, u32> {
-    let mut traced = strace(command, &["-o".as_ref(), log.as_os_str(), "-e".as_ref(), "signal=none".as_ref()]);
-    crate::tools::run(&mut traced);
-    let log = fs::read_to_string(log).expect("because strace has just written it");
-    let mut per_thread: BTreeMap<(String, &str), u32> = BTreeMap::new();
-    for line in log.lines() {
-        let Some((thread, rest)) = line.split_once(' ') else { continue };
-        // "<... write resumed>" is the end of a call counted before.
-        let Some((call, _)) = rest.trim_start().split_once('(') else { continue };
-        if MUTATING.contains(&call) {
-            *per_thread.entry((call.to_owned(), thread)).or_default() += 1;
-        }
-    }
-    let mut most = BTreeMap::new();
-    for ((call, _), count) in per_thread {
-        let known = most.entry(call).or_default();
-        *known = count.max(*known);
+    let mut per_thread: BTreeMap<(String, String), u32> = BTreeMap::new();
+    let mut most: BTreeMap<String, u32> = BTreeMap::new();
+    for call in calls(command, log) {
+        let nth = per_thread.entry((call.thread, call.name.clone())).or_default();
+        *nth += 1;
+        let known = most.entry(call.name).or_default();
+        *known = *nth.max(known);
     }
     most
+}
+
+/// Runs `command` under strace to its end and gives a moment for each call that changes something, in whichever thread.
+///
+/// # Panics
+/// When it fails.
+pub fn every(command: &Command, log: &Path) -> Vec<KillPoint> {
+    let mut per_thread: BTreeMap<(String, String), u32> = BTreeMap::new();
+    let mut points = BTreeSet::new();
+    for call in calls(command, log) {
+        let nth = per_thread.entry((call.thread, call.name.clone())).or_default();
+        *nth += 1;
+        if call.changes {
+            points.insert(KillPoint { call: call.name, nth: *nth });
+        }
+    }
+    points.into_iter().collect()
 }
 
 /// Picks moments from what [`count`] found: the first and last of each kind of call and, spread
@@ -139,16 +171,34 @@ pub fn kill_at(command: &Command, point: &KillPoint) -> Outcome {
     }
 }
 
+/// How a run ended in which a call was to fail.
+#[derive(Debug)]
+pub struct Failed {
+    /// The run's end.
+    pub output: Output,
+    /// How many calls of the name that thread made after the one that failed. Threads share syncs, so the number of those
+    /// differs from run to run.
+    pub later_count: usize,
+}
+
 /// Runs `command` and has this call of it fail with `errno` (`EIO`, as strace writes it), without being made.
 ///
 /// # Panics
 /// When strace cannot be started.
-pub fn fail_at(command: &Command, point: &KillPoint, errno: &str) -> Output {
+pub fn fail_at(command: &Command, point: &KillPoint, errno: &str) -> Failed {
     let inject = format!("inject={}:error={errno}:when={}", point.call, point.nth);
-    crate::tools::output_of(&mut strace(
-        command,
-        &["-o".as_ref(), "/dev/null".as_ref(), "-e".as_ref(), inject.as_ref()],
-    ))
+    let log = tempfile::NamedTempFile::new().expect("because the disk has room");
+    let mut traced = strace(command, &["-o".as_ref(), log.path().as_os_str(), "-e".as_ref(), inject.as_ref()]);
+    let output = crate::tools::output_of(&mut traced);
+    let log = fs::read_to_string(log.path()).expect("because strace has just written it");
+    let thread_of = |line: &str| line.split_once(' ').map(|(thread, _)| thread.to_owned());
+    let begins = |line: &&str| {
+        line.split_once(' ').is_some_and(|(_, rest)| rest.trim_start().starts_with(&format!("{}(", point.call)))
+    };
+    let mut lines = log.lines();
+    let failed = lines.by_ref().find(|line| line.ends_with("(INJECTED)")).and_then(thread_of);
+    let later_count = lines.filter(begins).filter(|line| thread_of(line) == failed).count();
+    Failed { output, later_count }
 }
 
 /// `command`, in the same environment, below strace.
@@ -190,6 +240,23 @@ mod tests {
         let point = KillPoint { call: "mkdir".into(), nth: 2 };
         assert!(matches!(kill_at(&direct, &point), Outcome::Killed), "at {point}");
         assert_eq!((scratch.join("d").exists(), scratch.join("e").exists()), (true, false));
+    }
+
+    #[test]
+    fn every_call_that_changes_something_is_a_point() {
+        if !tools::have(&["strace"]) {
+            return;
+        }
+        let scratch = Scratch::new();
+        let mut direct = Command::new("mkdir");
+        direct.args(["a", "b", "c"]).current_dir(scratch.path());
+        let points: Vec<_> = every(&direct, &scratch.join("log")).iter().map(KillPoint::to_string).collect();
+        // What the program opens to begin with is there already.
+        assert_eq!(points, ["mkdir 1", "mkdir 2", "mkdir 3"]);
+        let mut touch = Command::new("touch");
+        touch.arg("new").current_dir(scratch.path());
+        let points = every(&touch, &scratch.join("log"));
+        assert_eq!(points.iter().filter(|point| point.call == "openat").count(), 1, "{points:?}");
     }
 
     #[test]

@@ -15,7 +15,7 @@ use std::{
 use plies_testkit::{
     args, eventually,
     image::{Image, Packing},
-    kill::{self, KillPoint, Outcome},
+    kill::{self, Failed, KillPoint, Outcome},
     ply::Ply,
     tar::Member,
     tools,
@@ -24,6 +24,7 @@ use plies_testkit::{
 use serde_json::Value;
 
 use crate::common::{Context, Shape, busybox, everything, load, store, tree_of};
+use crate::script::CLOSING_SYNCS;
 
 pub(crate) fn points_per_call() -> u32 {
     std::env::var("PLIES_KILL_POINTS").ok().and_then(|text| text.parse().ok()).unwrap_or(4)
@@ -150,13 +151,11 @@ fn a_load_in_which_any_call_fails_is_all_or_nothing_and_a_failed_sync_is_no_succ
     let mut failed = 0;
     for (point, errno) in points.iter().zip(["EIO", "ENOSPC", "EMFILE", "EDQUOT"].iter().cycle()) {
         let context = format!("{point} with {errno}");
-        let output = kill::fail_at(&ply.command(command), point, errno);
+        let Failed { output, later_count } = kill::fail_at(&ply.command(command), point, errno);
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
         assert!(!said.contains("panicked") && output.status.code().is_some(), "{context}: {said}");
-        // The last is the database's as it closes: all that was to be durable was so before.
-        let is_last = |other: &KillPoint| other.call != "fdatasync" || other.nth <= point.nth;
         let is_sync = match &*point.call {
-            "fdatasync" => !points.iter().all(is_last),
+            "fdatasync" => later_count >= CLOSING_SYNCS,
             call => ["fsync", "syncfs"].contains(&call),
         };
         let came = sides.came_to_pass(&ply, &context);

@@ -31,6 +31,7 @@ mod real;
 mod refs;
 mod registry;
 mod save;
+mod script;
 mod solve;
 mod traps;
 mod trust;
