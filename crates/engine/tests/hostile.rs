@@ -254,7 +254,7 @@ impl Place {
         let tar = own(case, "import");
         let (_, diff) = data.layer_of_tar(&tar);
         data.image(&[&diff]);
-        let options = ImportOptions { dry_run: false, copy: false };
+        let options = ImportOptions::default();
         let source = ImportSource::Docker(Containers::List);
         let report = self.engine.import(&source, &data.path, options, &Silent, &Cancel::new()).unwrap();
         fs::remove_dir_all(&data.path).unwrap();
