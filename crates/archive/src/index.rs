@@ -197,13 +197,21 @@ pub struct Usage {
 
 impl Usage {
     /// Counts one inode.
-    pub(crate) fn add(&mut self, stat: &rustix::fs::Stat) {
+    pub fn add(&mut self, stat: &rustix::fs::Stat) {
         // Fields are signed on some architectures; the kernel never gives negative ones.
         self.size_bytes += (stat.st_blocks as u64).saturating_mul(512);
         self.inodes += 1;
         if crate::sys::kind(stat) == rustix::fs::FileType::RegularFile {
             self.content_bytes += stat.st_size as u64;
         }
+    }
+}
+
+impl std::ops::AddAssign for Usage {
+    fn add_assign(&mut self, other: Self) {
+        self.size_bytes += other.size_bytes;
+        self.inodes += other.inodes;
+        self.content_bytes += other.content_bytes;
     }
 }
 

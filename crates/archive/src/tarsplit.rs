@@ -23,6 +23,7 @@
 //! the recording is [`Unfaithful`]. A recorder that has a spool then saves the archive itself: what
 //! came so far can still be assembled at that moment, and what comes after is copied as it passes.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fs::File;
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
@@ -243,7 +244,7 @@ impl Recorder {
         if self.position > 0 {
             self.out.flush()?;
             let recorded = self.out.get_ref().reader();
-            assemble_records(recorded, Some(self.position), |name, _| open_in(tree, name), &mut spool, |_| {})
+            assemble_records(recorded, Some(self.position), |name, _| open_in(tree, name), &mut spool)
                 .map_err(io::Error::other)?;
         }
         spool.write_all(&self.segment)?;
@@ -549,26 +550,137 @@ impl AssembleError {
 }
 
 #[derive(Deserialize)]
-struct Record {
+struct Record<'r> {
     #[serde(rename = "type")]
     record_type: u8,
-    #[serde(default)]
-    name: String,
-    #[serde(default)]
-    name_raw: Option<String>,
+    #[serde(default, borrow)]
+    name: Cow<'r, str>,
+    #[serde(default, borrow)]
+    name_raw: Option<Cow<'r, str>>,
     #[serde(default)]
     size: u64,
-    #[serde(default)]
-    payload: Option<String>,
+    #[serde(default, borrow)]
+    payload: Option<Cow<'r, str>>,
 }
 
 /// A part of an archive, as a recording has it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Part<'a> {
-    /// Headers, padding and the like.
-    Bytes(&'a [u8]),
-    /// So many bytes of a file's content, more than none.
-    Content(u64),
+enum Part {
+    /// Headers, padding and the like: [`Records::payload`].
+    Bytes,
+    /// A file's content, more than none.
+    Content { name: Vec<u8>, size_bytes: u64, crc: [u8; 8] },
+}
+
+/// Reads a recording.
+struct Records<R> {
+    lines: BufReader<MultiGzDecoder<BufReader<R>>>,
+    line: Vec<u8>,
+    payload: Vec<u8>,
+    /// Records read, and how many are to be.
+    position: u64,
+    count: u64,
+}
+
+impl<R: Read> Records<R> {
+    /// All of them, or the first `count`: a recording that still grows has no end yet.
+    fn new(tar_split: R, count: Option<u64>) -> Self {
+        let lines = BufReader::new(MultiGzDecoder::new(BufReader::new(tar_split)));
+        Self { lines, line: Vec::new(), payload: Vec::new(), position: 0, count: count.unwrap_or(u64::MAX) }
+    }
+
+    /// The next part; `None` at the end.
+    fn next_part(&mut self) -> Result<Option<Part>, AssembleError> {
+        while self.position < self.count {
+            self.line.clear();
+            let n = (&mut self.lines)
+                .take(LINE_BYTES + 1)
+                .read_until(b'\n', &mut self.line)
+                .map_err(|source| AssembleError::Records { source })?;
+            if n == 0 {
+                break;
+            }
+            LimitExceeded::check("tar-split line", LINE_BYTES, n as u64, "record", None)?;
+            let position = self.position;
+            self.position += 1;
+            let malformed = |why| AssembleError::Malformed { position, why };
+            let record: Record<'_> =
+                serde_json::from_slice(&self.line).map_err(|source| AssembleError::Json { position, source })?;
+            self.payload.clear();
+            BASE64
+                .decode_vec(record.payload.as_deref().unwrap_or(""), &mut self.payload)
+                .map_err(|_| malformed("payload is not base64"))?;
+            match record.record_type {
+                SEGMENT => return Ok(Some(Part::Bytes)),
+                FILE if record.size == 0 => {}
+                FILE => {
+                    let name = match record.name_raw.as_deref() {
+                        None | Some("") => record.name.into_owned().into_bytes(),
+                        Some(raw) => BASE64.decode(raw).map_err(|_| malformed("name_raw is not base64"))?,
+                    };
+                    let crc = self.payload.as_slice().try_into().map_err(|_| malformed("checksum is not 8 bytes"))?;
+                    return Ok(Some(Part::Content { name, size_bytes: record.size, crc }));
+                }
+                _ => return Err(malformed("unknown type")),
+            }
+        }
+        Ok(None)
+    }
+}
+
+/// An archive without what its files hold, out of its recording alone: for
+/// [`Reader::without_data`](crate::tar::Reader::without_data). A recording that is damaged is an error of the input.
+pub struct Headers<R> {
+    records: Records<R>,
+    /// Bytes of the payload that were read.
+    read: usize,
+    /// Bytes of the archive before the payload's end.
+    position: u64,
+    left_out: Vec<(u64, u64)>,
+}
+
+impl<R: Read> Headers<R> {
+    /// Of the recording `tar_split`.
+    pub fn new(tar_split: R) -> Self {
+        Self { records: Records::new(tar_split, None), read: 0, position: 0, left_out: Vec::new() }
+    }
+
+    /// What was left out until now: where in the archive files' bytes begin, and how many. Only if they are those of which the
+    /// headers say so ([`Reader::left_out`](crate::tar::Reader::left_out)) are the headers those of the archive.
+    pub fn left_out(&self) -> &[(u64, u64)] {
+        &self.left_out
+    }
+}
+
+impl<R: Read> Read for Headers<R> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        while self.read == self.records.payload.len() {
+            self.read = 0;
+            let part = self.records.next_part().map_err(io::Error::other)?;
+            match part {
+                None => {
+                    self.records.payload.clear();
+                    return Ok(0);
+                }
+                Some(Part::Bytes) => self.position += self.records.payload.len() as u64,
+                Some(Part::Content { size_bytes, .. }) => {
+                    self.records.payload.clear();
+                    self.left_out.push((self.position, size_bytes));
+                    self.position = self.position.saturating_add(size_bytes);
+                }
+            }
+        }
+        let rest = &self.records.payload[self.read..];
+        let n = rest.len().min(buf.len());
+        buf[..n].copy_from_slice(&rest[..n]);
+        self.read += n;
+        Ok(n)
+    }
+}
+
+impl<R> std::fmt::Debug for Headers<R> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Headers").field("position", &self.position).finish_non_exhaustive()
+    }
 }
 
 /// Writes the archive that a recording was made of, and returns its size in bytes.
@@ -584,20 +696,7 @@ pub fn assemble<F: Read>(
     open_file: impl FnMut(&[u8], u64) -> io::Result<F>,
     out: &mut impl Write,
 ) -> Result<u64, AssembleError> {
-    assemble_records(tar_split, None, open_file, out, |_| {})
-}
-
-/// As [`assemble`], and tells `part` of each part that was written.
-///
-/// # Errors
-/// As [`assemble`].
-pub fn assemble_parts<F: Read>(
-    tar_split: impl Read,
-    open_file: impl FnMut(&[u8], u64) -> io::Result<F>,
-    out: &mut impl Write,
-    part: impl FnMut(Part<'_>),
-) -> Result<u64, AssembleError> {
-    assemble_records(tar_split, None, open_file, out, part)
+    assemble_records(tar_split, None, open_file, out)
 }
 
 /// Opens a file of an archive in the tree that it was extracted to.
@@ -609,54 +708,26 @@ pub fn open_in(tree: &Root, name: &[u8]) -> io::Result<File> {
     tree.open_file(&path).map(File::from)
 }
 
-/// As [`assemble`], of the first `count` records only: a recording that still grows has no end yet.
+/// As [`assemble`], of the first `count` records only.
 fn assemble_records<F: Read>(
     tar_split: impl Read,
     count: Option<u64>,
     mut open_file: impl FnMut(&[u8], u64) -> io::Result<F>,
     out: &mut impl Write,
-    mut part: impl FnMut(Part<'_>),
 ) -> Result<u64, AssembleError> {
-    let mut records = BufReader::new(MultiGzDecoder::new(BufReader::new(tar_split)));
-    let mut line = Vec::new();
-    let mut payload = Vec::new();
+    let mut records = Records::new(tar_split, count);
     let mut copy = vec![0; COPY_BYTES];
     let mut written = 0;
-    for position in 0..count.unwrap_or(u64::MAX) {
-        line.clear();
-        let n = (&mut records)
-            .take(LINE_BYTES + 1)
-            .read_until(b'\n', &mut line)
-            .map_err(|source| AssembleError::Records { source })?;
-        if n == 0 {
-            break;
-        }
-        LimitExceeded::check("tar-split line", LINE_BYTES, n as u64, "record", None)?;
-        let malformed = |why| AssembleError::Malformed { position, why };
-        let record: Record =
-            serde_json::from_slice(&line).map_err(|source| AssembleError::Json { position, source })?;
-        payload.clear();
-        BASE64
-            .decode_vec(record.payload.as_deref().unwrap_or(""), &mut payload)
-            .map_err(|_| malformed("payload is not base64"))?;
-        match record.record_type {
-            SEGMENT => {
-                out.write_all(&payload).map_err(|source| AssembleError::Write { source })?;
-                written += payload.len() as u64;
-                part(Part::Bytes(&payload));
+    while let Some(part) = records.next_part()? {
+        match part {
+            Part::Bytes => {
+                out.write_all(&records.payload).map_err(|source| AssembleError::Write { source })?;
+                written += records.payload.len() as u64;
             }
-            FILE if record.size == 0 => {}
-            FILE => {
-                let name = match record.name_raw.as_deref() {
-                    None | Some("") => record.name.into_bytes(),
-                    Some(raw) => BASE64.decode(raw).map_err(|_| malformed("name_raw is not base64"))?,
-                };
-                let crc = payload.as_slice().try_into().map_err(|_| malformed("checksum is not 8 bytes"))?;
-                copy_file(&name, record.size, crc, &mut open_file, &mut copy, out)?;
-                written += record.size;
-                part(Part::Content(record.size));
+            Part::Content { name, size_bytes, crc } => {
+                copy_file(&name, size_bytes, crc, &mut open_file, &mut copy, out)?;
+                written += size_bytes;
             }
-            _ => return Err(malformed("unknown type")),
         }
     }
     Ok(written)

@@ -291,7 +291,7 @@ impl Inner {
         let source = self.source(id, row, providers)?;
         // The same layer may have come meanwhile, by another blob or for another record: nothing to fetch then.
         let layers = self.store.layers();
-        if let Some(layer) = layers.hold_by_diff_id(source.diff_id, &lease)?
+        if let Some(layer) = layers.hold_verified_by_diff_id(source.diff_id, &lease)?
             && layers.root(layer).is_ok()
         {
             self.store.write(|tx| {

@@ -664,9 +664,9 @@ impl Inner {
         let chain_id = ChainId::extend(below.map(|(_, chain, _)| chain), diff_id);
         let blob_chain_id = extend_blob_chain(below.map(|(_, _, chain)| chain), digest, diff_id);
         let lease = self.store.lease(LeaseOptions::process("layer"))?;
-        // The layer itself, whatever it stands on: layers are kept by diff ID.
+        // The layer itself, whatever it stands on: layers are kept by diff ID. One that nobody has verified is, when it is needed.
         let layers = self.store.layers();
-        let layer = match layers.hold_by_diff_id(diff_id, &lease)? {
+        let layer = match layers.hold_verified_by_diff_id(diff_id, &lease)? {
             None => layers.hold_by_chain(chain_id, &lease)?,
             found => found,
         };

@@ -277,6 +277,9 @@ pub(crate) struct ImportFrom {
     /// Copy files instead of linking to them: for a directory on another file system
     #[arg(long)]
     pub(crate) copy: bool,
+    /// Read all files of Docker's, podman's and buildah's layers, and hold them against the layers' digests
+    #[arg(long)]
+    pub(crate) verify: bool,
 }
 
 #[derive(Debug, Args)]

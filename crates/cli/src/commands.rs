@@ -345,7 +345,7 @@ fn run_import(
             (&images.from, ImportSource::Containerd(options))
         }
     };
-    let options = ImportOptions { dry_run: from.dry_run, copy: from.copy };
+    let options = ImportOptions { dry_run: from.dry_run, copy: from.copy, verify: from.verify };
     let progress = style.renderer();
     let report = engine.import(&source, &from.path, options, &*progress, cancel)?;
     let failed = report.count(ImportOutcome::Failed);

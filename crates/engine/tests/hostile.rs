@@ -272,7 +272,7 @@ impl Place {
                 ImportSource::Docker(Containers::List)
             }
         };
-        let options = ImportOptions { dry_run: false, copy: false };
+        let options = ImportOptions::default();
         let report = self.engine.import(&source, &path, options, &Silent, &Cancel::new()).unwrap();
         fs::remove_dir_all(&path).unwrap();
         let layer = report.items.iter().find(|item| item.kind == "layer");

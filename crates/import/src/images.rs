@@ -13,7 +13,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs;
 use std::io::{self, Read as _};
-use std::os::fd::{AsFd as _, BorrowedFd};
+use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 
 use plies_image::{ImageError, LayerRef, LayerStore, LayerStoreError, LayerStoreOptions, NewRwLayer, Taken};
@@ -387,8 +387,7 @@ impl Passage<'_> {
         let import = self.import;
         let check = |layer: &Layer| match &layer.files {
             Files::Split { tree, recording } => {
-                let root = open_dir(tree).map_err(|error| chain(&error))?;
-                import.check_recording(layer.diff_id, recording, root.as_fd())?;
+                import.would_take(layer.diff_id, recording, tree)?;
                 Ok(measure(tree))
             }
             Files::Blob { blob, tree } => {

@@ -45,6 +45,9 @@ pub struct ImportOptions {
     pub dry_run: bool,
     /// Copy files instead of linking to them; needed where the source is on another file system.
     pub copy: bool,
+    /// Read all files that come over, and hold them against the digests that their layers have. Otherwise the source is believed
+    /// where names, kinds, lengths, modes, owners and times of all files are what its tar lists.
+    pub verify: bool,
 }
 
 /// What an import works with.

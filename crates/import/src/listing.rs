@@ -2,131 +2,226 @@
 //!
 //! A layer is known by its diff ID, whoever brings it, so a tree may only carry one if it says what the tar says: the same
 //! names with the same kinds, modes, owners and lengths, the same names for one file, and directories set by the same layer.
-//! Bytes are not compared: whoever keeps the tree would have had to change a file that nobody writes to.
+//! Bytes are not compared: whoever keeps the tree would have had to change a file that nobody writes to. Whether a file has the
+//! time that the tar says is told, so that somebody may look closer.
 
-use std::collections::{BTreeMap, HashMap};
-use std::fs;
+use std::collections::HashMap;
 use std::io::{self, Read};
-use std::os::fd::{AsRawFd as _, BorrowedFd};
-use std::os::unix::ffi::OsStrExt as _;
-use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
-use std::path::PathBuf;
+use std::os::fd::{AsFd as _, BorrowedFd};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 
-use plies_archive::tar::{EntryKind, EntryPath, Reader};
+use plies_archive::tar::{Device, Entry, EntryKind, EntryPath, Reader};
+use plies_archive::tree::{Descent, Names};
 use plies_archive::whiteout::{Mark, Meaning, meaning};
 use plies_archive::{DirIndex, Implied};
+use plies_store::ForeignName;
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat};
 
 /// What is listed under one name.
 #[derive(Debug, PartialEq, Eq)]
 enum Listed {
     Whiteout,
-    Entry { kind: EntryKind, mode: u32, owner: (u32, u32) },
+    Entry { kind: EntryKind, mode: u32, owner: (u32, u32), mtime_seconds: i64 },
 }
 
 /// What a tar has, by its names.
+#[derive(Debug, Default)]
+pub(crate) struct Listing {
+    /// How the root looks, if it says so.
+    root: Option<Entry>,
+    names: HashMap<EntryPath, Listed>,
+}
+
+/// A tree that is held against a listing, name by name, by several threads and in any order.
 #[derive(Debug)]
-pub(crate) struct Listing(BTreeMap<EntryPath, Listed>);
+pub(crate) struct Comparison<'l> {
+    listing: &'l Listing,
+    /// Names of the tree that are listed. One that is not, and is no directory on the way, is the end of it.
+    found: AtomicUsize,
+    other_times: AtomicBool,
+    seen: Mutex<Seen>,
+}
+
+#[derive(Debug, Default)]
+struct Seen {
+    /// Directories that are not listed.
+    implied: Vec<EntryPath>,
+    /// Files that have more names, by inode, with the name that stands for each, and the other names that the tar has.
+    files: HashMap<u64, EntryPath>,
+    links: Vec<(u64, EntryPath)>,
+}
+
+/// A tree that is what a listing says.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Agreed {
+    /// Which of its directories are implied.
+    pub(crate) index: DirIndex,
+    /// All files have the times that the tar says: nobody has written to them since.
+    pub(crate) same_times: bool,
+}
 
 impl Listing {
     /// Reads a tar's headers, from somebody who may do something else with the tar, too; `None` if it is none that a tree can be
     /// held against: it hides all that lies below a directory, or has a name twice.
     pub(crate) fn read_from<R: Read>(reader: &mut Reader<R>) -> Option<Self> {
-        let mut listed = BTreeMap::new();
+        let mut listing = Self::default();
         while let Some(entry) = reader.next_entry().ok()? {
-            let (path, entry) = match meaning(&entry.path).ok()? {
+            let (path, listed) = match meaning(&entry.path).ok()? {
                 Meaning::Ignored => continue,
                 Meaning::Mark(Mark::Opaque) => return None,
                 Meaning::Mark(Mark::Whiteout(name)) => {
                     let (dir, _) = entry.path.split()?;
                     (dir.join(name), Listed::Whiteout)
                 }
+                Meaning::Plain if entry.path.is_root() => match listing.root.replace(entry) {
+                    Some(_) => return None,
+                    None => continue,
+                },
                 Meaning::Plain => {
-                    let (mode, owner) = (entry.mode, (entry.uid, entry.gid));
+                    let (mode, owner, mtime_seconds) = (entry.mode, (entry.uid, entry.gid), entry.mtime.seconds);
                     let kind = match entry.kind {
                         EntryKind::File { size_bytes, .. } => EntryKind::File { size_bytes, sparse: None },
                         other => other,
                     };
-                    (entry.path.clone(), Listed::Entry { kind, mode, owner })
+                    (entry.path, Listed::Entry { kind, mode, owner, mtime_seconds })
                 }
             };
-            if listed.insert(path, entry).is_some() {
+            if listing.names.insert(path, listed).is_some() {
                 return None;
             }
         }
-        Some(Self(listed))
+        Some(listing)
     }
 
-    /// Whether the canonical layer `tree` is what this would unpack to, and which of its directories are implied then.
-    pub(crate) fn judge(mut self, tree: BorrowedFd<'_>, index: &DirIndex) -> Option<DirIndex> {
-        self.compare(tree, index).ok().flatten()
+    /// How the root looks, if the tar says so.
+    pub(crate) fn root(&self) -> Option<&Entry> {
+        self.root.as_ref()
     }
 
-    fn compare(&mut self, tree: BorrowedFd<'_>, index: &DirIndex) -> io::Result<Option<DirIndex>> {
-        let root = PathBuf::from(format!("/proc/self/fd/{}", tree.as_raw_fd()));
-        let mut implied: Vec<(EntryPath, Implied)> = Vec::new();
-        // Files by inode, with the name that stands for each, and the other names that the tar has.
-        let mut files: HashMap<u64, EntryPath> = HashMap::new();
-        let mut links: Vec<(u64, EntryPath)> = Vec::new();
-        let mut pending = vec![(EntryPath::root(), root)];
-        while let Some((name, path)) = pending.pop() {
-            // The root is behind a link of the kernel's own.
-            let meta = if name.is_root() { fs::metadata(&path)? } else { fs::symlink_metadata(&path)? };
-            let (mode, owner) = (meta.mode() & 0o7777, (meta.uid(), meta.gid()));
-            let listed = self.0.remove(&name);
-            if meta.is_dir() {
-                match listed {
-                    Some(Listed::Entry { kind: EntryKind::Directory, mode: m, owner: o })
-                        if (m, o) == (mode, owner) => {}
-                    None if name.is_root() || (mode, owner) == (0o755, (0, 0)) => {
-                        implied.push((name.clone(), index.why_implied(&name).unwrap_or(Implied::OnTheWay)));
-                    }
-                    _ => return Ok(None),
-                }
-                for entry in fs::read_dir(&path)? {
-                    let entry = entry?;
-                    pending.push((name.join(entry.file_name().as_bytes()), entry.path()));
+    /// Begins to hold a tree against it.
+    pub(crate) fn compare(&self) -> Comparison<'_> {
+        Comparison {
+            listing: self,
+            found: AtomicUsize::new(0),
+            other_times: AtomicBool::new(false),
+            seen: Mutex::default(),
+        }
+    }
+
+    /// Whether the canonical layer `tree`, with the implied directories `index`, is what this would unpack to, its root included.
+    pub(crate) fn judge(&self, tree: BorrowedFd<'_>, index: &DirIndex) -> Option<DirIndex> {
+        let looks = |stat: &Stat| (mode(stat), (stat.st_uid, stat.st_gid));
+        let is_root =
+            |stat: &Stat| self.root.as_ref().is_none_or(|root| looks(stat) == (root.mode, (root.uid, root.gid)));
+        rustix::fs::fstat(tree).is_ok_and(|stat| is_root(&stat)).then_some(())?;
+        Some(self.judge_below(tree).ok()??.but(index))
+    }
+
+    /// As [`Self::judge`], of all but the root, of a tree that was unpacked.
+    pub(crate) fn judge_below(&self, tree: BorrowedFd<'_>) -> io::Result<Option<Agreed>> {
+        let comparison = self.compare();
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let mut descent = Descent::from(rustix::fs::openat(tree, ".", flags, Mode::empty())?);
+        let mut pending = vec![(EntryPath::root(), Names::sorted(descent.here())?)];
+        while let Some((dir, names)) = pending.last_mut() {
+            let Some((name, _)) = names.advance() else {
+                pending.pop();
+                if !pending.is_empty() {
+                    descent.leave()?;
                 }
                 continue;
-            }
-            let kind = meta.file_type();
-            let is_whiteout = kind.is_char_device() && meta.rdev() == 0;
-            let is_same = match listed {
-                Some(Listed::Whiteout) => is_whiteout,
-                Some(Listed::Entry { kind: EntryKind::HardLink { target }, .. }) => {
-                    links.push((meta.ino(), target));
-                    true
-                }
-                Some(Listed::Entry { kind: listed, mode: m, owner: o }) => {
-                    let is_link = kind.is_symlink();
-                    let device = |device: plies_archive::tar::Device| {
-                        (device.major, device.minor) == (rustix::fs::major(meta.rdev()), rustix::fs::minor(meta.rdev()))
-                    };
-                    let is_kind = match listed {
-                        EntryKind::File { size_bytes, .. } => kind.is_file() && size_bytes == meta.len(),
-                        EntryKind::Symlink { target } => {
-                            is_link && fs::read_link(&path)?.as_os_str().as_bytes() == target
-                        }
-                        EntryKind::CharDevice(listed) => kind.is_char_device() && !is_whiteout && device(listed),
-                        EntryKind::BlockDevice(listed) => kind.is_block_device() && device(listed),
-                        EntryKind::Fifo => kind.is_fifo(),
-                        EntryKind::Directory | EntryKind::HardLink { .. } => false,
-                    };
-                    // Two names of one file that the tar has as two files are two files.
-                    is_kind && o == owner && (m == mode || is_link) && files.insert(meta.ino(), name).is_none()
-                }
-                None => false,
             };
-            if !is_same {
+            let path = dir.join(name);
+            let stat = rustix::fs::statat(descent.here(), name, AtFlags::SYMLINK_NOFOLLOW)?;
+            if !comparison.agrees(&ForeignName { path: &path, stat: &stat, dir: descent.here(), name })? {
                 return Ok(None);
             }
+            if FileType::from_raw_mode(stat.st_mode) == FileType::Directory {
+                let flags = flags | OFlags::NOFOLLOW;
+                let inner = rustix::fs::openat(descent.here(), name, flags, Mode::empty())?;
+                let names_in = Names::sorted(inner.as_fd())?;
+                descent.push(inner, name);
+                pending.push((path, names_in));
+            }
         }
-        let all_linked = links.iter().all(|(inode, target)| files.get(inode) == Some(target));
-        Ok((all_linked && self.0.is_empty()).then(|| implied.into_iter().collect()))
+        Ok(comparison.finish())
     }
+}
+
+impl Comparison<'_> {
+    /// Whether a name that is not the root's is what is listed.
+    pub(crate) fn agrees(&self, at: &ForeignName<'_>) -> io::Result<bool> {
+        let ForeignName { path, stat, .. } = *at;
+        let (is, owner) = (FileType::from_raw_mode(stat.st_mode), (stat.st_uid, stat.st_gid));
+        let seen = || self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(listed) = self.listing.names.get(path) else {
+            // On the way to something, and made up.
+            let made_up = is == FileType::Directory && (mode(stat), owner) == (0o755, (0, 0));
+            if made_up {
+                seen().implied.push(path.clone());
+            }
+            return Ok(made_up);
+        };
+        self.found.fetch_add(1, Ordering::Relaxed);
+        let is_whiteout = is == FileType::CharacterDevice && stat.st_rdev == 0;
+        let Listed::Entry { kind, mode: m, owner: o, mtime_seconds } = listed else { return Ok(is_whiteout) };
+        let is_link = is == FileType::Symlink;
+        let is_device = |device: &Device| {
+            (device.major, device.minor) == (rustix::fs::major(stat.st_rdev), rustix::fs::minor(stat.st_rdev))
+        };
+        let is_kind = match kind {
+            EntryKind::Directory => is == FileType::Directory,
+            EntryKind::File { size_bytes, .. } => {
+                // Somebody wrote to it, or would have us believe so.
+                if stat.st_mtime != *mtime_seconds {
+                    self.other_times.store(true, Ordering::Relaxed);
+                }
+                is == FileType::RegularFile && u64::try_from(stat.st_size) == Ok(*size_bytes)
+            }
+            EntryKind::HardLink { target } => {
+                seen().links.push((stat.st_ino, target.clone()));
+                return Ok(is != FileType::Directory);
+            }
+            EntryKind::Symlink { target } => is_link && at.link_target()? == *target,
+            EntryKind::CharDevice(listed) => is == FileType::CharacterDevice && !is_whiteout && is_device(listed),
+            EntryKind::BlockDevice(listed) => is == FileType::BlockDevice && is_device(listed),
+            EntryKind::Fifo => is == FileType::Fifo,
+        };
+        // Two names of one file that the tar has as two files are two files.
+        let is_alone = || {
+            is == FileType::Directory || stat.st_nlink == 1 || seen().files.insert(stat.st_ino, path.clone()).is_none()
+        };
+        Ok(is_kind && *o == owner && (*m == mode(stat) || is_link) && is_alone())
+    }
+
+    /// When all names of the tree agree: whether all that is listed is there.
+    pub(crate) fn finish(self) -> Option<Agreed> {
+        let Self { listing, found, other_times, seen } = self;
+        let Seen { implied, files, links } = seen.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let all_linked = links.iter().all(|(inode, target)| files.get(inode) == Some(target));
+        let root = listing.root.is_none().then(EntryPath::root);
+        let index = implied.into_iter().chain(root).map(|path| (path, Implied::OnTheWay)).collect();
+        let same_times = !other_times.into_inner();
+        (all_linked && found.into_inner() == listing.names.len()).then_some(Agreed { index, same_times })
+    }
+}
+
+impl Agreed {
+    /// Its implied directories; why, if somebody knows better.
+    fn but(self, known: &DirIndex) -> DirIndex {
+        let why = |path: &EntryPath| known.why_implied(path).unwrap_or(Implied::OnTheWay);
+        self.index.implied().map(|path| (path.clone(), why(path))).collect()
+    }
+}
+
+fn mode(stat: &Stat) -> u32 {
+    stat.st_mode & 0o7777
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
     use std::os::fd::AsFd as _;
     use std::os::unix::fs::{PermissionsExt as _, symlink};
 
@@ -149,6 +244,23 @@ mod tests {
         let tar = archive(members);
         let listing = Listing::read_from(&mut Reader::new(&tar[..], &Limits::default()))?;
         listing.judge(fs::File::open(dir.path()).unwrap().as_fd(), &DirIndex::default())
+    }
+
+    #[test]
+    fn a_file_with_another_time_is_told() {
+        if !plies_testkit::tools::privileged() {
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let tar = archive(&[Member::file("f", "12345").mtime(1_600_000_000, 5)]);
+        let listing = Listing::read_from(&mut Reader::new(&tar[..], &Limits::default())).unwrap();
+        for (seconds, same_times) in [(1_600_000_000, true), (1_600_000_001, false)] {
+            fs::write(dir.path().join("f"), "54321").unwrap();
+            let time = std::time::UNIX_EPOCH + std::time::Duration::from_secs(seconds);
+            fs::File::options().write(true).open(dir.path().join("f")).unwrap().set_modified(time).unwrap();
+            let agreed = listing.judge_below(fs::File::open(dir.path()).unwrap().as_fd()).unwrap().unwrap();
+            assert_eq!(agreed.same_times, same_times);
+        }
     }
 
     fn members() -> Vec<Member> {

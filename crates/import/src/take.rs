@@ -9,17 +9,17 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use plies_archive::hash::{HashingReader, HashingWriter};
-use plies_archive::tar::Reader;
-use plies_archive::tarsplit::{self, Part, Recorder};
-use plies_archive::{Root, SealError, compress};
+use plies_archive::tar::{Escaped, Reader};
+use plies_archive::tarsplit::{self, AssembleError, Headers, Recorder};
+use plies_archive::{Root, SealError, Usage, compress};
 use plies_oci::{BlobDigest, ChainId, Compression, DiffId};
 use plies_store::{
     ActiveId, ActiveOptions, Attach, Cancel, ForeignTree, LayerBlob, LayerContents, LayerId, LayerSource, Lease,
-    Origin, Over, SnapshotError, Stage, Taking, Transfer, TransferError, parallel,
+    Origin, SnapshotError, Stage, Taking, Transfer, TransferError, Unpacked, parallel,
 };
 
 use crate::containerd::SnapshotInfo;
-use crate::listing::Listing;
+use crate::listing::{Agreed, Listing};
 use crate::{Import, ImportError, chain};
 
 /// Layers that are published together: one sync of the file system for all of them. What is staged and not published is lost
@@ -167,90 +167,117 @@ impl Import<'_> {
         {
             return Ok(Staged::Here(layer));
         }
-        let over = match wanted.tar {
-            // What was unpacked is what the tar says, whatever lies below.
-            Some((_, Tar::Unpacked(_) | Tar::Split(_))) => Over::Anything,
-            _ => Over::Layers(&wanted.below, lease),
-        };
-        let after = open_dir(&wanted.snapshot.dir)?;
-        let tree = match wanted.snapshot.whole {
-            false => ForeignTree::Upper(after),
-            true => ForeignTree::Whole { before: wanted.before.as_deref().map(open_dir).transpose()?, after },
-        };
         let taking = if self.options.copy || wanted.may_change { Taking::Copy } else { Taking::Link };
-        let mut wrong = None;
+        let tree = open_dir(&wanted.snapshot.dir)?;
+        match &wanted.tar {
+            Some((diff_id, Tar::Unpacked(blob))) => {
+                let mut stage = self.store.layers().stage()?;
+                let Ok(Some(listing)) = self.listing(blob, &mut stage) else { return Ok(Staged::Differs) };
+                let filled = self.fill(&stage, &tree, taking, &listing)?;
+                let contents = filled.map(|(usage, agreed)| LayerContents {
+                    diff_id: Some(*diff_id),
+                    usage,
+                    index: agreed.index,
+                    ..LayerContents::default()
+                });
+                return Ok(contents.map_or(Staged::Differs, |contents| Staged::New(Box::new(stage.finish(contents)))));
+            }
+            Some((diff_id, Tar::Split(recording))) => return self.stage_split(&tree, *diff_id, recording, taking),
+            _ => {}
+        }
+        let tree = match wanted.snapshot.whole {
+            false => ForeignTree::Upper(tree),
+            true => ForeignTree::Whole { before: wanted.before.as_deref().map(open_dir).transpose()?, after: tree },
+        };
         let judge = |stage: &mut Stage, contents: LayerContents| {
-            let Some((diff_id, tar)) = &wanted.tar else { return Some(contents) };
-            let listing = match tar {
-                Tar::Blob(blob) | Tar::Unpacked(blob) => self.listing(blob, stage).ok().flatten()?,
-                Tar::Split(recording) => {
-                    let kept = self.keep_recording(*diff_id, recording, stage);
-                    kept.map_err(|why| wrong = Some(why)).ok().flatten()?
-                }
-            };
+            let Some((diff_id, Tar::Blob(blob))) = &wanted.tar else { return Some(contents) };
+            let listing = self.listing(blob, stage).ok().flatten()?;
             let index = listing.judge(stage.root(), &contents.index)?;
             Some(LayerContents { diff_id: Some(*diff_id), index, ..contents })
         };
-        let stage = match self.store.snapshots().stage_foreign(over, &tree, taking, self.cancel, judge) {
-            // Its tar says what is meant.
-            Err(SnapshotError::Seal(SealError::NotSelfContained { .. })) if matches!(over, Over::Anything) => None,
-            staged => staged?,
-        };
-        Ok(match (stage, wrong) {
-            (_, Some(why)) => Staged::Wrong(why),
-            (None, None) => Staged::Differs,
-            (Some(stage), None) => Staged::New(Box::new(stage)),
-        })
+        let over = (wanted.below.as_slice(), lease);
+        let stage = self.store.snapshots().stage_foreign(over, &tree, taking, self.cancel, judge)?;
+        Ok(stage.map_or(Staged::Differs, |stage| Staged::New(Box::new(stage))))
     }
 
-    /// Keeps a tar-split recording with a stage if both together give the tar of `diff_id`; what that lists.
-    fn keep_recording(&self, diff_id: DiffId, from: &Path, stage: &mut Stage) -> Result<Option<Listing>, String> {
-        let failed = |error: &dyn std::error::Error| chain(error);
-        let listing = self.check_recording(diff_id, from, stage.root())?;
-        let mut to = stage.tar_split_file().map_err(|error| failed(&error))?;
-        let mut from = open_file(from).map_err(|error| failed(&error))?;
-        io::copy(&mut from, &mut to).map_err(|error| failed(&error))?;
-        Ok(listing)
-    }
-
-    /// Whether a tree and a tar-split recording give the tar of `diff_id`, all of which is read; what it lists. `None` in the
-    /// result: no tree can be held against it.
-    pub(crate) fn check_recording(
+    /// Fills a stage with a tree that was unpacked, if it is what its tar lists; what it costs then.
+    fn fill(
         &self,
+        stage: &Stage,
+        tree: &OwnedFd,
+        taking: Taking,
+        listing: &Listing,
+    ) -> Result<Option<(Usage, Agreed)>, SnapshotError> {
+        let comparison = listing.compare();
+        let unpacked = Unpacked { root: listing.root(), agrees: &|name| comparison.agrees(name) };
+        match self.store.snapshots().fill_unpacked(stage, tree, taking, unpacked, self.cancel) {
+            Ok(usage) => Ok(usage.zip(comparison.finish())),
+            // Its tar says what is meant.
+            Err(SnapshotError::Seal(SealError::NotSelfContained { .. })) => Ok(None),
+            Err(other) => Err(other),
+        }
+    }
+
+    /// Stages a tree that gives its tar back with a recording. What the recording lists must be there, as it says; that
+    /// the bytes are those of the diff ID is the source's word, unless somebody wants to know or a file was written to.
+    fn stage_split(
+        &self,
+        tree: &OwnedFd,
         diff_id: DiffId,
         recording: &Path,
-        tree: BorrowedFd<'_>,
-    ) -> Result<Option<Listing>, String> {
-        let (headers, pipe) = io::pipe().map_err(|error| chain(&error))?;
-        // What files hold is hashed only; where it lies must be where the headers say, or they are not those of the tar.
-        let (mut position, mut content) = (0, Vec::new());
-        let (assembled, listing) = std::thread::scope(|scope| {
-            let listing = scope.spawn(|| {
-                let mut reader = Reader::new(headers, self.limits).without_data();
-                Listing::read_from(&mut reader).map(|listing| (listing, reader.left_out().to_vec()))
-            });
-            // Nothing more is wanted when the reader is gone: it has seen enough, or what is no tar.
-            let mut pipe = Some(BufWriter::new(pipe));
-            let mut tar = HashingWriter::new(Checked { cancel: self.cancel });
-            let assembled = assemble(recording, tree, &mut tar, |part| match part {
-                Part::Bytes(bytes) => {
-                    position += bytes.len() as u64;
-                    pipe = pipe.take().and_then(|mut pipe| pipe.write_all(bytes).is_ok().then_some(pipe));
-                }
-                Part::Content(size_bytes) => {
-                    content.push((position, size_bytes));
-                    position += size_bytes;
-                }
-            });
-            drop(pipe);
-            (assembled.map(|()| DiffId::from_bytes(tar.finish().1.sha256)), listing.join())
+        taking: Taking,
+    ) -> Result<Staged, SnapshotError> {
+        let mut stage = self.store.layers().stage()?;
+        let filled = match self.recorded(recording) {
+            Some(listing) => self.fill(&stage, tree, taking, &listing)?,
+            None => None,
+        };
+        let unverified = !self.options.verify && filled.as_ref().is_some_and(|(_, agreed)| agreed.same_times);
+        let read = if filled.is_some() { stage.root() } else { tree.as_fd() };
+        if !unverified && let Err(why) = self.check_recording(diff_id, recording, read) {
+            return Ok(Staged::Wrong(why));
+        }
+        let Some((usage, Agreed { index, .. })) = filled else { return Ok(Staged::Differs) };
+        let copied = stage.tar_split_file().map_err(|error| chain(&error)).and_then(|mut to| {
+            let mut from = open_file(recording).map_err(|error| chain(&error))?;
+            io::copy(&mut from, &mut to).map_err(|error| chain(&error))
         });
-        match assembled? {
-            actual if actual == diff_id => {
-                let listed = listing.ok().flatten();
-                Ok(listed.and_then(|(listing, left_out)| (left_out == content).then_some(listing)))
-            }
-            actual => Err(format!("its files and its tar-split give {actual}, not {diff_id}")),
+        if let Err(why) = copied {
+            return Ok(Staged::Wrong(why));
+        }
+        let contents = LayerContents { diff_id: Some(diff_id), usage, index, unverified, ..LayerContents::default() };
+        Ok(Staged::New(Box::new(stage.finish(contents))))
+    }
+
+    /// What a tar-split recording lists, by its headers alone; `None` if no tree can be held against that.
+    fn recorded(&self, recording: &Path) -> Option<Listing> {
+        let mut headers = Headers::new(open_file(recording).ok()?);
+        let mut reader = Reader::new(&mut headers, self.limits).without_data();
+        let listing = Listing::read_from(&mut reader)?;
+        let left_out = reader.left_out().to_vec();
+        // What stands behind the end mark, too.
+        io::copy(&mut headers, &mut io::sink()).ok()?;
+        (left_out == headers.left_out()).then_some(listing)
+    }
+
+    /// Whether a tree would come over with a tar-split recording, without doing it; why not.
+    pub(crate) fn would_take(&self, diff_id: DiffId, recording: &Path, tree: &Path) -> Result<(), String> {
+        let tree = open_dir(tree).map_err(|error| chain(&error))?;
+        let listing = self.recorded(recording).filter(|_| !self.options.verify);
+        let agreed = listing.and_then(|listing| listing.judge_below(tree.as_fd()).ok()?);
+        match agreed {
+            Some(Agreed { same_times: true, .. }) => Ok(()),
+            _ => self.check_recording(diff_id, recording, tree.as_fd()),
+        }
+    }
+
+    /// Whether a tree and a tar-split recording give the tar of `diff_id`, all of which is read.
+    fn check_recording(&self, diff_id: DiffId, recording: &Path, tree: BorrowedFd<'_>) -> Result<(), String> {
+        let mut tar = HashingWriter::new(Checked { cancel: self.cancel });
+        assemble(recording, tree, &mut tar).map_err(|error| does_not_fit(&error))?;
+        match DiffId::from_bytes(tar.finish().1.sha256) {
+            actual if actual == diff_id => Ok(()),
+            actual => Err(other_tar(actual, diff_id)),
         }
     }
 
@@ -267,14 +294,14 @@ impl Import<'_> {
         let (stream, tar) = io::pipe().map_err(|error| chain(&error))?;
         let transfer = Transfer { lease, limits: self.limits, progress: self.progress, cancel: self.cancel };
         let (received, assembled) = std::thread::scope(|scope| {
-            let assembled = scope.spawn(|| assemble(recording, root.as_fd(), &mut BufWriter::new(tar), |_| {}));
+            let assembled = scope.spawn(|| assemble(recording, root.as_fd(), &mut BufWriter::new(tar)));
             let received = transfer.receive_layer(stream, Compression::None, below, parent);
             (received, assembled.join())
         });
         match received.map_err(|error| chain(&error))? {
             received if received.diff_id == diff_id => Ok(received.layer),
             _ => match assembled {
-                Ok(Err(why)) => Err(why),
+                Ok(Err(error)) => Err(does_not_fit(&error)),
                 _ => Err("it changed meanwhile".to_owned()),
             },
         }
@@ -370,19 +397,21 @@ impl Import<'_> {
     }
 }
 
-/// Writes the tar that a tree and a tar-split recording give, and tells of its parts.
-fn assemble(
-    recording: &Path,
-    tree: BorrowedFd<'_>,
-    tar: &mut impl Write,
-    part: impl FnMut(Part<'_>),
-) -> Result<(), String> {
-    let failed = |error: &dyn std::error::Error| format!("its tar-split and its files do not fit: {}", chain(error));
-    let records = open_file(recording).map_err(|error| format!("read its tar-split: {error}"))?;
-    let root = Root::new(tree).map_err(|error| failed(&error))?;
+/// Writes the tar that a tree and a tar-split recording give.
+fn assemble(recording: &Path, tree: BorrowedFd<'_>, tar: &mut impl Write) -> Result<(), AssembleError> {
+    let records = open_file(recording).map_err(|source| AssembleError::Records { source })?;
+    let root = Root::new(tree).map_err(|source| AssembleError::File { path: Escaped::of(b"/"), source })?;
     let open = |name: &[u8], _| tarsplit::open_in(&root, name);
-    tarsplit::assemble_parts(records, open, tar, part).map_err(|error| failed(&error))?;
-    tar.flush().map_err(|error| failed(&error))
+    tarsplit::assemble(records, open, tar)?;
+    tar.flush().map_err(|source| AssembleError::Write { source })
+}
+
+fn does_not_fit(error: &AssembleError) -> String {
+    format!("its tar-split and its files do not fit: {}", chain(error))
+}
+
+fn other_tar(actual: DiffId, diff_id: DiffId) -> String {
+    format!("its files and its tar-split give {actual}, not {diff_id}")
 }
 
 /// Takes bytes that are only hashed, until somebody cancels.

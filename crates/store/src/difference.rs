@@ -149,7 +149,7 @@ impl Transfer<'_> {
             return Ok(None);
         };
         let diff_id = self.hash(stage.root(), &index, &task)?;
-        let layer = match store.layers().hold_by_diff_id(diff_id, self.lease)? {
+        let layer = match store.layers().hold_verified_by_diff_id(diff_id, self.lease)? {
             Some(layer) => {
                 // A row whose files are gone is no layer to go on with.
                 store.layers().root(layer)?;
@@ -157,7 +157,7 @@ impl Transfer<'_> {
             }
             None => {
                 let usage = tree::measure(stage.root()).at("measure", stage.tree())?;
-                let contents = LayerContents { diff_id: Some(diff_id), chain_id: None, usage, index };
+                let contents = LayerContents { diff_id: Some(diff_id), usage, index, ..LayerContents::default() };
                 let made = store.layers().publish(self.lease, vec![stage.finish(contents)])?;
                 *made.first().expect("because one stage makes one layer")
             }

@@ -3,13 +3,15 @@
 //! What a link leads to is still the other program's file as much as ours, so nothing is ever changed about one:
 //! directories are made anew, and what carries marks of overlayfs, which have to go, is copied.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ffi::CStr;
 use std::io;
-use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::sync::{Condvar, Mutex, PoisonError};
 
-use plies_archive::tar::EntryPath;
-use rustix::fs::{AtFlags, FileType, Mode, XattrFlags};
+use plies_archive::tar::{Entry, EntryPath};
+use plies_archive::{SealError, Usage};
+use rustix::fs::{AtFlags, FileType, Mode, Stat, XattrFlags};
 use rustix::io::Errno;
 
 use crate::driver::{Compare, NOTHING_IS_CERTAIN};
@@ -17,6 +19,7 @@ use crate::error::At as _;
 use crate::layers::Stage;
 use crate::open::make_dir;
 use crate::snapshots::{SnapshotError, Snapshots};
+use crate::transfer::threads;
 use crate::tree::{self, Material, Metadata};
 use crate::{Cancel, FinishedStage, LayerContents, LayerId, Lease};
 
@@ -43,14 +46,42 @@ pub enum ForeignTree {
     },
 }
 
-/// What a foreign tree is a difference to.
+/// One name of a foreign tree.
 #[derive(Debug, Clone, Copy)]
-pub enum Over<'a> {
-    /// These layers, bottom first, held by this lease or otherwise: what says nothing new over them goes, and what hides
-    /// nothing.
-    Layers(&'a [LayerId], &'a Lease),
-    /// Whatever lies below: it is what a tar unpacked to.
-    Anything,
+pub struct ForeignName<'a> {
+    /// Where it is in the tree.
+    pub path: &'a EntryPath,
+    /// What it is.
+    pub stat: &'a Stat,
+    /// The directory that it is in.
+    pub dir: BorrowedFd<'a>,
+    /// Its last component.
+    pub name: &'a [u8],
+}
+
+impl ForeignName<'_> {
+    /// Where it leads, if it is a symbolic link.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn link_target(&self) -> io::Result<Vec<u8>> {
+        Ok(rustix::fs::readlinkat(self.dir, self.name, Vec::new())?.into_bytes())
+    }
+}
+
+/// What a tree is to be that a tar was unpacked to.
+#[derive(Clone, Copy)]
+pub struct Unpacked<'a> {
+    /// How its root is to look; `None`: as in the source.
+    pub root: Option<&'a Entry>,
+    /// Whether a name other than the root is what it should be. Asked on several threads, and in no order.
+    pub agrees: &'a (dyn Fn(&ForeignName<'_>) -> io::Result<bool> + Sync),
+}
+
+impl std::fmt::Debug for Unpacked<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Unpacked").field("root", &self.root).finish_non_exhaustive()
+    }
 }
 
 /// What overlayfs says of a file whose content is not in this layer.
@@ -63,19 +94,26 @@ const NEEDS_LOWER: [(&[u8], &str); 4] = [
 const OPAQUE: &CStr = c"trusted.overlay.opaque";
 /// As [`OPAQUE`], where somebody else than root mounted.
 const USER_OPAQUE: &[u8] = b"user.overlay.opaque";
+/// Marks of a mount by somebody else: a copy has them, too.
+const USER_OVERLAY: &[u8] = b"user.overlay.";
+
+/// Directories that wait to be taken before other threads are started to help with them.
+const SHARED_FROM: usize = 16;
+/// Threads that work on one tree: beyond that they wait for the journal.
+const THREADS_MAX: usize = 8;
 
 impl Snapshots<'_> {
-    /// A stage with what `tree` changes of what it lies over, not published yet; the source is only read. The caller holds
-    /// the layers below.
+    /// A stage with what `tree` changes of the layers `below`, bottom first, not published yet; the source is only read. The caller
+    /// holds those layers: what says nothing new over them goes, and what hides nothing. What has to be made to see them as one
+    /// tree is held by `lease`.
     /// `judge` sees the stage with the canonical layer, may keep a tar-split with it, and says what else is known of it; or that
     /// there shall be none.
     ///
     /// # Errors
-    /// [`SnapshotError::Seal`] for an upper whose files lie elsewhere in part, and over anything for one with opaque directories;
-    /// [`SnapshotError::File`].
+    /// [`SnapshotError::Seal`] for an upper whose files lie elsewhere in part; [`SnapshotError::File`].
     pub fn stage_foreign(
         &self,
-        over: Over<'_>,
+        (below, lease): (&[LayerId], &Lease),
         tree: &ForeignTree,
         taking: Taking,
         cancel: &Cancel,
@@ -85,8 +123,7 @@ impl Snapshots<'_> {
         let (path, material) = (stage.tree(), Material::from(taking));
         match tree {
             ForeignTree::Upper(upper) => {
-                let mut copy = Copying { material, over: false, cancel, linked: HashMap::new() };
-                copy.run(upper, stage.root())?;
+                Copying::new(upper, stage.root(), material, cancel).run()?;
             }
             ForeignTree::Whole { before, after } => {
                 let empty = || {
@@ -104,13 +141,32 @@ impl Snapshots<'_> {
                 compare.run().at("compare", &path)?;
             }
         }
-        let sealed = match over {
-            Over::Layers(below, lease) => self.seal_over(below, lease, stage.root())?,
-            Over::Anything => plies_archive::seal_alone(stage.root())?,
-        };
+        let sealed = self.seal_over(below, lease, stage.root())?;
         let contents = LayerContents { usage: sealed.usage, index: sealed.index, ..LayerContents::default() };
         let judged = judge(&mut stage, contents);
         Ok(judged.map(|contents| stage.finish(contents)))
+    }
+
+    /// Fills an empty stage with what a tar was unpacked to: an upper directory whose meaning does not depend on what lies below.
+    /// What it costs then; `None` if it is not what it should be. The source is only read.
+    ///
+    /// # Errors
+    /// [`SnapshotError::Seal`] for a tree with opaque directories or whose files lie elsewhere in part; [`SnapshotError::File`].
+    pub fn fill_unpacked(
+        &self,
+        stage: &Stage,
+        tree: &OwnedFd,
+        taking: Taking,
+        unpacked: Unpacked<'_>,
+        cancel: &Cancel,
+    ) -> Result<Option<Usage>, SnapshotError> {
+        let copying = Copying::new(tree, stage.root(), taking.into(), cancel);
+        let filled = Copying { unpacked: Some(unpacked), ..copying }.run()?;
+        Ok(match filled.refused {
+            true => None,
+            false if filled.marked => Some(plies_archive::seal_alone(stage.root())?.usage),
+            false => Some(filled.usage),
+        })
     }
 
     /// Fills an empty directory with a copy of a plain tree, which may still be written to.
@@ -118,7 +174,7 @@ impl Snapshots<'_> {
     /// # Errors
     /// [`SnapshotError::File`].
     pub fn copy_foreign(&self, from: &OwnedFd, to: BorrowedFd<'_>, cancel: &Cancel) -> Result<(), SnapshotError> {
-        Copying { material: Material::Copy, over: false, cancel, linked: HashMap::new() }.run(from, to)
+        Copying::new(from, to, Material::Copy, cancel).run().map(drop)
     }
 
     /// Does to a mounted tree what an overlay has written to its upper directory `from`: copies what is there, removes what
@@ -127,7 +183,8 @@ impl Snapshots<'_> {
     /// # Errors
     /// [`SnapshotError::Seal`] for an upper whose files lie elsewhere in part; [`SnapshotError::File`].
     pub fn copy_changes(&self, from: &OwnedFd, to: BorrowedFd<'_>, cancel: &Cancel) -> Result<(), SnapshotError> {
-        Copying { material: Material::Copy, over: true, cancel, linked: HashMap::new() }.run(from, to)
+        let copying = Copying::new(from, to, Material::Copy, cancel);
+        Copying { over: true, ..copying }.run().map(drop)
     }
 }
 
@@ -142,101 +199,218 @@ impl From<Taking> for Material {
 
 /// One tree on its way.
 struct Copying<'a> {
+    from: &'a OwnedFd,
+    to: BorrowedFd<'a>,
     material: Material,
     /// The target is a tree in use, not an upper directory: what marks say is done to it.
     over: bool,
+    /// It is what a tar was unpacked to.
+    unpacked: Option<Unpacked<'a>>,
     cancel: &'a Cancel,
-    /// Copies of files that have more names: inode to where the first one is now.
-    linked: HashMap<u64, EntryPath>,
+    /// Files that have more names, by inode.
+    files: Mutex<Files>,
 }
 
-impl Copying<'_> {
-    fn run(&mut self, from: &OwnedFd, to: BorrowedFd<'_>) -> Result<(), SnapshotError> {
-        let mut dirs = Vec::new();
-        let mut pending = vec![EntryPath::root()];
-        while let Some(path) = pending.pop() {
-            self.cancel.check().at("copy", path.to_string())?;
-            let metadata = self.directory(&path, from, to, &mut pending).at("copy", path.to_string())??;
-            dirs.push((path, metadata));
-        }
-        // Filling a directory changes its time; what is below comes before it.
-        for (path, metadata) in dirs.iter().rev() {
-            tree::open_dir(to, path).and_then(|dir| metadata.apply(dir)).at("set metadata of", path.to_string())?;
-        }
-        Ok(())
+#[derive(Default)]
+struct Files {
+    /// Those that were copied, and where the first name is now.
+    copied: HashMap<u64, EntryPath>,
+    /// Those that were counted.
+    counted: HashSet<u64>,
+}
+
+/// What is done, and what is to be done.
+#[derive(Default)]
+struct Filling {
+    pending: Vec<EntryPath>,
+    /// Threads that are busy with a directory, of which more may come.
+    busy: usize,
+    /// Directories that nobody could pass through if they looked as they shall.
+    closed: Vec<(EntryPath, Metadata)>,
+    filled: Filled,
+    failed: Option<SnapshotError>,
+}
+
+/// What became of a tree.
+#[derive(Default)]
+struct Filled {
+    usage: Usage,
+    /// Marks of overlayfs may have come along.
+    marked: bool,
+    /// Something is not what it should be; the rest was left.
+    refused: bool,
+}
+
+impl<'a> Copying<'a> {
+    fn new(from: &'a OwnedFd, to: BorrowedFd<'a>, material: Material, cancel: &'a Cancel) -> Self {
+        Self { from, to, material, over: false, unpacked: None, cancel, files: Mutex::default() }
     }
 
-    fn directory(
-        &mut self,
-        path: &EntryPath,
-        from_root: &OwnedFd,
-        to_root: BorrowedFd<'_>,
-        pending: &mut Vec<EntryPath>,
-    ) -> io::Result<Result<Metadata, SnapshotError>> {
-        let (from, to) = (tree::open_dir(from_root, path)?, tree::open_dir(to_root, path)?);
+    fn run(&self) -> Result<Filled, SnapshotError> {
+        let filling = Mutex::new(Filling { pending: vec![EntryPath::root()], ..Filling::default() });
+        let (changed, lock) = (Condvar::new(), || filling.lock().unwrap_or_else(PoisonError::into_inner));
+        // Until there is nothing left, or enough for more threads.
+        let work = |enough: usize| {
+            let mut now = lock();
+            while now.failed.is_none() && !now.filled.refused && now.pending.len() < enough {
+                let Some(path) = now.pending.pop() else {
+                    if now.busy == 0 {
+                        break;
+                    }
+                    now = changed.wait(now).unwrap_or_else(PoisonError::into_inner);
+                    continue;
+                };
+                now.busy += 1;
+                drop(now);
+                let mut own = Filling::default();
+                let done =
+                    self.cancel.check().and_then(|()| self.directory(&path, &mut own)).at("copy", path.to_string());
+                now = lock();
+                now.busy -= 1;
+                now.pending.append(&mut own.pending);
+                now.closed.append(&mut own.closed);
+                now.filled.usage += own.filled.usage;
+                now.filled.marked |= own.filled.marked;
+                now.filled.refused |= own.filled.refused;
+                if let Err(error) = done.map_err(SnapshotError::from).and_then(|done| done) {
+                    now.failed.get_or_insert(error);
+                }
+                changed.notify_all();
+            }
+        };
+        work(SHARED_FROM);
+        if !lock().pending.is_empty() {
+            std::thread::scope(|scope| {
+                (1..threads().get().min(THREADS_MAX)).for_each(|_| drop(scope.spawn(|| work(usize::MAX))));
+                work(usize::MAX);
+            });
+        }
+        let Filling { closed, filled, failed, .. } = filling.into_inner().unwrap_or_else(PoisonError::into_inner);
+        failed.map_or(Ok(()), Err)?;
+        // What is below comes before it.
+        for (path, metadata) in closed.iter().rev().filter(|_| !filled.refused) {
+            let dir = tree::open_dir(self.to, path);
+            dir.and_then(|dir| metadata.apply(dir)).at("set metadata of", path.to_string())?;
+        }
+        Ok(filled)
+    }
+
+    /// Fills one directory, which is there, and makes those in it.
+    fn directory(&self, path: &EntryPath, own: &mut Filling) -> io::Result<Result<(), SnapshotError>> {
+        let (from, to) = (tree::open_dir(self.from, path)?, tree::open_dir(self.to, path)?);
         let marks = marks_of(|list| rustix::fs::flistxattr(&from, list))?;
+        own.filled.marked |= marks.iter().any(|mark| mark.starts_with(USER_OVERLAY));
         if let Err(error) = self_contained(path, &marks) {
             return Ok(Err(error));
         }
+        let has = |mark: &[u8]| marks.iter().any(|found| found == mark);
         let mut value = [0; 1];
-        let user_opaque = marks.iter().any(|mark| mark == USER_OPAQUE)
-            && rustix::fs::fgetxattr(&from, USER_OPAQUE, &mut value).is_ok()
-            && value == *b"y";
-        if (tree::is_opaque(&from)? || user_opaque) && !path.is_root() {
-            match self.over {
-                true => tree::clear_dir(&to)?,
-                false => rustix::fs::fsetxattr(&to, OPAQUE, b"y", XattrFlags::empty())?,
+        let user_opaque =
+            has(USER_OPAQUE) && rustix::fs::fgetxattr(&from, USER_OPAQUE, &mut value).is_ok() && value == *b"y";
+        let opaque = user_opaque || (has(OPAQUE.to_bytes()) && tree::is_opaque(&from)?);
+        if opaque && !path.is_root() {
+            match (self.over, &self.unpacked) {
+                (true, _) => tree::clear_dir(&to)?,
+                // Which names it hides is known over a lower tree only.
+                (false, Some(_)) => return Ok(Err(not_self_contained(path, "trusted.overlay.opaque"))),
+                (false, None) => rustix::fs::fsetxattr(&to, OPAQUE, b"y", XattrFlags::empty())?,
             }
         }
+        let mut whiteouts = false;
         for name in tree::list(&from)? {
             let Some(stat) = tree::stat(&from, &name)? else { continue };
+            let child = path.join(name.to_bytes());
+            if let Some(unpacked) = &self.unpacked
+                && !(unpacked.agrees)(&ForeignName {
+                    path: &child,
+                    stat: &stat,
+                    dir: from.as_fd(),
+                    name: name.to_bytes(),
+                })?
+            {
+                own.filled.refused = true;
+                return Ok(Ok(()));
+            }
             let is_dir = tree::file_type(&stat) == FileType::Directory;
             if self.over
                 && let Some(below) = tree::stat(&to, &name)?
             {
                 if is_dir && tree::file_type(&below) == FileType::Directory {
-                    pending.push(path.join(name.to_bytes()));
+                    own.pending.push(child);
                     continue;
                 }
                 tree::remove_at(&to, &name)?;
             }
             if is_dir {
                 rustix::fs::mkdirat(&to, &name, Mode::RWXU)?;
-                pending.push(path.join(name.to_bytes()));
-                continue;
-            }
-            if tree::is_whiteout(&stat) {
-                if self.over {
-                    continue;
+                own.pending.push(child);
+            } else if tree::is_whiteout(&stat) {
+                if !self.over {
+                    rustix::fs::mknodat(&to, &name, FileType::CharacterDevice, Mode::empty(), 0)?;
+                    whiteouts = true;
+                    own.filled.usage.add(&stat);
                 }
-                rustix::fs::mknodat(&to, &name, FileType::CharacterDevice, Mode::empty(), 0)?;
-                continue;
-            }
-            let marks = marks_of(|list| {
-                let mut path = format!("/proc/self/fd/{}/", from.as_raw_fd()).into_bytes();
-                path.extend_from_slice(name.to_bytes());
-                rustix::fs::llistxattr(path, list)
-            })?;
-            let child = path.join(name.to_bytes());
-            if let Err(error) = self_contained(&child, &marks) {
+            } else if let Err(error) = self.file(&child, &name, &stat, &from, &to, &mut own.filled)? {
                 return Ok(Err(error));
             }
-            if self.material == Material::Link && marks.is_empty() && tree::link(&from, &name, &to, &name)? {
-                continue;
-            }
-            if stat.st_nlink > 1 {
-                if let Some(first) = self.linked.get(&stat.st_ino) {
-                    let (dir, first) = first.split().expect("because a file is not the root");
-                    let dir = tree::open_dir(to_root, &dir)?;
-                    rustix::fs::linkat(dir, first, &to, &name, AtFlags::empty())?;
-                    continue;
-                }
-                self.linked.insert(stat.st_ino, child);
-            }
-            // Marks come along here and there, and go when the copy is sealed.
-            tree::copy(&from, &name, &stat, &to)?;
         }
-        Metadata::of(&from).map(Ok)
+        if whiteouts && self.unpacked.is_some() {
+            tree::mark_whiteouts(&to)?;
+        }
+        own.filled.usage.add(&rustix::fs::fstat(&to)?);
+        let mut metadata = Metadata::of(&from)?;
+        if let Some(root) = self.unpacked.and_then(|unpacked| unpacked.root).filter(|_| path.is_root()) {
+            metadata = metadata.like(root);
+        }
+        // Now nothing comes or goes in it any more, which would change its time.
+        match metadata.lets_owner_through() {
+            true => metadata.apply(&to)?,
+            false => own.closed.push((path.clone(), metadata)),
+        }
+        Ok(Ok(()))
+    }
+
+    /// Brings anything but a directory or a whiteout.
+    fn file(
+        &self,
+        path: &EntryPath,
+        name: &CStr,
+        stat: &Stat,
+        from: &OwnedFd,
+        to: &OwnedFd,
+        filled: &mut Filled,
+    ) -> io::Result<Result<(), SnapshotError>> {
+        let marks = marks_of(|list| {
+            let mut path = format!("/proc/self/fd/{}/", from.as_raw_fd()).into_bytes();
+            path.extend_from_slice(name.to_bytes());
+            rustix::fs::llistxattr(path, list)
+        })?;
+        filled.marked |= marks.iter().any(|mark| mark.starts_with(USER_OVERLAY));
+        if let Err(error) = self_contained(path, &marks) {
+            return Ok(Err(error));
+        }
+        let files = || self.files.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.material == Material::Link && marks.is_empty() && tree::link(from, name, to, name)? {
+            if stat.st_nlink == 1 || files().counted.insert(stat.st_ino) {
+                filled.usage.add(stat);
+            }
+            return Ok(Ok(()));
+        }
+        // Others wait, who may have another name of it.
+        let mut copied = (stat.st_nlink > 1).then(files);
+        if let Some(first) = copied.as_ref().and_then(|files| files.copied.get(&stat.st_ino)) {
+            let (dir, first) = first.split().expect("because a file is not the root");
+            let dir = tree::open_dir(self.to, &dir)?;
+            rustix::fs::linkat(dir, first, to, name, AtFlags::empty())?;
+            return Ok(Ok(()));
+        }
+        // Marks of somebody else's mount come along, and go when the copy is sealed.
+        tree::copy(from, name, stat, to)?;
+        if let Some(files) = &mut copied {
+            files.copied.insert(stat.st_ino, path.clone());
+        }
+        filled.usage.add(&rustix::fs::statat(to, name, AtFlags::SYMLINK_NOFOLLOW)?);
+        Ok(Ok(()))
     }
 }
 
@@ -246,13 +420,17 @@ fn marks_of(list: impl Fn(&mut [u8]) -> rustix::io::Result<usize>) -> io::Result
         Err(Errno::OPNOTSUPP) => return Ok(Vec::new()),
         names => names?,
     };
-    let is_mark = |name: &&[u8]| name.starts_with(b"trusted.overlay.") || name.starts_with(b"user.overlay.");
+    let is_mark = |name: &&[u8]| name.starts_with(b"trusted.overlay.") || name.starts_with(USER_OVERLAY);
     Ok(names.split(|byte| *byte == 0).filter(is_mark).map(<[u8]>::to_vec).collect())
 }
 
 fn self_contained(path: &EntryPath, marks: &[Vec<u8>]) -> Result<(), SnapshotError> {
     match NEEDS_LOWER.iter().find(|(mark, _)| marks.iter().any(|found| found == mark)) {
-        Some((_, mark)) => Err(plies_archive::SealError::NotSelfContained { path: path.clone(), mark }.into()),
+        Some((_, mark)) => Err(not_self_contained(path, mark)),
         None => Ok(()),
     }
+}
+
+fn not_self_contained(path: &EntryPath, mark: &'static str) -> SnapshotError {
+    SealError::NotSelfContained { path: path.clone(), mark }.into()
 }

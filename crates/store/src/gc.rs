@@ -576,6 +576,7 @@ mod tests {
                     created,
                     tar_split: false,
                     beside: usage,
+                    unverified: false,
                 };
                 tx.put_layer(id, &row)
             }

@@ -118,6 +118,8 @@ pub struct LayerContents {
     pub usage: Usage,
     /// Which of its directories are implied.
     pub index: DirIndex,
+    /// The diff ID is another program's word, and was not held against the bytes of the files.
+    pub unverified: bool,
 }
 
 /// A layer as the catalogue knows it.
@@ -137,6 +139,8 @@ pub struct LayerInfo {
     pub has_tar_split: bool,
     /// Made by the store (a fix-up or a squash): nobody's difference, never exported.
     pub derived: bool,
+    /// Its diff ID is the word of the program that it was taken over from.
+    pub unverified: bool,
 }
 
 impl LayerInfo {
@@ -149,6 +153,7 @@ impl LayerInfo {
             created: row.created,
             has_tar_split: row.tar_split,
             derived: row.kind != LayerKind::Full,
+            unverified: row.unverified,
         }
     }
 }
@@ -230,7 +235,7 @@ impl<'a> Layers<'a> {
 
     /// Makes finished stages layers, held by `lease`: one sync of the file system for all, one
     /// transaction; durable when this returns. A stage whose diff ID (or chain ID) is there already
-    /// yields that layer, and goes.
+    /// yields that layer, and goes; unless it was verified and that layer was not.
     ///
     /// # Errors
     /// [`LayerError`]; then none of them is visible.
@@ -251,6 +256,15 @@ impl<'a> Layers<'a> {
             found.map(|id| tx.lease_hold(lease.id(), id)).transpose()?;
             Ok::<_, CatalogueError>(found)
         })?)
+    }
+
+    /// As [`Layers::hold_by_diff_id`], but none whose diff ID is another program's word.
+    ///
+    /// # Errors
+    /// [`LayerError::Catalogue`].
+    pub fn hold_verified_by_diff_id(&self, diff_id: DiffId, lease: &Lease) -> Result<Option<LayerId>, LayerError> {
+        let Some(id) = self.hold_by_diff_id(diff_id, lease)? else { return Ok(None) };
+        Ok((!self.row(id)?.unverified).then_some(id))
     }
 
     /// Finds the layer that was made to complete this chain, and only this, and holds it.
@@ -368,19 +382,38 @@ impl<'a> Layers<'a> {
         })
     }
 
+    /// Says that somebody has held a layer's files against its diff ID. Who did not hear of it asks again.
+    ///
+    /// # Errors
+    /// [`LayerError::NotFound`].
+    pub fn set_verified(&self, id: LayerId) -> Result<(), LayerError> {
+        self.store.write_lazily(|tx| {
+            let row = tx.get(&LAYERS, &id)?.ok_or(LayerError::NotFound { layer: id })?;
+            Ok(tx.put_layer(id, &LayerRow { unverified: false, ..row })?)
+        })
+    }
+
     fn row(&self, id: LayerId) -> Result<LayerRow, LayerError> {
         let row = self.store.read(|tx| tx.get(&LAYERS, &id))?;
         row.ok_or(LayerError::NotFound { layer: id })
     }
 }
 
+/// The layer of a diff ID; one of which that was verified, if there are several.
 fn by_diff_id(rows: &impl Rows, diff_id: DiffId) -> Result<Option<LayerId>, CatalogueError> {
-    let mut found = None;
+    let mut found: Vec<LayerId> = Vec::new();
     rows.scan_prefix(&LAYERS_BY_DIFF, &diff_id, |(_, id), ()| {
-        found = Some(id);
-        ControlFlow::Break(())
+        found.push(id);
+        ControlFlow::Continue(())
     })?;
-    Ok(found)
+    if let [_, _, ..] = *found {
+        for id in &found {
+            if rows.get(&LAYERS, id)?.is_some_and(|row| !row.unverified) {
+                return Ok(Some(*id));
+            }
+        }
+    }
+    Ok(found.first().copied())
 }
 
 fn by_chain_id(rows: &impl Rows, chain_id: ChainId) -> Result<Option<LayerId>, CatalogueError> {
@@ -592,6 +625,7 @@ impl FinishedStage {
             created,
             tar_split: self.stage.tar_split,
             beside: StoredUsage::default(),
+            unverified: self.contents.unverified,
         };
         row.beside = self.beside(&Sidecar::encode(&row))?;
         Ok(row)
@@ -670,7 +704,12 @@ pub(crate) fn publish<E: From<LayerError> + From<CatalogueError> + From<FileErro
         for (id, row) in &rows {
             let there = match (row.diff_id, row.chain_id) {
                 (_, Some(chain_id)) => by_chain_id(tx, chain_id)?,
-                (Some(diff_id), None) => by_diff_id(tx, diff_id)?,
+                // What was verified does not give way to what was not.
+                (Some(diff_id), None) => by_diff_id(tx, diff_id)?
+                    .map(|id| Ok((id, tx.get(&LAYERS, &id)?)))
+                    .transpose()?
+                    .filter(|(_, there)| row.unverified || !there.as_ref().is_some_and(|there| there.unverified))
+                    .map(|(id, _)| id),
                 (None, None) => None,
             };
             if there.is_none() {

@@ -11,7 +11,7 @@ use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 
-use plies_archive::tar::EntryPath;
+use plies_archive::tar::{Entry, EntryPath};
 use rustix::fs::{
     AtFlags, Dir, FileType, Gid, Mode, OFlags, RawDir, RenameFlags, ResolveFlags, Stat, Timespec, Timestamps, Uid,
     XattrFlags,
@@ -301,6 +301,17 @@ impl Metadata {
             mtime: (stat.st_mtime as i64, stat.st_mtime_nsec as i64),
             xattrs,
         }
+    }
+
+    /// The same, but looking as an archive's entry says.
+    pub(crate) fn like(self, entry: &Entry) -> Self {
+        let Entry { mode, uid, gid, mtime, .. } = entry;
+        Self { mode: *mode, uid: *uid, gid: *gid, mtime: (mtime.seconds, mtime.nanos.into()), ..self }
+    }
+
+    /// Whether its owner may list it and reach what lies below.
+    pub(crate) fn lets_owner_through(&self) -> bool {
+        self.mode & 0o500 == 0o500
     }
 
     fn times(&self) -> Timestamps {

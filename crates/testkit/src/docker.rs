@@ -1,13 +1,14 @@
 //! Docker's state: a daemon with a data root of its own, and data roots made by hand.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::{Duration, UNIX_EPOCH};
 
 use serde_json::{Value, json};
 
-use crate::tar::{Member, archive};
+use crate::tar::{DEFAULT_MTIME, Member, archive};
 use crate::{base64, daemon, sha256_hex, tools};
 
 /// A daemon without a network, on the overlay2 driver.
@@ -104,8 +105,24 @@ impl DataRoot {
     pub fn layer(&self, parent: Option<&str>, name: &str, content: &str) -> (String, String) {
         let tar = archive(&[Member::file(name, content)]);
         let (chain, diff, tree) = self.add_layer(parent, &tar, recording(&tar, name, content.as_bytes()));
-        fs::write(tree.join(name), content).expect("because the scratch is ours");
+        Self::put(&tree.join(name), content);
         (chain, diff)
+    }
+
+    /// Writes a file with the time that archives of this kit have, so that nothing about it tells of a change.
+    ///
+    /// # Panics
+    /// When it cannot.
+    pub fn put(path: &Path, content: &str) {
+        let time = UNIX_EPOCH + Duration::from_secs(DEFAULT_MTIME.unsigned_abs());
+        let written =
+            fs::write(path, content).and_then(|()| File::options().write(true).open(path)?.set_modified(time));
+        written.expect("because the scratch is ours");
+    }
+
+    /// Where the files of a layer are.
+    pub fn tree(&self, chain: &str) -> PathBuf {
+        self.path.join("overlay2").join(sha256_hex(chain.as_bytes())).join("diff")
     }
 
     /// A layer of this tar, all of which stands in its tar-split, so that nothing of it must be in its tree: its chain ID
@@ -134,7 +151,7 @@ impl DataRoot {
             self.write(&format!("{dir}/parent"), format!("sha256:{parent}"));
         }
         self.write(&format!("{dir}/tar-split.json.gz"), recording);
-        let tree = self.path.join("overlay2").join(cache_id).join("diff");
+        let tree = self.tree(&chain);
         fs::create_dir_all(&tree).expect("because the scratch is ours");
         (chain, diff, tree)
     }

@@ -49,6 +49,8 @@ pub struct Reader<R> {
     recorder: Option<Recorder>,
     /// What was left out of the input: where files' bytes would begin, and how many.
     left_out: Option<Vec<(u64, u64)>>,
+    /// Whether those of the current entry were.
+    is_left_out: bool,
     buffer: Box<[u8]>,
     /// What is left of the buffer: `buffer[start..end]`.
     start: usize,
@@ -104,6 +106,7 @@ impl<R: Read> Reader<R> {
             limits: limits.clone(),
             recorder: None,
             left_out: None,
+            is_left_out: false,
             buffer: vec![0; BUFFER_BYTES].into_boxed_slice(),
             start: 0,
             end: 0,
@@ -124,8 +127,8 @@ impl<R: Read> Reader<R> {
         self
     }
 
-    /// Reads an archive that lacks what its files hold: all else is there, padding too. To be called before the first entry is
-    /// read. Files have no data then, and a sparse file whose map is part of its data is refused.
+    /// Reads an archive that lacks what its files hold, as a [recording](crate::tarsplit::Headers) has it: all else is there,
+    /// padding and what sparse files store too. To be called before the first entry is read. Other files have no data then.
     #[must_use]
     pub fn without_data(mut self) -> Self {
         debug_assert_eq!(self.offset, 0, "an archive begins at the beginning");
@@ -175,7 +178,7 @@ impl<R: Read> Reader<R> {
         if self.remaining == 0 {
             return Ok(&[]);
         }
-        if self.left_out.is_some() {
+        if self.is_left_out {
             self.fail();
             return Err(self.malformed(self.offset, "its data was left out"));
         }
@@ -377,7 +380,7 @@ impl<R: Read> Reader<R> {
     }
 
     fn skip_rest(&mut self) -> Result<(), TarError> {
-        if let Some(left_out) = &mut self.left_out
+        if let Some(left_out) = self.left_out.as_mut().filter(|_| self.is_left_out)
             && self.remaining > 0
         {
             left_out.push((self.offset, self.remaining));
@@ -515,6 +518,7 @@ impl<R: Read> Reader<R> {
             });
         }
         let sparse = map.map(|map| map.finish(size_bytes, self.remaining)).transpose().map_err(malformed)?;
+        self.is_left_out = self.left_out.is_some() && sparse.is_none();
 
         let path = self.path(&name)?;
         LimitExceeded::check("file_bytes", self.limits.file_bytes, size_bytes, "length", Some(path.as_bytes()))?;
@@ -580,9 +584,6 @@ impl<R: Read> Reader<R> {
 
     fn map_in_data(&mut self, offset: u64) -> Result<MapBuilder, TarError> {
         let malformed = |why| TarError::Malformed { offset, why };
-        if self.left_out.is_some() {
-            return Err(malformed("its data, with a sparse map, was left out"));
-        }
         let mut parser = DataMapParser::default();
         let mut map_bytes = 0;
         loop {

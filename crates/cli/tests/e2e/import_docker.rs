@@ -7,9 +7,10 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use plies_testkit::docker::{Daemon, DataRoot};
-use plies_testkit::image::Packing;
+use plies_testkit::image::{Image, Packing};
 use plies_testkit::kill::{self, Outcome};
 use plies_testkit::ply::Ply;
+use plies_testkit::tar::Member;
 use plies_testkit::tree::Tree;
 use plies_testkit::{args, sha256_hex, tools};
 use serde_json::{Value, json};
@@ -206,6 +207,54 @@ fn what_cannot_be_read_is_named_and_takes_only_what_stands_on_it_along() {
     let again = fails(&ply, &[], &root.path);
     assert_eq!(items(&again, "name")["x:lost"].0, "taken");
     ply.fails(1, args!["import", "docker", ply.scratch().dir("empty")]);
+}
+
+/// The source is believed where nothing tells of a change; what it says is never handed on unread.
+#[test]
+fn bytes_that_changed_unseen_are_found_before_anybody_else_gets_them() {
+    let Some(ply) = store() else { return };
+    let root = DataRoot::new(ply.scratch().join("data"));
+    let [(good, good_diff), (bad, bad_diff)] = ["good", "true"].map(|content| root.layer(None, content, content));
+    for (name, diff) in [("good:1", &good_diff), ("bad:1", &bad_diff)] {
+        let id = root.image(&[diff]);
+        let names = json!({ "Repositories": { "x": { name: format!("sha256:{id}") } } });
+        // One name after the other: the last one is imported with both images.
+        root.write("repositories.json", names.to_string());
+    }
+    DataRoot::put(&root.tree(&bad).join("true"), "lies");
+
+    // Who wants to know is told, in a dry run too.
+    for args in [&["--verify", "--dry-run"][..], &["--verify"]] {
+        let report = fails(&ply, args, &root.path);
+        let layers = items(&report, "layer");
+        let (fate, why) = layers[&*format!("sha256:{bad}")];
+        assert!(fate == "failed" && why.contains("do not fit"), "{args:?}: {why}");
+        assert_eq!(layers[&*format!("sha256:{good}")].0, "taken", "{args:?}");
+    }
+    // Others believe it. Whatever makes bytes of it finds out.
+    let report = ply.json(args!["import", "docker", root.path]);
+    assert_eq!(items(&report, "layer")[&*format!("sha256:{bad}")].0, "taken");
+    let linked = fs::metadata(root.tree(&bad).join("true")).unwrap();
+    assert_eq!(linked.nlink(), 2, "it was linked");
+    let state = State::of(&ply);
+    ply.fails(1, args!["layer", "export", "-o", ply.scratch().join("tar"), format!("sha256:{bad}")]);
+    ply.fails(1, args!["save", "-o", ply.scratch().join("saved"), "bad:1"]);
+    let checked: Value = serde_json::from_str(&ply.fails(1, args!["--json", "fsck", "--read-data"]).stdout).unwrap();
+    let found = checked["findings"].as_array().unwrap();
+    assert!(found.iter().any(|found| found["code"] == "layer-tree-damaged"), "{checked:#}");
+    // Nor does the same layer from elsewhere become it: what is here is read first.
+    let image = Image::new("other:1").layer(&[Member::file("true", "true")], Packing::Gzip);
+    let archive = image.write_docker_archive(&ply.scratch().join("other.tar"));
+    ply.fails(1, args!["load", "-i", &archive]);
+    state.assert_same(&State::of(&ply), "reading it");
+    let whole = Image::new("other:2").layer(&[Member::file("good", "good")], Packing::Gzip);
+    ply.ok(args!["load", "-i", whole.write_docker_archive(&ply.scratch().join("whole.tar"))]);
+
+    // A repair takes it away, and then it comes as it is.
+    ply.ok(args!["fsck", "--read-data", "--repair"]);
+    ply.ok(args!["load", "-i", &archive]);
+    assert_eq!(fs::read_to_string(ply.mount("other:1").path().join("true")).unwrap(), "true");
+    ply.ok(args!["fsck", "--read-data"]);
 }
 
 #[test]

@@ -116,18 +116,22 @@ pub(crate) struct LayerRow {
     /// version 1, until [`crate::usage`] has looked.
     #[serde(default)]
     pub(crate) beside: StoredUsage,
+    /// Its diff ID is another program's word: nobody has read its files since they were taken over.
+    #[serde(default)]
+    pub(crate) unverified: bool,
 }
 
-/// What lies beside a layer is no part of what it is: the sidecar of one of version 1 never tells.
+/// What lies beside a layer is no part of what it is: the sidecar of one of version 1 never tells. Nor is what somebody found
+/// out about it since.
 impl PartialEq for LayerRow {
     fn eq(&self, other: &Self) -> bool {
-        let Self { kind, diff_id, chain_id, usage, created, tar_split, beside: _ } = other;
+        let Self { kind, diff_id, chain_id, usage, created, tar_split, beside: _, unverified: _ } = other;
         (self.kind, self.diff_id, self.chain_id) == (*kind, *diff_id, *chain_id)
             && (self.usage, self.created, self.tar_split) == (*usage, *created, *tar_split)
     }
 }
 
-/// A layer of version 1.
+/// A layer of version 1; in version 2 what lies beside it follows.
 #[derive(Deserialize)]
 struct LayerRow1 {
     kind: LayerKind,
@@ -139,21 +143,18 @@ struct LayerRow1 {
 }
 
 impl Row for LayerRow {
-    const VERSION: u8 = 2;
+    const VERSION: u8 = 3;
 
     fn upgrade(version: u8, body: &[u8]) -> Option<Self> {
-        (version == 1).then_some(())?;
         let (LayerRow1 { kind, diff_id, chain_id, usage, created, tar_split }, rest) =
             postcard::take_from_bytes(body).ok()?;
-        rest.is_empty().then_some(Self {
-            kind,
-            diff_id,
-            chain_id,
-            usage,
-            created,
-            tar_split,
-            beside: StoredUsage::default(),
-        })
+        let (beside, rest) = match version {
+            1 => (StoredUsage::default(), rest),
+            2 => postcard::take_from_bytes(rest).ok()?,
+            _ => return None,
+        };
+        let unverified = false;
+        rest.is_empty().then_some(Self { kind, diff_id, chain_id, usage, created, tar_split, beside, unverified })
     }
 }
 
@@ -513,5 +514,21 @@ mod tests {
             prop_assert!(comes_back::<u64>(&bytes));
             prop_assert!(comes_back::<()>(&bytes));
         }
+    }
+
+    #[test]
+    fn layers_of_earlier_versions_are_verified_and_know_less() {
+        let usage = StoredUsage { size_bytes: 1, inodes: 2, content_bytes: 3 };
+        let beside = StoredUsage { size_bytes: 4, inodes: 5, content_bytes: 6 };
+        let chain_id: Option<ChainId> = None;
+        let first = (LayerKind::Full, Some(DiffId::from_bytes([7; 32])), chain_id, usage, Stamp::from_micros(8), true);
+        let first = postcard::to_stdvec(&first).unwrap();
+        let second = [first.clone(), postcard::to_stdvec(&beside).unwrap()].concat();
+        for (version, body, beside) in [(1, &first, StoredUsage::default()), (2, &second, beside)] {
+            let row = LayerRow::upgrade(version, body).unwrap();
+            assert_eq!((row.usage, row.beside, row.tar_split, row.unverified), (usage, beside, true, false));
+        }
+        assert!(LayerRow::upgrade(1, &second).is_none() && LayerRow::upgrade(2, &first).is_none());
+        assert!(LayerRow::upgrade(3, &second).is_none());
     }
 }

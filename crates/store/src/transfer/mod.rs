@@ -452,18 +452,13 @@ impl Transfer<'_> {
 
     /// Does for one layer what is missing of it.
     fn work_on(&self, offer: &LayerSource<'_>) -> Result<Worked, TransferError> {
-        let Self { lease, progress, .. } = *self;
+        let progress = self.progress;
         let name = format!("layer {}", offer.name());
         let task = Task::start(progress, &name, Some(offer.size_bytes));
-        let layers = self.store().layers();
-        let layer = match layers.hold_by_diff_id(offer.diff_id, lease)? {
-            None => layers.hold_by_chain(offer.chain_id, lease)?,
+        let layer = match self.hold_layer(offer.diff_id)? {
+            None => self.hold_layer_of_chain(offer.chain_id)?,
             found => found,
         };
-        if let Some(layer) = layer {
-            // A row whose files are gone is no layer to build an image on.
-            layers.root(layer)?;
-        }
         let (here, known) = self.look_for(offer)?;
         let blob_absent = here.is_none() && offer.origin == Origin::Far;
         if let (Some(layer), true) = (layer, known || blob_absent) {
@@ -476,6 +471,30 @@ impl Transfer<'_> {
         })?;
         task.end(Outcome::Done);
         Ok(Worked { ingest, blob_absent: false, layer })
+    }
+
+    /// The self-contained layer of a diff ID, held from now on. One that has it by another program's word is read first: whoever
+    /// asks for it here did not ask that program.
+    pub(crate) fn hold_layer(&self, diff_id: DiffId) -> Result<Option<LayerId>, TransferError> {
+        let layers = self.store().layers();
+        let Some(layer) = layers.hold_by_diff_id(diff_id, self.lease)? else { return Ok(None) };
+        // A row whose files are gone is no layer to build on.
+        layers.root(layer)?;
+        if layers.info(layer)?.unverified {
+            match self.tree_diff_id(layer)? {
+                actual if actual == diff_id => layers.set_verified(layer)?,
+                actual => return Err(TransferError::Changed { diff_id, actual }),
+            }
+        }
+        Ok(Some(layer))
+    }
+
+    /// The layer that is good for this chain only, held from now on.
+    fn hold_layer_of_chain(&self, chain_id: ChainId) -> Result<Option<LayerId>, TransferError> {
+        let layers = self.store().layers();
+        let found = layers.hold_by_chain(chain_id, self.lease)?;
+        found.map(|layer| layers.root(layer)).transpose()?;
+        Ok(found)
     }
 
     /// The blob that is offered, if it is here, and whether we found ourselves that it decompresses to its diff ID: what
@@ -630,9 +649,9 @@ impl Transfer<'_> {
         }
         let contents = LayerContents {
             diff_id: Some(offer.diff_id),
-            chain_id: None,
             usage: unpacked.applied.usage,
             index: unpacked.applied.index,
+            ..LayerContents::default()
         };
         Ok(WorkedLayer::Staged(Box::new(stage.finish(contents))))
     }
@@ -812,16 +831,12 @@ impl Transfer<'_> {
         let done = |layer, snapshot| ReceivedLayer { diff_id, chain_id, layer, snapshot, tar_bytes };
         let source = match incoming {
             Incoming::Layer(staged) => {
-                let known = match layers.hold_by_diff_id(diff_id, lease)? {
-                    None => layers.hold_by_chain(chain_id, lease)?,
+                let known = match self.hold_layer(diff_id)? {
+                    None => self.hold_layer_of_chain(chain_id)?,
                     found => found,
                 };
                 let layer = match known {
-                    Some(layer) => {
-                        // A row whose files are gone is no layer to build on.
-                        layers.root(layer)?;
-                        layer
-                    }
+                    Some(layer) => layer,
                     None => {
                         let published = layers.publish(lease, vec![*staged])?;
                         *published.first().expect("because one stage makes one layer")
@@ -871,7 +886,7 @@ impl Transfer<'_> {
             (Some(applied), None) if !applied.opaque_root => {
                 debug_assert!(recorded.unfaithful.is_none(), "an archive that no tree gives back is spooled");
                 let (usage, index) = (applied.usage, applied.index);
-                let contents = LayerContents { diff_id: Some(diff_id), chain_id: None, usage, index };
+                let contents = LayerContents { diff_id: Some(diff_id), usage, index, ..LayerContents::default() };
                 Incoming::Layer(Box::new(stage.finish(contents)))
             }
             (_, Some(archive)) => Incoming::Archive(archive),
@@ -1140,7 +1155,12 @@ fn packed_contents(
 ) -> Result<LayerContents, LayerError> {
     packed::write_image(stage.dir(), index, diff_id, tar_bytes)?;
     let usage = packed::usage(stage.dir(), index.applied().usage)?;
-    Ok(LayerContents { diff_id: Some(diff_id), chain_id: None, usage, index: index.applied().index.clone() })
+    Ok(LayerContents {
+        diff_id: Some(diff_id),
+        usage,
+        index: index.applied().index.clone(),
+        ..LayerContents::default()
+    })
 }
 
 fn same_diff_id(offer: &LayerSource<'_>, actual: DiffId) -> Result<(), TransferError> {

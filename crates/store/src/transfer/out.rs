@@ -206,7 +206,7 @@ impl Transfer<'_> {
     }
 
     /// The digest of the tar that a layer's own files make, whatever blobs there are of it.
-    fn tree_diff_id(&self, layer: LayerId) -> Result<DiffId, TransferError> {
+    pub(super) fn tree_diff_id(&self, layer: LayerId) -> Result<DiffId, TransferError> {
         let mut tar = HashingWriter::new(self.nowhere());
         self.write_tree(layer, &mut tar)?;
         Ok(DiffId::from_bytes(tar.finish().1.sha256))
