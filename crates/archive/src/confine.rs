@@ -1,6 +1,6 @@
 //! A thread that can reach nothing but one tree.
 //!
-//! Names from archives are opened so that nothing leads out of the tree ([`crate::apply`]); this is the second wall, for
+//! Names from archives are opened so that nothing leads out of the tree ([`mod@crate::apply`]); this is the second wall, for
 //! the day when the first has a hole: Landlock (Documentation/userspace-api/landlock.rst), where the kernel has it. Files that
 //! are open already stay usable.
 

@@ -30,8 +30,8 @@ use std::time::Duration;
 use plies_store::{Cancel, Canceled, CatalogueError, GcMode, GcReport, Rows as _, Stamp, Tx};
 
 use crate::filter::Filters;
-use crate::manager::{Controller, Inner};
-use crate::record::{self, RecordRow, RecordType, USES, UseRow};
+use crate::manager::{Controller, Inner, partner_of};
+use crate::record::{self, RECORDS, RecordRow, RecordType, USES, UseRow};
 use crate::usage::{RecordUsage, Survey};
 use crate::{CacheError, RecordId};
 
@@ -849,6 +849,13 @@ fn remove_one(inner: &Inner, tx: &mut Tx<'_>, survey: &Survey, at: u32) -> Resul
         Err(error @ CatalogueError::Database { .. }) => return Err(error),
         Err(_) => None,
     };
+    // It was committed since: the other half, which is there, is not condemned.
+    let other = row.as_ref().and_then(|row| partner_of(&row.state)).filter(|other| Some(*other) != partner);
+    if let Some(other) = other
+        && tx.contains(&RECORDS, &other)?
+    {
+        return Ok(Did::Left(Reason::UsedMeanwhile));
+    }
     let partner_row = partner.and_then(|partner| record::get(tx, partner).ok().flatten());
     if [&row, &partner_row].into_iter().flatten().any(|row| row.pinned) {
         return Ok(Did::Left(Reason::Pinned));

@@ -209,8 +209,8 @@ fn script(ply: &Ply) -> Vec<Step> {
     script.steps
 }
 
-/// Looks at what is left, and gives the command again.
-fn judge(ply: &Ply, step: &Step, context: &str) {
+/// Looks at what is left, and gives the command again. `in_its_form`: its layers are kept as the store keeps layers.
+fn judge(ply: &Ply, step: &Step, context: &str, in_its_form: bool) {
     let shown = Shown::of(ply);
     assert!(shown.is_between(&step.before, &step.after), "{context}: {shown:#?}");
     let sound = |when: &str| {
@@ -240,7 +240,8 @@ fn judge(ply: &Ply, step: &Step, context: &str) {
     let size = size(ply);
     if !step.is_build {
         assert_eq!(shown.records.len(), step.after.records.len(), "{context}, given again");
-        assert_eq!(size, step.size, "{context}, given again: blobs, layers, uppers and inodes");
+        let told = if in_its_form { 4 } else { 3 };
+        assert_eq!(size[..told], step.size[..told], "{context}, given again: blobs, layers, uppers and inodes");
     }
     sound("given again");
 }
@@ -288,7 +289,7 @@ fn commands_killed_before_any_call_leave_a_store_that_goes_on() {
                 assert_eq!(Shown::of(ply).images, step.after.images, "{context}: not killed");
             }
         }
-        judge(ply, step, &context);
+        judge(ply, step, &context, true);
     });
     assert!(killed * 2 >= tried, "most moments were never reached: {killed} of {tried}");
 }
@@ -305,7 +306,8 @@ fn commands_in_which_any_call_fails_say_so_and_leave_a_store_that_goes_on() {
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
         assert!(!said.contains("panicked") && output.status.code().is_some(), "{context}: {said}");
         if output.status.success() {
-            let is_closing = point.call == "fdatasync" && later_count < CLOSING_SYNCS;
+            // A migration closes one catalogue in the middle and opens the next; what it has done is looked at below.
+            let is_closing = point.call == "fdatasync" && (later_count < CLOSING_SYNCS || step.args[0] == "migrate");
             let is_sync = ["fsync", "fdatasync", "syncfs"].contains(&&*point.call);
             assert!(!is_sync || is_closing, "{context}: a success without a sync");
             assert_eq!(Shown::of(ply).images, step.after.images, "{context}: a success that left nothing");
@@ -314,7 +316,8 @@ fn commands_in_which_any_call_fails_say_so_and_leave_a_store_that_goes_on() {
             // With a write of one thread, that to standard error may have failed in another.
             assert!(!said.trim().is_empty() || point.call == "write", "{context}: says nothing");
         }
-        judge(ply, step, &context);
+        // A mount that fails as it is tried: the store does without, and says so.
+        judge(ply, step, &context, !said.contains("the driver erofs does not work here"));
     });
     assert!(failed * 2 >= tried, "most calls were never reached: {failed} of {tried}");
 }
@@ -350,7 +353,7 @@ fn commands_whose_writes_are_cut_short_say_so_and_leave_a_store_that_goes_on() {
                 failed += 1;
                 assert!(!ran.stderr.trim().is_empty(), "{context}: says nothing");
             }
-            judge(&ply, step, &context);
+            judge(&ply, step, &context, !ran.stderr.contains("the driver erofs does not work here"));
         }
     }
     println!("commands whose writes are cut short: {tried} commands, {failed} of which failed; 0 failures");
