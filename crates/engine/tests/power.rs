@@ -97,7 +97,7 @@ fn prepare(ground: &Scratch) {
     // On an image, if it is there: by its layers, without a process.
     for n in 0..6 {
         let dockerfile = format!(
-            "FROM image{n}:1 AS base\nWORKDIR /work\nCOPY file /work/file\nFROM scratch\nCOPY --from=base /dir /dir\n\
+            "FROM image{n}:1 AS base\nWORKDIR /app\nCOPY file /app/file\nFROM scratch\nCOPY --from=base /dir /dir\n\
              ADD file /added\n"
         );
         ground.file(format!("on{n}/Dockerfile"), dockerfile);

@@ -225,11 +225,7 @@ pub(crate) fn measure(root: impl AsFd) -> io::Result<Usage> {
         if shared && !seen.insert((stat.st_dev, stat.st_ino)) {
             return;
         }
-        usage.inodes += 1;
-        usage.size_bytes += u64::try_from(stat.st_blocks).unwrap_or(0) * STAT_BLOCK_BYTES;
-        if file_type(stat) == FileType::RegularFile {
-            usage.content_bytes += u64::try_from(stat.st_size).unwrap_or(0);
-        }
+        usage.add(stat);
     };
     let own = rustix::fs::fstat(&root)?;
     count(&own);

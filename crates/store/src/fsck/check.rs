@@ -640,11 +640,11 @@ impl Checker<'_> {
 
     /// Holds what a layer was found to cost against its row.
     fn usage(&mut self, id: LayerId, row: &LayerRow, counted: plies_archive::Usage) {
-        if counted != row.usage.into() {
-            let kept: plies_archive::Usage = row.usage.into();
+        let kept: plies_archive::Usage = row.usage.into();
+        if !is_what_it_costs(kept, counted) {
             let what = format!("costs {counted:?}, its row says {kept:?}");
             let put = vec![Change::put(&LAYERS, &id, &LayerRow { usage: counted.into(), ..row.clone() })];
-            // Blocks depend on the file system; other files are not what was published.
+            // Bytes on disk are the file system's; other files are not what was published.
             let is_same = (counted.inodes, counted.content_bytes) == (kept.inodes, kept.content_bytes);
             let remedy = match is_same || row.diff_id.is_none() {
                 true => Remedy::Rewrite(put),
@@ -653,6 +653,17 @@ impl Checker<'_> {
             self.findings.add("layer-usage-wrong", Resource::from(id), what, remedy);
         }
     }
+}
+
+/// The largest block that ext4, XFS and Btrfs have as a rule, in bytes: a page of most machines.
+const BLOCK_BYTES: u64 = 4096;
+
+/// Whether a layer that was found to cost `counted` is the one that cost `kept` when it was published. Files are the same; the
+/// bytes on disk may differ by a block for each: ext4 adds blocks of its own to a file of many pieces, and while it writes a
+/// file back, some count neither as waiting nor as written for a moment.
+fn is_what_it_costs(kept: plies_archive::Usage, counted: plies_archive::Usage) -> bool {
+    (kept.inodes, kept.content_bytes) == (counted.inodes, counted.content_bytes)
+        && kept.size_bytes.abs_diff(counted.size_bytes) <= counted.inodes.saturating_mul(BLOCK_BYTES)
 }
 
 pub(super) fn go_on(cancel: &Cancel) -> Result<(), Canceled> {
@@ -721,6 +732,8 @@ pub(super) fn hash_file(
 
 #[cfg(test)]
 mod tests {
+    use plies_archive::Usage;
+
     use super::*;
 
     #[test]
@@ -747,5 +760,18 @@ mod tests {
         assert_eq!(rings(&edges(&[(0, 1), (0, 2), (1, 3), (2, 3)])), []);
         assert_eq!(rings(&edges(&[(0, 1), (1, 2), (2, 0), (3, 0)])).len(), 1);
         assert_eq!(rings(&edges(&[(4, 4)])), [(blob(4), blob(4))]);
+    }
+
+    #[test]
+    fn a_block_for_each_file_more_or_less_is_no_damage() {
+        let kept = Usage { size_bytes: 100_000, inodes: 3, content_bytes: 70_000 };
+        let costs =
+            |size_bytes, inodes, content_bytes| is_what_it_costs(kept, Usage { size_bytes, inodes, content_bytes });
+        assert!(
+            costs(100_000, 3, 70_000) && costs(100_000 + 3 * 4096, 3, 70_000) && costs(100_000 - 3 * 4096, 3, 70_000)
+        );
+        assert!(!costs(100_000 + 3 * 4096 + 512, 3, 70_000) && !costs(100_000 - 3 * 4096 - 512, 3, 70_000));
+        assert!(!costs(100_000, 4, 70_000) && !costs(100_000, 2, 70_000));
+        assert!(!costs(100_000, 3, 70_001) && !costs(100_000, 3, 69_999));
     }
 }
