@@ -13,6 +13,7 @@ use plies_archive::tar::{Escaped, Reader};
 use plies_archive::tarsplit::{self, AssembleError, Headers, Recorder};
 use plies_archive::{Root, SealError, Usage, compress};
 use plies_oci::{BlobDigest, ChainId, Compression, DiffId};
+use plies_store::progress::{self, Task};
 use plies_store::{
     ActiveId, ActiveOptions, Attach, Cancel, ForeignTree, LayerBlob, LayerContents, LayerId, LayerSource, Lease,
     Origin, SnapshotError, Stage, Taking, Transfer, TransferError, Unpacked, parallel,
@@ -120,10 +121,16 @@ impl Import<'_> {
     /// Takes in layers, held by `lease`; each of them or why not. Errors of the store itself end it all.
     pub(crate) fn take_layers(&self, wanted: &[WantedLayer], lease: &Lease) -> Result<Vec<TookLayer>, ImportError> {
         let mut taken = Vec::with_capacity(wanted.len());
+        if wanted.is_empty() {
+            return Ok(taken);
+        }
+        let task = Task::start(self.progress, &format!("take {} layers", wanted.len()), None);
         for batch in wanted.chunks(BATCH_MAX) {
             let staged = parallel(batch, workers() * STAGED_PER_WORKER, WantedLayer::weight, |wanted| {
                 self.cancel.check().map_err(|_| plies_store::Canceled)?;
-                Ok::<_, plies_store::Canceled>(self.stage(wanted, lease))
+                let staged = self.stage(wanted, lease);
+                task.advance(staged.as_ref().map_or(0, Staged::size_bytes));
+                Ok::<_, plies_store::Canceled>(staged)
             })?;
             // What was cut off on the way looks like a failure.
             if self.cancel.is_canceled() {
@@ -157,6 +164,7 @@ impl Import<'_> {
                 taken.push(TookLayer::Taken(TakenLayer { id, size_bytes, was_here }));
             }
         }
+        task.end(progress::Outcome::Done);
         Ok(taken)
     }
 
@@ -442,6 +450,16 @@ enum Staged {
     Differs,
     Wrong(String),
     New(Box<plies_store::FinishedStage>),
+}
+
+impl Staged {
+    /// What was brought.
+    fn size_bytes(&self) -> u64 {
+        match self {
+            Self::New(stage) => stage.contents().usage.size_bytes,
+            Self::Here(_) | Self::Differs | Self::Wrong(_) => 0,
+        }
+    }
 }
 
 /// A blob of the source, as something that is offered for the chain `chain_id`.

@@ -581,7 +581,7 @@ impl FinishedStage {
     }
 
     /// What is known of it.
-    pub(crate) fn contents(&self) -> &LayerContents {
+    pub fn contents(&self) -> &LayerContents {
         &self.contents
     }
 
