@@ -176,8 +176,8 @@ pub fn kill_at(command: &Command, point: &KillPoint) -> Outcome {
 pub struct Failed {
     /// The run's end.
     pub output: Output,
-    /// How many calls of the name that thread made after the one that failed. Threads share syncs, so the number of those
-    /// differs from run to run.
+    /// How many calls of the name that thread made after the one that failed, until it locked something anew: the store, once
+    /// it had closed it. Threads share syncs, so the number of those differs from run to run.
     pub later_count: usize,
 }
 
@@ -192,12 +192,14 @@ pub fn fail_at(command: &Command, point: &KillPoint, errno: &str) -> Failed {
     let output = crate::tools::output_of(&mut traced);
     let log = fs::read_to_string(log.path()).expect("because strace has just written it");
     let thread_of = |line: &str| line.split_once(' ').map(|(thread, _)| thread.to_owned());
-    let begins = |line: &&str| {
-        line.split_once(' ').is_some_and(|(_, rest)| rest.trim_start().starts_with(&format!("{}(", point.call)))
+    let is = |line: &str, call: &str| {
+        let name = line.split_once(' ').and_then(|(_, rest)| rest.trim_start().split_once('('));
+        name.is_some_and(|(name, _)| name == call)
     };
     let mut lines = log.lines();
     let failed = lines.by_ref().find(|line| line.ends_with("(INJECTED)")).and_then(thread_of);
-    let later_count = lines.filter(begins).filter(|line| thread_of(line) == failed).count();
+    let later = lines.filter(|line| thread_of(line) == failed).take_while(|line| !is(line, "flock"));
+    let later_count = later.filter(|line| is(line, &point.call)).count();
     Failed { output, later_count }
 }
 
