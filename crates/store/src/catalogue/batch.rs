@@ -3,7 +3,6 @@ use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::{Path, PathBuf};
-
 use std::sync::{Arc, PoisonError};
 
 use super::view::{Base, Changes, View};
