@@ -6,7 +6,7 @@
 //! Dropping a [`Prefetch`] hangs up both ways: the source's thread ends after the read that it is
 //! in, and the scope waits for it. An error of the source is delivered after the bytes before it.
 
-use std::io::{self, Read};
+use std::io::{self, BufRead, Read};
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::thread::{Scope, ScopedJoinHandle};
 
@@ -101,6 +101,16 @@ fn run<S: Read>(mut source: S, used: &Receiver<Vec<u8>>, filled: &SyncSender<io:
 
 impl<S> Read for Prefetch<'_, S> {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let filled = self.fill_buf()?;
+        let n = buf.len().min(filled.len());
+        buf[..n].copy_from_slice(&filled[..n]);
+        self.consume(n);
+        Ok(n)
+    }
+}
+
+impl<S> BufRead for Prefetch<'_, S> {
+    fn fill_buf(&mut self) -> io::Result<&[u8]> {
         if self.position == self.current.len && self.state == State::Reading {
             let used = std::mem::take(&mut self.current).buffer;
             self.position = 0;
@@ -124,10 +134,11 @@ impl<S> Read for Prefetch<'_, S> {
         if self.state == State::Failed {
             return Err(io::Error::other("the source failed before"));
         }
-        let n = buf.len().min(self.current.len - self.position);
-        buf[..n].copy_from_slice(&self.current.buffer[self.position..self.position + n]);
+        Ok(&self.current.buffer[self.position..self.current.len])
+    }
+
+    fn consume(&mut self, n: usize) {
         self.position += n;
-        Ok(n)
     }
 }
 

@@ -1,17 +1,17 @@
 //! From a blob to a tree, in one pass over the bytes.
 //!
 //! ```text
-//! blob -> decompress -> diff ID  |  tar -> tree
-//!      (a thread that reads ahead)   |      \-> tar-split
+//! blob  |  decompress  |  diff ID, tar -> tree
+//!       |              |            \-> tar-split
 //! ```
 //!
-//! Decompression and hashing cost about as much as making files, so the two halves keep two
-//! processors busy; more threads would wait for one of them. The thread that makes files can reach nothing but its tree,
-//! where the kernel sees to that.
+//! Each bar is a border between threads: who reads the blob may also hash it and write it down, inflating takes longest, and
+//! hashing with making files about as long, so even one layer keeps two processors busy. The thread that makes files can
+//! reach nothing but its tree, where the kernel sees to that.
 
 use std::io::{self, Read, Write};
 use std::os::fd::BorrowedFd;
-use std::thread;
+use std::thread::{self, Scope};
 
 use plies_oci::{Compression, DiffId, ErrorKind};
 
@@ -113,15 +113,13 @@ pub fn unpack(
     recorder: Option<Recorder>,
 ) -> Result<Unpacked, UnpackError> {
     thread::scope(|scope| {
-        let decoder = Decoder::new(blob, compression, limits).map_err(|source| UnpackError::Decoder { source })?;
-        let ahead = Prefetch::spawn(scope, HashingReader::new(decoder));
-        let mut reader = Reader::new(ahead, limits);
+        let mut reader = Reader::new(HashingReader::new(tar_of(scope, blob, compression, limits)?), limits);
         if let Some(recorder) = recorder {
             reader = reader.with_recorder(recorder);
         }
         let applied = confined(root, || apply(&mut reader, root, style, limits))?;
         let finished = reader.finish().map_err(ApplyError::from)?;
-        let (_, hashed) = finished.inner.join().finish();
+        let (_, hashed) = finished.inner.finish();
         Ok(Unpacked {
             diff_id: DiffId::from_bytes(hashed.sha256),
             unpacked_bytes: hashed.size_bytes,
@@ -171,8 +169,6 @@ pub fn receive(
 
 /// Writes the tar that a blob decompresses to, and indexes it on the way.
 ///
-/// Here the hash is this thread's work: writing a tar takes less than making files, inflating it takes longer.
-///
 /// # Errors
 /// [`UnpackError`], but never [`ApplyError::NeedsBase`]; `tar` then has a part of it.
 pub fn pack(
@@ -182,8 +178,7 @@ pub fn pack(
     limits: &Limits,
 ) -> Result<Packed, UnpackError> {
     thread::scope(|scope| {
-        let decoder = Decoder::new(blob, compression, limits).map_err(|source| UnpackError::Decoder { source })?;
-        let hashing = HashingReader::new(Prefetch::spawn(scope, decoder));
+        let hashing = HashingReader::new(tar_of(scope, blob, compression, limits)?);
         let mut copying = Copying { inner: hashing, out: tar, failed: None };
         let read = |copying: &mut Copying<_, _>| {
             let mut reader = Reader::new(copying, limits);
@@ -199,9 +194,23 @@ pub fn pack(
             return Err(UnpackError::Write { source });
         }
         let (index, tar_bytes) = read?;
-        let (ahead, hashed) = copying.inner.finish();
-        ahead.join();
+        let (_, hashed) = copying.inner.finish();
         Ok(Packed { diff_id: DiffId::from_bytes(hashed.sha256), tar_bytes, index })
+    })
+}
+
+/// The tar that a blob decompresses to: one other thread reads the blob and, unless it is plain, one more decompresses it.
+fn tar_of<'scope>(
+    scope: &'scope Scope<'scope, '_>,
+    blob: impl Read + Send + 'scope,
+    compression: Compression,
+    limits: &Limits,
+) -> Result<Box<dyn Read + Send + 'scope>, UnpackError> {
+    let decoder = Decoder::buffered(Prefetch::spawn(scope, blob), compression, limits);
+    let decoder = decoder.map_err(|source| UnpackError::Decoder { source })?;
+    Ok(match compression {
+        Compression::None => Box::new(decoder),
+        Compression::Gzip | Compression::Zstd => Box::new(Prefetch::spawn(scope, decoder)),
     })
 }
 
@@ -316,6 +325,26 @@ mod tests {
         let limits = Limits::default();
         let error = unpack(Endless, Compression::None, root.as_fd(), ApplyStyle::Layer, &limits, None).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::InvalidInput);
+
+        // One that breaks off is told of as what it is, through however many threads.
+        struct BreaksOff<'a>(&'a [u8]);
+        impl Read for BreaksOff<'_> {
+            fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+                match self.0.is_empty() {
+                    true => Err(io::ErrorKind::ConnectionReset.into()),
+                    false => self.0.read(buf),
+                }
+            }
+        }
+        let tar = archive(&[file("a", &"1".repeat(100_000))]);
+        for compression in [Compression::None, Compression::Gzip, Compression::Zstd] {
+            let blob = compressed(&tar, compression);
+            let blob = BreaksOff(&blob[..blob.len() / 2]);
+            let place = Place::new();
+            let root = open(&place.root());
+            let error = unpack(blob, compression, root.as_fd(), ApplyStyle::Layer, &limits, None).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Unavailable, "{compression:?}: {error:?}");
+        }
     }
 
     /// Receives an archive and gives it back, from the spool if it is there.

@@ -11,7 +11,7 @@
 mod gzip;
 
 use std::fmt;
-use std::io::{self, BufReader, Read, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::num::NonZeroUsize;
 
 use flate2::bufread::MultiGzDecoder;
@@ -81,47 +81,65 @@ struct Source<R> {
     failed: bool,
 }
 
-impl<R: Read> Read for Source<R> {
+impl<R: BufRead> Read for Source<R> {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        match self.inner.read(buf) {
-            Ok(n) => {
-                self.taken_bytes += n as u64;
-                Ok(n)
-            }
-            Err(error) => {
-                self.failed = error.kind() != io::ErrorKind::Interrupted;
-                Err(error)
-            }
+        let read = self.inner.read(buf);
+        match &read {
+            Ok(n) => self.taken_bytes += *n as u64,
+            Err(error) => self.failed |= error.kind() != io::ErrorKind::Interrupted,
         }
+        read
     }
 }
 
-enum Format<R: Read> {
+impl<R: BufRead> BufRead for Source<R> {
+    fn fill_buf(&mut self) -> io::Result<&[u8]> {
+        let filled = self.inner.fill_buf();
+        self.failed |= filled.as_ref().is_err_and(|error| error.kind() != io::ErrorKind::Interrupted);
+        filled
+    }
+
+    fn consume(&mut self, n: usize) {
+        self.taken_bytes += n as u64;
+        self.inner.consume(n);
+    }
+}
+
+enum Format<R: BufRead> {
     Plain(Source<R>),
-    Gzip(Box<MultiGzDecoder<BufReader<Source<R>>>>),
-    Zstd(zstd::stream::read::Decoder<'static, BufReader<Source<R>>>),
+    Gzip(Box<MultiGzDecoder<Source<R>>>),
+    Zstd(zstd::stream::read::Decoder<'static, Source<R>>),
 }
 
 /// Decompresses a layer blob within limits.
-pub struct Decoder<R: Read> {
+pub struct Decoder<R: BufRead> {
     format: Format<R>,
     given_bytes: u64,
     limits: Limits,
 }
 
-impl<R: Read> Decoder<R> {
-    /// Decompresses `source`.
+impl<R: Read> Decoder<BufReader<R>> {
+    /// Decompresses `source`, which is read in pieces of 128 KiB.
     ///
     /// # Errors
     /// When there is no memory for the decompressor.
     pub fn new(source: R, compression: Compression, limits: &Limits) -> io::Result<Self> {
+        Self::buffered(BufReader::with_capacity(INPUT_BUFFER_BYTES, source), compression, limits)
+    }
+}
+
+impl<R: BufRead> Decoder<R> {
+    /// Decompresses `source`, which has a buffer of its own.
+    ///
+    /// # Errors
+    /// When there is no memory for the decompressor.
+    pub fn buffered(source: R, compression: Compression, limits: &Limits) -> io::Result<Self> {
         let source = Source { inner: source, taken_bytes: 0, failed: false };
-        let buffered = |source| BufReader::with_capacity(INPUT_BUFFER_BYTES, source);
         let format = match compression {
             Compression::None => Format::Plain(source),
-            Compression::Gzip => Format::Gzip(Box::new(MultiGzDecoder::new(buffered(source)))),
+            Compression::Gzip => Format::Gzip(Box::new(MultiGzDecoder::new(source))),
             Compression::Zstd => {
-                let mut decoder = zstd::stream::read::Decoder::with_buffer(buffered(source))?;
+                let mut decoder = zstd::stream::read::Decoder::with_buffer(source)?;
                 decoder.window_log_max(ZSTD_WINDOW_LOG_MAX)?;
                 Format::Zstd(decoder)
             }
@@ -132,8 +150,8 @@ impl<R: Read> Decoder<R> {
     fn source(&self) -> &Source<R> {
         match &self.format {
             Format::Plain(source) => source,
-            Format::Gzip(decoder) => decoder.get_ref().get_ref(),
-            Format::Zstd(decoder) => decoder.get_ref().get_ref(),
+            Format::Gzip(decoder) => decoder.get_ref(),
+            Format::Zstd(decoder) => decoder.get_ref(),
         }
     }
 
@@ -141,8 +159,8 @@ impl<R: Read> Decoder<R> {
     pub fn into_inner(self) -> R {
         match self.format {
             Format::Plain(source) => source.inner,
-            Format::Gzip(decoder) => decoder.into_inner().into_inner().inner,
-            Format::Zstd(decoder) => decoder.finish().into_inner().inner,
+            Format::Gzip(decoder) => decoder.into_inner().inner,
+            Format::Zstd(decoder) => decoder.finish().inner,
         }
     }
 
@@ -157,7 +175,7 @@ impl<R: Read> Decoder<R> {
     }
 }
 
-impl<R: Read> Read for Decoder<R> {
+impl<R: BufRead> Read for Decoder<R> {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         if buf.is_empty() {
             return Ok(0);
@@ -183,7 +201,7 @@ impl<R: Read> Read for Decoder<R> {
     }
 }
 
-impl<R: Read> fmt::Debug for Decoder<R> {
+impl<R: BufRead> fmt::Debug for Decoder<R> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Decoder").field("given_bytes", &self.given_bytes).finish_non_exhaustive()
     }

@@ -41,11 +41,11 @@ use crate::cancel::canceled_inside;
 use crate::catalogue::{CatalogueError, Rows as _};
 use crate::progress::{Outcome, Progress, Task, Watched};
 use crate::sync::{Mutex, thread};
-use crate::write_back::WrittenBack;
+use crate::write_back::{SyncAhead, WrittenBack};
 use crate::{
     ActiveId, ActiveOptions, Attach, BlobError, Cancel, Canceled, CommitError, Expected, FinishedStage, Ingest,
     IngestError, IngestRef, LayerContents, LayerError, LayerId, Lease, Mounted, SnapshotError, SnapshotId, Stage,
-    Store, packed,
+    Store, packed, tree,
 };
 
 /// Buffer in front of a pipe between two threads: as much as a pipe holds (pipe(7)).
@@ -430,11 +430,12 @@ impl Transfer<'_> {
                 })
             })
             .collect();
-        let work = |offer: &&LayerSource<'_>| self.work_on(offer);
         // Waiting for a network is not computing.
         let is_far = unique.iter().any(|offer| offer.origin == Origin::Far);
         let workers = if is_far { DOWNLOADS } else { threads().get().min(WORKERS_MAX) };
-        let worked = parallel(&unique, workers, |offer| offer.size_bytes, work)?;
+        let worked = self.syncing_ahead(|ahead| {
+            parallel(&unique, workers, |offer| offer.size_bytes, |offer| self.work_on(offer, ahead))
+        })??;
 
         let (mut ingests, mut layers, mut absent) = (Vec::new(), Vec::new(), Vec::new());
         for (work, offer) in worked.into_iter().zip(&unique) {
@@ -450,8 +451,15 @@ impl Transfer<'_> {
         Ok((place.iter().map(|at| blobs[*at]).collect(), place.iter().map(|at| layers[*at]).collect()))
     }
 
+    /// Does `work`, which makes many files, and syncs them while it goes on.
+    fn syncing_ahead<T>(&self, work: impl FnOnce(&SyncAhead) -> T) -> Result<T, TransferError> {
+        let path = &self.store().inner.paths.layers;
+        let done = tree::open_own(path).and_then(|layers| SyncAhead::during(layers, path, work));
+        Ok(done.map_err(LayerError::from)?)
+    }
+
     /// Does for one layer what is missing of it.
-    fn work_on(&self, offer: &LayerSource<'_>) -> Result<Worked, TransferError> {
+    fn work_on(&self, offer: &LayerSource<'_>, ahead: &SyncAhead) -> Result<Worked, TransferError> {
         let progress = self.progress;
         let name = format!("layer {}", offer.name());
         let task = Task::start(progress, &name, Some(offer.size_bytes));
@@ -467,7 +475,7 @@ impl Transfer<'_> {
         }
         let (layer, ingest) = self.with_bytes(offer, here, &task, |tee| match layer {
             Some(layer) => self.check_diff_id(tee, offer).map(|()| WorkedLayer::Here(layer)),
-            None => self.unpack_alone(tee, offer),
+            None => self.unpack_alone(tee, offer, ahead),
         })?;
         task.end(Outcome::Done);
         Ok(Worked { ingest, blob_absent: false, layer })
@@ -606,9 +614,14 @@ impl Transfer<'_> {
     }
 
     /// Unpacks a layer by itself, without the layers below it.
-    fn unpack_alone(&self, blob: &mut Tee<'_>, offer: &LayerSource<'_>) -> Result<WorkedLayer, TransferError> {
+    fn unpack_alone(
+        &self,
+        blob: &mut Tee<'_>,
+        offer: &LayerSource<'_>,
+        ahead: &SyncAhead,
+    ) -> Result<WorkedLayer, TransferError> {
         if !self.store().inner.driver.packs() {
-            return self.unpack_to_tree(blob, offer.compression, offer);
+            return self.unpack_to_tree(ahead.counted(blob), offer.compression, offer);
         }
         let stage = Stage::without_tree(self.store())?;
         let tar = stage.tar_file()?;
@@ -622,7 +635,7 @@ impl Transfer<'_> {
                 Ok(WorkedLayer::Staged(Box::new(stage.finish(contents))))
             }
             // Here is a tar to unpack from, instead of the blob.
-            None => self.unpack_to_tree(FromStart { file: tar, offset: 0 }, Compression::None, offer),
+            None => self.unpack_to_tree(ahead.counted(FromStart { file: tar, offset: 0 }), Compression::None, offer),
         }
     }
 
@@ -1085,7 +1098,8 @@ impl Transfer<'_> {
         let open = |_| Err(io::ErrorKind::NotFound.into());
         let offer = blob_source(blob, diff_id, Box::new(open));
         let blob = Watched { inner: bytes, task: None, cancel: self.cancel };
-        match self.unpack_alone(&mut Tee { blob, ingest: None, kept_bytes: 0, broken: false }, &offer)? {
+        let mut tee = Tee { blob, ingest: None, kept_bytes: 0, broken: false };
+        match self.syncing_ahead(|ahead| self.unpack_alone(&mut tee, &offer, ahead))?? {
             WorkedLayer::Staged(stage) => Ok(Some(*stage)),
             WorkedLayer::Here(_) | WorkedLayer::NeedsBase => Ok(None),
         }
