@@ -49,5 +49,9 @@ bench-records *RECORDS:
     cargo bench -p plies-cache --bench space -- {{RECORDS}}
     cargo bench -p plies-store --bench scale -- {{RECORDS}}
 
+# Requests of every kind in one process for so many seconds, as root; fails if what they take grows: just soak 600
+soak SECONDS="3600":
+    cargo bench -p plies-engine --bench soak -- {{SECONDS}}
+
 fmt:
     cargo fmt --all

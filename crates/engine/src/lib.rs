@@ -20,7 +20,8 @@
 //! Of a build's own: the queue of what is to be solved; a step's turn ([`Turns`]), held while the step is done;
 //! then the caches in use (`build::CacheMounts`), held while one is taken. Whoever waits for a turn holds nothing, and
 //! whoever waits for a cache holds one turn and caches whose ids are lower. Fetching an image takes the turns of all its
-//! blobs at once, and waits for nothing else then. The store's own locks come after these.
+//! blobs at once, and waits for nothing else then. Of mounts: one at a time, and nothing is fetched or built meanwhile. The
+//! store's own locks come after these.
 
 mod archive;
 pub mod build;
@@ -44,7 +45,7 @@ mod space;
 mod why;
 
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
 
 use plies_cache::{CacheError, CacheKey, Manager, ManagerOptions, SharedChecker};
@@ -170,6 +171,8 @@ pub struct Engine {
     registry: ClientOptions,
     policy: policy::Policy,
     warn: Warn,
+    /// Mounts that outlive a request are made and taken away one after the other; see [`Engine::mount`].
+    mounts: Mutex<()>,
     /// Caches that steps use, of all builds that run in this process.
     cache_mounts: build::CacheMounts,
     /// Steps that are worked on, of all builds that run in this process.
@@ -215,9 +218,9 @@ impl Engine {
         let warn = options.warn;
         let cache_options = ManagerOptions { limits: limits.clone(), checker, warn: Arc::clone(&warn) };
         let cache = Manager::open(store.clone(), cache_options)?;
-        let (cache_mounts, steps, fetches) = Default::default();
+        let (mounts, cache_mounts, steps, fetches) = Default::default();
         let (registry, policy) = (options.registry, policy::Policy::new(options.policy));
-        Ok(Self { store, cache, limits, registry, policy, warn, cache_mounts, steps, fetches })
+        Ok(Self { store, cache, limits, registry, policy, warn, mounts, cache_mounts, steps, fetches })
     }
 
     /// What opening the store at `root` would migrate; changes nothing.

@@ -9,6 +9,7 @@ use std::io;
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::{MutexGuard, PoisonError};
 
 use plies_cache::{CacheError, RecordOptions, State};
 use plies_image::{Found, ImageError};
@@ -318,11 +319,20 @@ impl Engine {
     /// # Errors
     /// [`RunError`].
     pub fn mount(&self, wanted: &str, dir: &Path, rw: bool) -> Result<(), RunError> {
-        let (dir, key) = self.free_place(dir)?;
-        self.with_lease(&format!("mount {wanted}"), |lease| self.mount_held(wanted, &dir, key, rw, lease))
+        let turn = self.mounts_turn();
+        self.free_place(dir)?;
+        // What is wanted may have to be fetched first.
+        drop(turn);
+        self.with_lease(&format!("mount {wanted}"), |lease| self.mount_held(wanted, dir, rw, lease))
     }
 
-    /// A directory that can be mounted on, and its key.
+    /// Held while a mount and its row are made or taken away, and while the two are held against each other: somebody else
+    /// would take a row whose mount is about to be there for one of a mount that is gone.
+    fn mounts_turn(&self) -> MutexGuard<'_, ()> {
+        self.mounts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A directory that can be mounted on, and its key. To be asked in one's turn.
     fn free_place(&self, dir: &Path) -> Result<(PathBuf, Vec<u8>), RunError> {
         let dir = dir.canonicalize().map_err(|source| RunError::Directory { dir: dir.to_owned(), source })?;
         // The state directory may have been named by a link.
@@ -348,13 +358,16 @@ impl Engine {
         options: MountOptions<'_>,
         dir: &Path,
     ) -> Result<(), RunError> {
-        let (dir, key) = self.free_place(dir)?;
-        self.check_not_mounted(active)?;
-        self.mount_what(Mount::Record(active), options, &dir, key)
+        self.mount_what(Mount::Record(active), options, dir)
     }
 
     /// Where an active is mounted by a process that has ended since.
     pub(crate) fn mounted_on(&self, active: ActiveId) -> Result<Option<PathBuf>, RunError> {
+        let _turn = self.mounts_turn();
+        self.mounted_on_in_turn(active)
+    }
+
+    fn mounted_on_in_turn(&self, active: ActiveId) -> Result<Option<PathBuf>, RunError> {
         for (key, row) in self.store().read(|rows| rows.readable(&MOUNTS))? {
             let dir = PathBuf::from(OsString::from_vec(key));
             if row.what == Mount::Record(active) && !is_over(&dir, &row, &Place::here()?) {
@@ -364,13 +377,10 @@ impl Engine {
         Ok(None)
     }
 
-    fn mount_held(&self, wanted: &str, dir: &Path, key: Vec<u8>, rw: bool, lease: &Lease) -> Result<(), RunError> {
+    fn mount_held(&self, wanted: &str, dir: &Path, rw: bool, lease: &Lease) -> Result<(), RunError> {
         let snapshots = self.store().snapshots();
         let what = match (self.target(wanted)?, rw) {
-            (Target::Mutable(active), true) => {
-                self.check_not_mounted(active)?;
-                Mount::Record(active)
-            }
+            (Target::Mutable(active), true) => Mount::Record(active),
             (Target::Mutable(_), false) => return Err(RunError::Mutable { record: wanted.to_owned() }),
             (Target::Tree(Some(snapshot)), false) if snapshots.views_can_be_kept() => Mount::View(snapshot),
             // The empty tree has no snapshot, and a copy would not outlive this process: an upper serves for both.
@@ -378,10 +388,15 @@ impl Engine {
                 Mount::Scratch(snapshots.prepare(tree, lease, ActiveOptions { volatile: false })?)
             }
         };
-        self.mount_what(what, MountOptions::default(), dir, key)
+        self.mount_what(what, MountOptions::default(), dir)
     }
 
-    fn mount_what(&self, what: Mount, options: MountOptions<'_>, dir: &Path, key: Vec<u8>) -> Result<(), RunError> {
+    fn mount_what(&self, what: Mount, options: MountOptions<'_>, dir: &Path) -> Result<(), RunError> {
+        let _turn = self.mounts_turn();
+        let (dir, key) = self.free_place(dir)?;
+        if let Mount::Record(active) = what {
+            self.mounted_on_in_turn(active)?.map_or(Ok(()), |dir| Err(RunError::RecordMounted { dir }))?;
+        }
         let snapshots = self.store().snapshots();
         // Held before it is mounted: a crash in between leaves a hold that the next gc sees to be for nothing, rather
         // than a mount whose layers are collected under it.
@@ -395,9 +410,9 @@ impl Engine {
             tx.put(&MOUNTS, &key, &row)
         })?;
         let mounted = match what {
-            Mount::View(snapshot) => snapshots.view(snapshot, Attach::At(dir)),
+            Mount::View(snapshot) => snapshots.view(snapshot, Attach::At(&dir)),
             Mount::Record(active) | Mount::Scratch(active) => {
-                snapshots.mount_active_with(active, options, Attach::At(dir))
+                snapshots.mount_active_with(active, options, Attach::At(&dir))
             }
         };
         match mounted {
@@ -417,6 +432,7 @@ impl Engine {
         // The path may have been mounted over, or its directory be gone: as named is good enough then.
         let dir = dir.canonicalize().unwrap_or_else(|_| dir.to_owned());
         let key = dir.as_os_str().as_bytes().to_vec();
+        let turn = self.mounts_turn();
         let row = self.store().read(|rows| rows.get(&MOUNTS, &key))?;
         let row = row.ok_or_else(|| RunError::NotMounted { dir: dir.clone() })?;
         if is_over(&dir, &row, &Place::here()?) {
@@ -428,6 +444,7 @@ impl Engine {
         rustix::mount::unmount(&dir, rustix::mount::UnmountFlags::NOFOLLOW)
             .map_err(|errno| RunError::Unmount { dir, source: errno.into() })?;
         self.forget_mount(&key)?;
+        drop(turn);
         if let (Mount::Record(active), false) = (row.what, self.policy.rules().is_empty()) {
             // What was written through the mount is not counted yet; the rules are asked about sums.
             self.store().snapshots().measure(active)?;
@@ -442,6 +459,7 @@ impl Engine {
 
     /// Forgets mounts that are not there any more, as after a restart of the machine.
     pub(crate) fn forget_dead_mounts(&self) -> Result<(), RunError> {
+        let _turn = self.mounts_turn();
         let here = Place::here()?;
         for (key, row) in self.store().read(|rows| rows.readable(&MOUNTS))? {
             if is_over(Path::new(&OsString::from_vec(key.clone())), &row, &here) {
@@ -469,6 +487,7 @@ impl Engine {
 
     /// Holds the mounts that are written down against those that there are, and against what they show.
     pub(crate) fn check_mounts(&self, findings: &mut Findings) -> Result<(), RunError> {
+        let _turn = self.mounts_turn();
         let here = Place::here()?;
         self.store().read(|rows| {
             let mut should: BTreeMap<Owner, Vec<Resource>> = BTreeMap::new();

@@ -7,13 +7,13 @@ use std::io::Write as _;
 use std::net::TcpListener;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use plies_engine::build::{BuildOutput, BuildRequest};
 use plies_engine::exec::Cancel;
 use plies_engine::progress::{Event, Progress, Silent, TaskId};
-use plies_engine::{Engine, EngineOptions, Input, PullRequest};
+use plies_engine::{Engine, EngineOptions, GcMode, Input, PullRequest};
 use plies_testkit::image::{Image, Packing, busybox_members};
 use plies_testkit::registry::{Fault, FaultyRegistry};
 use plies_testkit::tar::Member;
@@ -171,4 +171,30 @@ fn privileged_a_blob_that_two_pulls_want_at_once_is_fetched_once() {
     let (_, layers) = requests(&registry, &mut seen);
     assert_eq!(layers, [1, 1, 1], "{seen:#?}");
     engine.close().unwrap();
+}
+
+#[test]
+fn privileged_a_mount_that_is_being_made_is_not_taken_for_one_that_is_gone() {
+    if !(tools::privileged() && tools::have(&["busybox"])) {
+        return;
+    }
+    let scratch = Scratch::new();
+    let engine = engine_with_base(&scratch);
+    let at = scratch.join("at");
+    std::fs::create_dir_all(&at).unwrap();
+    let over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        // A collection looks for mounts that went with a restart, and lets go of what they held.
+        scope.spawn(|| {
+            while !over.load(Ordering::Relaxed) {
+                engine.gc(GcMode::Run).unwrap();
+            }
+        });
+        let mounted_and_not = (0..100).try_for_each(|_| {
+            engine.mount("busybox", &at, false)?;
+            engine.umount(&at)
+        });
+        over.store(true, Ordering::Relaxed);
+        mounted_and_not.unwrap();
+    });
 }
