@@ -14,7 +14,7 @@ is already in DIR is not made again. In DIR afterwards:
     many.json        what is in it: entries, bytes, digests of layers
 
 With --set also one of those that are made of it, in files of that name: `base`, its first layer alone; `big`, one
-layer of 17 files, 1.6 GB, cut out of its tars; `many-zstd`, the same with zstd layers (needs zstd).
+layer of 17 files, 1.6 GB, cut out of its tars; with `-zstd` behind the name, the same with zstd layers (needs zstd).
 
 Runs as root (owners and devices are kept) and needs about 6 GB while it works.
 """
@@ -56,7 +56,7 @@ NEWEST_MTIME = 1_700_000_000
 GZIP_LEVEL = 6
 BIG_FILES = 17
 BIG_BYTES = 1_600_000_000
-SETS = ["many", "base", "big", "many-zstd"]
+SETS = [name + packing for name in ("many", "base", "big") for packing in ("", "-zstd")]
 ARCH = {"x86_64": "amd64", "aarch64": "arm64"}.get(os.uname().machine, os.uname().machine)
 
 
@@ -308,9 +308,12 @@ class Tars:
 
 
 def derive(directory, name):
-    """Makes one of the sets that consist of what `many` has."""
-    many = json.loads((directory / "many.json").read_text())["layers"]
-    source = directory / "oci" / "many" / "blobs" / "sha256"
+    """Makes one of the sets that consist of what `many`, or a set of gzip layers, has."""
+    origin = name.removesuffix("-zstd") if name.endswith("-zstd") else "many"
+    if not (directory / "oci" / origin).exists():
+        derive(directory, origin)
+    many = json.loads((directory / f"{origin}.json").read_text())["layers"]
+    source = directory / "oci" / origin / "blobs" / "sha256"
     blobs = directory / "oci" / name / "blobs" / "sha256"
     shutil.rmtree(directory / "oci" / name, ignore_errors=True)
     blobs.mkdir(parents=True)
@@ -336,7 +339,6 @@ def derive(directory, name):
             layers.append({**layer, "blob": f"sha256:{digest}", "size_bytes": os.path.getsize(new)})
             os.rename(new, blobs / digest)
         write_archive(directory, name, layers, "zstd")
-    shutil.rmtree(directory / "oci" / name)
 
 
 def main():
@@ -351,6 +353,8 @@ def main():
     archive = options.dir / f"{options.set}.oci.tar"
     if options.set != "many" and (options.again or not archive.exists()):
         derive(options.dir, options.set)
+        for name in SETS[1:]:
+            shutil.rmtree(options.dir / "oci" / name, ignore_errors=True)
     made = json.loads((options.dir / f"{options.set}.json").read_text())
     print(f"{archive}: {len(made['layers'])} layers, {made['entries']:,} entries, "
           f"{made['raw_bytes'] / 1e6:,.0f} MB unpacked, {made['size_bytes'] / 1e6:,.0f} MB compressed")

@@ -1,10 +1,16 @@
 #!/usr/bin/env python3
 """Compares Plies with the engines that a Debian machine has: just bench, or bench/run.py --ply PATH.
 
-Seven questions, each with its own table:
+Eleven questions, each with its own table:
 
-    load    an image of 20 gzip layers comes in and is unpacked: ply load, ctr images import,
-            skopeo copy into containers-storage; each run ends in a sync of its file system
+    load    an image comes in and is unpacked: ply load, ctr images import, skopeo copy into
+            containers-storage, and with --engines all also podman load, buildah pull, docker load and
+            umoci unpack; each run ends in a sync of its file system
+    read    every name, and every byte, through a mount of that image, cold and warm, beside the same
+            tree in a plain directory
+    remove  the image goes: ply rmi beside rm -rf of the tree
+    merge   ten layers of 5,000 files become one tree: ply ref merge and ply mount beside cp -al
+    export  the image becomes an archive: ply save, and skopeo copy out of containers-storage
     mount   an image of 100 layers is mounted and unmounted
     build   a Dockerfile of 20 steps is built again, everything cached: ply build, buildah
     again   builds of which nothing changed: 30 steps over a context of 20,000 files, one over 1 GiB
@@ -49,6 +55,8 @@ CHANGED_FILES = 10_000
 AGAIN_STEPS = 30
 TRIVIAL_STEPS = 15
 HASHED_MIB = 1024
+MERGED_LAYERS = 10
+MERGED_FILES = 5_000
 # Short commands are repeated, since one is over before the clock says much.
 REPEATS = 15
 
@@ -165,11 +173,41 @@ class PlyErofs(Ply):
     driver = "erofs"
 
 
-class Containerd:
-    name = "ctr images import"
+class Daemon:
+    """A peer that is a daemon with a client."""
 
     def __init__(self, _):
         pass
+
+    def start(self, base, command, client):
+        log = open(base / "log", "w")
+        self.client = client
+        self.daemon = subprocess.Popen([str(word) for word in command], stdout=log, stderr=log)
+        deadline = time.monotonic() + 30
+        while subprocess.run([*client, "version"], capture_output=True).returncode != 0:
+            if time.monotonic() > deadline or self.daemon.poll() is not None:
+                sys.exit(f"bench: {command[0]} does not answer: {(base / 'log').read_text()}")
+            time.sleep(0.05)
+        return log
+
+    def measure(self, words, log):
+        before = self.cpu()
+        client = measure([*self.client, *words], log=log)
+        rss = int(re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{self.daemon.pid}/status").read_text())[1]) * 1024
+        return Measured(client.wall, client.cpu + self.cpu() - before, max(client.rss_bytes, rss))
+
+    def cpu(self):
+        """User and system time of the daemon and of the children it has waited for."""
+        fields = Path(f"/proc/{self.daemon.pid}/stat").read_text().rsplit(")", 1)[1].split()
+        return sum(int(field) for field in fields[11:15]) / os.sysconf("SC_CLK_TCK")
+
+    def stop(self):
+        self.daemon.send_signal(signal.SIGTERM)
+        self.daemon.wait()
+
+
+class Containerd(Daemon):
+    name = "ctr images import"
 
     def version(self):
         helper = "unpigz" if shutil.which("unpigz") else "no unpigz"
@@ -182,44 +220,72 @@ class Containerd:
             f'version = 2\nroot = "{base}/root"\nstate = "{base}/state"\n'
             'disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.internal.v1.opt"]\n'
             f'[grpc]\naddress = "{base}/sock"\n[debug]\nlevel = "error"\n')
-        log = open(base / "log", "w")
-        self.daemon = subprocess.Popen(["containerd", "--config", base / "config.toml"], stdout=log, stderr=log)
-        self.ctr = ["ctr", "--address", base / "sock"]
-        deadline = time.monotonic() + 30
-        while subprocess.run([*self.ctr, "version"], capture_output=True).returncode != 0:
-            if time.monotonic() > deadline:
-                sys.exit(f"bench: containerd does not answer: {(base / 'log').read_text()}")
-            time.sleep(0.05)
-        before = self.cpu()
-        client = measure([*self.ctr, "images", "import", "--snapshotter", "overlayfs", archive], log=log)
-        rss = int(re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{self.daemon.pid}/status").read_text())[1]) * 1024
-        return Measured(client.wall, client.cpu + self.cpu() - before, max(client.rss_bytes, rss))
-
-    def cpu(self):
-        """User and system time of the daemon and of the children it has waited for."""
-        fields = Path(f"/proc/{self.daemon.pid}/stat").read_text().rsplit(")", 1)[1].split()
-        return sum(int(field) for field in fields[11:15]) / os.sysconf("SC_CLK_TCK")
+        log = self.start(base, ["containerd", "--config", base / "config.toml"], ["ctr", "--address", base / "sock"])
+        return self.measure(["images", "import", "--snapshotter", "overlayfs", archive], log)
 
     def tree(self, image, at):
-        run(*self.ctr, "images", "mount", "--snapshotter", "overlayfs", image, at, stdout=subprocess.DEVNULL)
+        run(*self.client, "images", "mount", "--snapshotter", "overlayfs", image, at, stdout=subprocess.DEVNULL)
         try:
             return listing(at)
         finally:
             run("umount", at)
 
-    def stop(self):
-        self.daemon.send_signal(signal.SIGTERM)
-        self.daemon.wait()
+
+class Docker(Daemon):
+    name = "docker load"
+
+    def version(self):
+        return quiet("docker", "--version").split(",")[0]
+
+    def load(self, archive, disk):
+        base = disk.mount / "docker"
+        base.mkdir()
+        host = f"unix://{base}/sock"
+        daemon = ["dockerd", "--bridge=none", "--iptables=false", "--storage-driver=overlay2", f"--host={host}"]
+        for option, name in [("--data-root", "data"), ("--exec-root", "exec"), ("--pidfile", "pid")]:
+            daemon += [option, base / name]
+        log = self.start(base, daemon, ["docker", "--host", host])
+        # Of the same blobs, by docker's own table of contents, which is looked for first.
+        readable = base / "archive.tar"
+        shutil.copy(archive, readable)
+        blob = lambda descriptor: "blobs/sha256/" + descriptor["digest"].removeprefix("sha256:")
+        with tarfile.open(readable) as tar:
+            index = json.load(tar.extractfile("index.json"))
+            manifest = json.load(tar.extractfile(blob(index["manifests"][0])))
+        with tarfile.open(readable, "a") as tar:
+            content = json.dumps([{"Config": blob(manifest["config"]), "RepoTags": ["localhost/many:latest"],
+                                   "Layers": [blob(layer) for layer in manifest["layers"]]}]).encode()
+            info = tarfile.TarInfo("manifest.json")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+        disk.sync()
+        measured = self.measure(["load", "-i", readable], log)
+        readable.unlink()
+        return measured
+
+    def tree(self, image, at):
+        layers = json.loads(quiet(*self.client, "image", "inspect", image))[0]["GraphDriver"]["Data"]
+        if "LowerDir" not in layers:
+            return listing(layers["UpperDir"])
+        lower = layers["UpperDir"] + ":" + layers["LowerDir"]
+        # A mount takes a page of options; docker's own short names are beside the layers.
+        where = Path(layers["UpperDir"]).parent.parent
+        short = [f"l/{(Path(path).parent / 'link').read_text()}" for path in lower.split(":")]
+        run("mount", "-t", "overlay", "overlay", "-o", "ro,lowerdir=" + ":".join(short), at, cwd=where)
+        try:
+            return listing(at)
+        finally:
+            run("umount", at)
 
 
-class Skopeo:
-    name = "skopeo copy"
+class Storage:
+    """A peer that keeps its images in a containers-storage."""
 
     def __init__(self, _):
         pass
 
     def version(self):
-        return quiet("skopeo", "--version").strip()
+        return quiet(self.program, "--version").strip()
 
     def load(self, archive, disk):
         base = disk.mount / "containers"
@@ -229,13 +295,12 @@ class Skopeo:
         (base / "policy.json").write_text('{"default":[{"type":"insecureAcceptAnything"}]}')
         self.environment = {**os.environ, "CONTAINERS_STORAGE_CONF": str(base / "storage.conf"), "TMPDIR": str(base / "tmp")}
         with open(base / "log", "w") as log:
-            return measure(
-                ["skopeo", "--policy", base / "policy.json", "--tmpdir", base / "tmp", "copy", f"oci-archive:{archive}",
-                 "containers-storage:localhost/many:latest"], environment=self.environment, log=log)
+            return measure([self.program, *self.words(archive, base)], environment=self.environment, log=log)
 
-    def tree(self, image, at):
+    def tree(self, _, at):
         if not shutil.which("podman"):
             return None
+        image = quiet("podman", "images", "-q", env=self.environment).split()[0]
         path = quiet("podman", "image", "mount", image, env=self.environment).strip()
         try:
             return listing(path)
@@ -244,6 +309,57 @@ class Skopeo:
 
     def stop(self):
         pass
+
+
+class Skopeo(Storage):
+    name, program = "skopeo copy", "skopeo"
+
+    def words(self, archive, base):
+        return ["--policy", base / "policy.json", "--tmpdir", base / "tmp", "copy", f"oci-archive:{archive}",
+                "containers-storage:localhost/many:latest"]
+
+
+class Podman(Storage):
+    name, program = "podman load", "podman"
+
+    def words(self, archive, base):
+        return ["load", "--signature-policy", base / "policy.json", "-i", archive]
+
+
+class Buildah(Storage):
+    name, program = "buildah pull", "buildah"
+
+    def words(self, archive, base):
+        return ["pull", "--signature-policy", base / "policy.json", f"oci-archive:{archive}"]
+
+
+class Umoci:
+    """It makes one tree of all layers, and keeps no blobs: less work than that of the others."""
+    name = "umoci unpack"
+
+    def __init__(self, _):
+        pass
+
+    def version(self):
+        return quiet("umoci", "--version").strip()
+
+    def load(self, archive, disk):
+        layout, self.bundle = disk.mount / "layout", disk.mount / "bundle"
+        layout.mkdir()
+        run("tar", "-C", layout, "-xf", archive)
+        disk.sync()
+        disk.empty = disk.used()
+        with open(disk.mount / "log", "w") as log:
+            return measure(["umoci", "unpack", "--image", f"{layout}:latest", self.bundle], log=log)
+
+    def tree(self, _image, _at):
+        return listing(self.bundle / "rootfs")
+
+    def stop(self):
+        pass
+
+
+ENGINES = [Ply, PlyErofs, Containerd, Skopeo, Podman, Buildah, Docker, Umoci]
 
 
 def listing(root):
@@ -291,7 +407,7 @@ def table(title, header, rows):
 
 def bench_load(options, results):
     archive = options.data / f"{options.set}.oci.tar"
-    engines = [engine(options) for engine in (Ply, PlyErofs, Containerd, Skopeo) if engine.__name__.lower() in options.engines]
+    engines = [engine(options) for engine in ENGINES if engine.__name__.lower() in options.engines]
     runs = {engine.name: [] for engine in engines}
     trees = {}
     for turn in range(options.runs):
@@ -325,6 +441,148 @@ def bench_load(options, results):
     results["load"] = {name: [vars(run) for run in own] for name, own in runs.items()}
     if trees:
         compare(trees)
+
+
+def cold():
+    """What is read next comes from the disk."""
+    os.sync()
+    Path("/proc/sys/vm/drop_caches").write_text("3")
+
+
+def bench_read(options, results):
+    """Names are what `tar -cf /dev/null` takes: GNU tar opens no file for it. Bytes go through a pipe."""
+    archive = options.data / f"{options.set}.oci.tar"
+    found = {}
+    for turn in range(options.runs):
+        with Disk(options.data) as disk:
+            at, plain = disk.mount / "at", disk.mount / "plain"
+            at.mkdir(), plain.mkdir()
+            places = []
+            for engine in (Ply(options), PlyErofs(options)):
+                engine.load(archive, disk)
+                os.rename(engine.root, disk.mount / engine.driver)
+                ply = [options.ply, "--root", disk.mount / engine.driver]
+                places.append((f"mounted, driver {engine.driver}", at, [*ply, "mount", "localhost/many:latest", at], [*ply, "umount", at]))
+            quiet(*places[0][2])
+            run("cp", "-a", f"{at}/.", plain)
+            quiet(*places[0][3])
+            places.insert(0, ("a plain directory", plain, ["true"], ["true"]))
+            for name, tree, mount, umount in places:
+                # A mount of its own for each, so that nothing is left of the one before.
+                names = ["tar", "-C", tree, "-cf", "/dev/null", "."]
+                contents = ["sh", "-c", 'tar -C "$0" -cf - . | cat > /dev/null', tree]
+                for what, command in [("names", names), ("bytes", contents)]:
+                    quiet(*mount)
+                    cold()
+                    for how in ("cold", "warm"):
+                        found.setdefault(name, {}).setdefault(f"{what} {how}", []).append(measure(command).wall)
+                    quiet(*umount)
+            print(f"bench: read {turn + 1}/{options.runs}", file=sys.stderr)
+    columns = ["names cold", "names warm", "bytes cold", "bytes warm"]
+    table(f"read: {options.set}; n={options.runs}; milliseconds", ["", *columns],
+          [[name, *(spread(times[column], 1e-3, 0) for column in columns)] for name, times in found.items()])
+    results["read"] = found
+
+
+def bench_remove(options, results):
+    archive = options.data / f"{options.set}.oci.tar"
+    found = {}
+    for turn in range(options.runs):
+        for engine in (Ply(options), PlyErofs(options)):
+            with Disk(options.data) as disk:
+                engine.load(archive, disk)
+                ply = [options.ply, "--root", engine.root]
+                if engine.driver == "overlay":
+                    at, plain = disk.mount / "at", disk.mount / "plain"
+                    at.mkdir(), plain.mkdir()
+                    quiet(*ply, "mount", "localhost/many:latest", at)
+                    run("cp", "-a", f"{at}/.", plain)
+                    quiet(*ply, "umount", at)
+                    disk.sync()
+                    found.setdefault("rm -rf of the tree", []).append(measure(["rm", "-rf", plain]).wall + disk.sync())
+                removed = measure([*ply, "rmi", "localhost/many:latest"]).wall + disk.sync()
+                found.setdefault(f"ply rmi, driver {engine.driver}", []).append(removed)
+                if json.loads(quiet(*ply, "layer", "ls", "--json")) or json.loads(quiet(*ply, "images", "--json")):
+                    sys.exit("bench: something is left of the image")
+    table(f"remove: {options.set}; n={options.runs}", ["", "with sync, ms"], [[name, spread(walls, 1e-3, 0)] for name, walls in found.items()])
+    results["remove"] = found
+
+
+def bench_merge(options, results):
+    """What BuildKit's MergeOp does: trees of 50 directories that all of them have, laid over one another."""
+    found = {}
+    for driver in ("overlay", "erofs"):
+        with Disk(options.data) as disk:
+            ply, images, trees = [options.ply, "--root", disk.mount / "ply", "--driver", driver], [], disk.mount / "trees"
+            at = disk.mount / "at"
+            at.mkdir()
+            for layer in range(MERGED_LAYERS):
+                context = disk.mount / f"context-{layer}"
+                for number in range(MERGED_FILES):
+                    path = context / "files" / f"d{number % 50}" / f"f{layer}-{number}"
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_bytes(b"x" * 1024)
+                shutil.copytree(context / "files", trees / str(layer))
+                (context / "Dockerfile").write_text("FROM scratch\nCOPY files /\n")
+                images.append(f"localhost/layer-{layer}:latest")
+                quiet(*ply, "build", "-t", images[-1], context)
+            disk.sync()
+            linked = 0.0
+            for turn in range(options.runs):
+                # Each merge is another one: the same would be found.
+                order = images[turn:] + images[:turn]
+                merged = measure([*ply, "ref", "merge", *order]).wall
+                record = quiet(*ply, "ref", "merge", *order).strip()
+                mounted = measure([*ply, "mount", record, at]).wall
+                if len(list(at.glob("d0/*"))) != MERGED_LAYERS * MERGED_FILES // 50:
+                    sys.exit("bench: the merged tree is not what was merged")
+                quiet(*ply, "umount", at)
+                found.setdefault(f"ply ref merge, driver {driver}", []).append(merged)
+                found.setdefault(f"ply mount of it, driver {driver}", []).append(mounted)
+                into = disk.mount / f"linked-{turn}"
+                into.mkdir()
+                linked = sum(measure(["cp", "-al", f"{trees / str(layer)}/.", into]).wall for layer in range(MERGED_LAYERS))
+                found.setdefault("cp -al", []).append(linked)
+            floor = [measure([options.ply, "--version"]).wall for _ in range(REPEATS)]
+    found["starting ply and nothing else"] = floor
+    table(f"merge: {MERGED_LAYERS} layers of {MERGED_FILES:,} files; n={options.runs}", ["", "wall, ms"],
+          [[name, spread(walls, 1e-3, 1)] for name, walls in found.items()])
+    results["merge"] = found
+
+
+def bench_export(options, results):
+    archive = options.data / f"{options.set}.oci.tar"
+    found, rss, bytes_out = {}, {}, {}
+
+    def note(name, measured, out, disk):
+        found.setdefault(name, []).append(measured.wall + disk.sync())
+        rss[name] = max(rss.get(name, 0), measured.rss_bytes)
+        bytes_out[name] = out.stat().st_size
+        out.unlink()
+
+    for turn in range(options.runs):
+        with Disk(options.data) as disk:
+            out = disk.mount / "out"
+            for engine in (Ply(options), PlyErofs(options)):
+                engine.load(archive, disk)
+                os.rename(engine.root, disk.mount / engine.driver)
+                ply = [options.ply, "--root", disk.mount / engine.driver]
+                disk.sync()
+                note(f"ply save, driver {engine.driver}", measure([*ply, "save", "-o", out, "localhost/many:latest"]), out, disk)
+                name = f"ply save --format docker, driver {engine.driver}"
+                note(name, measure([*ply, "save", "--format", "docker", "-o", out, "localhost/many:latest"]), out, disk)
+                run("rm", "-rf", disk.mount / engine.driver)
+            skopeo = Skopeo(options)
+            skopeo.load(archive, disk)
+            base = disk.mount / "containers"
+            copy = ["skopeo", "--policy", base / "policy.json", "--tmpdir", base / "tmp", "copy", "containers-storage:localhost/many:latest"]
+            disk.sync()
+            note("skopeo copy to oci-archive", measure([*copy, f"oci-archive:{out}"], environment=skopeo.environment), out, disk)
+            note("skopeo copy to docker-archive", measure([*copy, f"docker-archive:{out}"], environment=skopeo.environment), out, disk)
+            print(f"bench: export {turn + 1}/{options.runs}", file=sys.stderr)
+    table(f"export: {options.set}; n={options.runs}", ["", "with sync, s", "peak RSS", "archive"],
+          [[name, spread(walls), f"{rss[name] / 1e6:.0f} MB", f"{bytes_out[name] / 1e6:,.0f} MB"] for name, walls in found.items()])
+    results["export"] = found
 
 
 def write_layers(path, count):
@@ -668,30 +926,40 @@ def bench_list(options, results):
     table(f"list: {IMAGES_TO_LIST:,} images; n={REPEATS}", ["", "wall, ms", "peak RSS"], rows)
 
 
+SETS = [name + packing for name in ("many", "base", "big") for packing in ("", "-zstd")]
+TABLES = {"load": bench_load, "read": bench_read, "remove": bench_remove, "merge": bench_merge, "export": bench_export,
+          "mount": bench_mount, "build": bench_build, "again": bench_again, "steps": bench_steps, "layers": bench_layers,
+          "list": bench_list}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ply", type=Path, required=True, help="the release binary")
     parser.add_argument("--data", type=Path, default=Path("/var/tmp/plies-bench"), help="where the data is kept between runs")
-    parser.add_argument("--runs", type=int, default=5, help="turns of load, again, steps and layers")
-    parser.add_argument("--only", default="load,mount,build,again,steps,layers,list", help="which tables, comma between")
-    parser.add_argument("--set", default="many", choices=["many", "base", "big", "many-zstd"], help="what is loaded")
-    parser.add_argument("--engines", default="ply,plyerofs,containerd,skopeo", help="who takes part in load, comma between")
+    parser.add_argument("--runs", type=int, default=5, help="turns of everything that takes long")
+    parser.add_argument("--only", default=",".join(TABLES), help="which tables, comma between")
+    parser.add_argument("--set", default="many", choices=SETS, help="what is loaded")
+    parser.add_argument("--engines", default="ply,plyerofs,containerd,skopeo",
+                        help="who takes part in load, comma between, or all: " + ",".join(engine.__name__.lower() for engine in ENGINES))
     parser.add_argument("--no-compare", action="store_true", help="do not compare the trees")
     parser.add_argument("--json", type=Path, help="write every single result here")
     options = parser.parse_args()
     options.ply, options.data = options.ply.resolve(), options.data.resolve()
-    options.engines = options.engines.split(",")
+    every = [engine.__name__.lower() for engine in ENGINES]
+    options.engines = every if options.engines == "all" else options.engines.split(",")
     if os.geteuid() != 0:
         sys.exit("bench: needs root: it makes file systems and mounts")
     if "PLIES_BENCH_NAMESPACE" not in os.environ:
-        run(REPOSITORY / "scripts" / "install-packages.sh", "containerd", "skopeo", "pigz", "busybox-static", "buildah", "crun", "e2fsprogs", "util-linux", "zstd")
+        more = {"podman": "podman", "docker": "docker.io", "umoci": "umoci"}
+        peers = [package for engine, package in more.items() if engine in options.engines]
+        run(REPOSITORY / "scripts" / "install-packages.sh", *peers, "containerd", "skopeo", "pigz", "busybox-static", "buildah", "crun", "e2fsprogs", "util-linux", "zstd")
         run(HERE / "dataset.py", "--dir", options.data, "--set", options.set)
         os.environ["PLIES_BENCH_NAMESPACE"] = "private"
         os.execvp("unshare", ["unshare", "--mount", "--propagation", "private", sys.executable, *sys.argv])
     print(f"{os.uname().release}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}")
     results = {}
     for name in options.only.split(","):
-        {"load": bench_load, "mount": bench_mount, "build": bench_build, "again": bench_again, "steps": bench_steps, "layers": bench_layers, "list": bench_list}[name](options, results)
+        TABLES[name](options, results)
     if options.json:
         options.json.write_text(json.dumps(results, indent=1))
 
