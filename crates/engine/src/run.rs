@@ -17,7 +17,7 @@ use plies_oci::{ErrorKind, Platform};
 use plies_store::fsck::{Change, Findings, Remedy};
 use plies_store::{
     ActiveId, ActiveOptions, Attach, CatalogueError, GcMode, Lease, MountOptions, Mounted, Owner, Resource, Row,
-    Rows as _, SnapshotError, SnapshotId, Table,
+    Rows as _, SnapshotError, SnapshotId, Table, unmount_patiently,
 };
 use serde::{Deserialize, Serialize};
 
@@ -441,8 +441,7 @@ impl Engine {
         if row.place != Place::here()? {
             return Err(RunError::ElsewhereMounted { dir });
         }
-        rustix::mount::unmount(&dir, rustix::mount::UnmountFlags::NOFOLLOW)
-            .map_err(|errno| RunError::Unmount { dir, source: errno.into() })?;
+        unmount_patiently(&dir).map_err(|source| RunError::Unmount { dir, source })?;
         self.forget_mount(&key)?;
         drop(turn);
         if let (Mount::Record(active), false) = (row.what, self.policy.rules().is_empty()) {

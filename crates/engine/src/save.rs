@@ -464,7 +464,10 @@ impl Engine {
             for (diff_id, layer) in image.config.diff_ids().iter().zip(image.manifest.layers()) {
                 let name = format!("{}/layer.tar", diff_id.hex());
                 if layers.insert(*diff_id, name.clone()).is_none() {
-                    self.save_plain_layer(*diff_id, layer, tar, &name, sink)?;
+                    let failed = |source| SaveError::Layer { image: id.to_owned(), source };
+                    if !self.save_packed_layer(*diff_id, tar, &name, sink, failed)? {
+                        self.save_plain_layer(*diff_id, layer, tar, &name, sink)?;
+                    }
                 }
                 files.push(name);
             }
@@ -472,6 +475,26 @@ impl Engine {
             list.push(json!({"Config": format!("{id}.json"), "RepoTags": tags, "Layers": files}));
         }
         sink.bytes(tar, "manifest.json", serde_json::Value::from(list).to_string().as_bytes())
+    }
+
+    /// Whether there was a tar to copy.
+    fn save_packed_layer<W: Write>(
+        &self,
+        diff_id: DiffId,
+        tar: &mut tar::Writer<W>,
+        name: &str,
+        sink: &Sink<'_>,
+        failed: impl Fn(TransferError) -> SaveError,
+    ) -> Result<bool, SaveError> {
+        let packed = self.store().layers().packed_tar_of(diff_id).map_err(|source| failed(source.into()))?;
+        let Some(packed) = packed else { return Ok(false) };
+        let size_bytes = packed.metadata().map_err(sink.failed())?.len();
+        let mut packed = HashingReader::new(packed);
+        sink.file(tar, name, size_bytes, &mut packed)?;
+        match DiffId::from_bytes(packed.finish().1.sha256) {
+            actual if actual == diff_id => Ok(true),
+            actual => Err(failed(TransferError::Changed { diff_id, actual })),
+        }
     }
 
     fn save_plain_layer<W: Write>(

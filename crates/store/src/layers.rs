@@ -359,6 +359,16 @@ impl<'a> Layers<'a> {
         Ok(packed::open_tar(&layer_dir(self.store, id))?)
     }
 
+    /// The tar of the self-contained layer with this diff ID, if it is here and kept packed. What was opened stays there to be
+    /// read, whatever becomes of the layer.
+    ///
+    /// # Errors
+    /// [`LayerError::Catalogue`], [`LayerError::File`].
+    pub fn packed_tar_of(&self, diff_id: DiffId) -> Result<Option<File>, LayerError> {
+        let found = self.store.read(|rows| by_diff_id(rows, diff_id))?;
+        Ok(found.map(|id| packed::open_tar(&layer_dir(self.store, id))).transpose()?.flatten())
+    }
+
     /// Gives a sealed layer its diff ID, once somebody has made its tar. Idempotent.
     ///
     /// # Errors

@@ -99,7 +99,9 @@ pub use lock::{Holder, WaitPolicy};
 pub use migrate::{Migrate, Migrated, MigrationPlan, migration_plan};
 use open::Inner;
 pub use open::{BeforeRecovery, Clock, OpenError, OpenOptions, Warn};
-pub use snapshots::{ActiveInfo, ActiveOptions, Attach, MountOptions, Mounted, SnapshotError, SnapshotInfo, Snapshots};
+pub use snapshots::{
+    ActiveInfo, ActiveOptions, Attach, MountOptions, Mounted, SnapshotError, SnapshotInfo, Snapshots, unmount_patiently,
+};
 pub use transfer::{
     LayerBlob, LayerSource, OpenBlob, Origin, Packing, ReceivedLayer, Taken, Transfer, TransferError, parallel,
 };

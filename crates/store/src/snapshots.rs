@@ -941,17 +941,29 @@ const BUSY_TRIES: u32 = 400;
 /// See [`BUSY_TRIES`]: two seconds in all.
 const BUSY_PAUSE: Duration = Duration::from_millis(5);
 
-/// Unmounts; what stays busy is detached so that it cannot show up again.
-fn unmount_at(path: &Path) -> Result<(), SnapshotError> {
-    for _ in 0..BUSY_TRIES {
+/// Unmounts what is mounted at `path`, as soon as nobody uses it.
+///
+/// # Errors
+/// The kernel's; [`io::ErrorKind::ResourceBusy`] if it still was in use after two seconds, and it then stays mounted.
+pub fn unmount_patiently(path: &Path) -> io::Result<()> {
+    for _ in 1..BUSY_TRIES {
         match rustix::mount::unmount(path, UnmountFlags::NOFOLLOW) {
-            Ok(()) => return Ok(()),
             Err(Errno::BUSY) => std::thread::sleep(BUSY_PAUSE),
-            Err(error) => return Err(FileError::new("unmount", path, error).into()),
+            unmounted => return Ok(unmounted?),
         }
     }
-    detach(path)?;
-    Err(SnapshotError::MountBusy { path: path.to_owned() })
+    Ok(rustix::mount::unmount(path, UnmountFlags::NOFOLLOW)?)
+}
+
+/// Unmounts; what stays busy is detached so that it cannot show up again.
+fn unmount_at(path: &Path) -> Result<(), SnapshotError> {
+    match unmount_patiently(path) {
+        Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {
+            detach(path)?;
+            Err(SnapshotError::MountBusy { path: path.to_owned() })
+        }
+        unmounted => Ok(unmounted.at("unmount", path)?),
+    }
 }
 
 pub(crate) fn detach(path: &Path) -> Result<(), FileError> {

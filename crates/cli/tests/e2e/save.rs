@@ -1,6 +1,7 @@
 //! Where `save` writes, and what it leaves of what was there.
 
 use std::{
+    ffi::OsString,
     fs,
     os::unix::fs::{FileTypeExt as _, PermissionsExt as _, symlink},
     path::{Path, PathBuf},
@@ -224,7 +225,9 @@ fn a_docker_archive_of_one_image_under_two_manifests_has_each_file_once() {
 fn j16_a_blob_that_was_changed_on_disk_is_not_saved_and_told_with_what_to_do() {
     for packing in [Packing::Gzip, Packing::Plain] {
         let image = Image::new("localhost/small:1").layer(&[Member::file("f", vec![b'f'; 5000])], packing);
-        let Some(ply) = loaded(&image) else { return };
+        // Where layers are kept as tars, docker's archives are made of those.
+        let Some(ply) = store().map(|ply| ply.with_driver("overlay")) else { return };
+        load(&ply, &image);
         let id = image.id();
         let config = id.strip_prefix("sha256:").unwrap();
         let (layer, manifest) = (image.layer_digest(0), image.manifest_digest());
@@ -265,4 +268,38 @@ fn j16_a_blob_that_was_changed_on_disk_is_not_saved_and_told_with_what_to_do() {
             assert!(fs::read(&blob).unwrap() == sound);
         }
     }
+}
+
+#[test]
+fn j16_a_layer_kept_as_its_tar_goes_out_as_that_and_never_changed() {
+    let image = Image::new("localhost/small:1").layer(&[Member::file("f", vec![b'f'; 5000])], Packing::Gzip);
+    let Some(ply) = loaded(&image) else { return };
+    if ply.json(args!["info"])["driver"] != "erofs" {
+        return;
+    }
+    let out = ply.scratch().join("out");
+    let save =
+        [OsString::from("save"), "--format".into(), "docker".into(), "-o".into(), (&out).into(), image.tag().into()];
+    // The blob is not needed for it.
+    let blob = ply.root().join("content/blobs/sha256").join(image.layer_digest(0));
+    let sound = fs::read(&blob).unwrap();
+    fs::write(&blob, "nothing of the kind").unwrap();
+    ply.ok(&save);
+    fs::write(&blob, sound).unwrap();
+    let there = store().unwrap();
+    there.ok(args!["load", "-i", out]);
+    assert_eq!(there.json(args!["inspect", image.tag()])["id"], image.id());
+    fs::remove_file(&out).unwrap();
+
+    let layers: Vec<_> = fs::read_dir(ply.root().join("layers")).unwrap().map(|layer| layer.unwrap().path()).collect();
+    let [layer] = layers.as_slice() else { panic!("{layers:?}") };
+    let tar = layer.join("layer.tar");
+    let mut bytes = fs::read(&tar).unwrap();
+    bytes[600] ^= 1;
+    fs::set_permissions(&tar, fs::Permissions::from_mode(0o600)).unwrap();
+    fs::write(&tar, bytes).unwrap();
+    let ran = ply.fails(1, &save);
+    assert!(ran.stderr.contains("was changed on disk"), "{ran}");
+    assert!(!out.exists());
+    assert_eq!(partials(ply.scratch().path()), Vec::<PathBuf>::new());
 }
