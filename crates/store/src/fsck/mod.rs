@@ -221,14 +221,15 @@ impl Findings {
     }
 
     fn unreadable(&mut self, table: &'static str, key: &[u8], error: &CatalogueError, remedy: Remedy) {
-        let subject = format!("{table}/{}", hex(key));
         match error {
-            CatalogueError::RowTooNew { .. } => {
-                let advice = "use the version of ply that wrote it".to_owned();
-                self.add("row-too-new", subject, error.to_string(), Remedy::Advice(advice));
-            }
-            error => self.add("row-unreadable", subject, error.to_string(), remedy),
+            CatalogueError::RowTooNew { .. } => self.too_new(table, key, error),
+            error => self.add("row-unreadable", format!("{table}/{}", hex(key)), error.to_string(), remedy),
         }
+    }
+
+    fn too_new(&mut self, table: &'static str, key: &[u8], error: &CatalogueError) {
+        let advice = "use the version of ply that wrote it".to_owned();
+        self.add("row-too-new", format!("{table}/{}", hex(key)), error.to_string(), Remedy::Advice(advice));
     }
 
     /// Compares a derived table with what it should be, both ways. A difference is a finding with this code; it is
@@ -249,7 +250,10 @@ impl Findings {
             self.rows_count += 1;
             let expected = key.and_then(|key| should.remove(&key));
             let (what, row) = match (row, expected) {
-                (Err(CatalogueError::RowTooNew { .. }), _) => return ControlFlow::Continue(()),
+                (Err(error @ CatalogueError::RowTooNew { .. }), _) => {
+                    self.too_new(name, bytes, &error);
+                    return ControlFlow::Continue(());
+                }
                 (Ok(row), Some(expected)) if row == expected => return ControlFlow::Continue(()),
                 (Ok(_), Some(expected)) => ("says something else than what it is kept of", Some(expected)),
                 (Ok(_), None) => ("is kept of nothing", None),
