@@ -84,6 +84,7 @@ pub(crate) fn seeds() -> Vec<Vec<u8>> {
     for (at, (_, rows)) in (0..).zip(&SOUND.tables) {
         for (place, (key, row)) in (0..).zip(rows.iter().take(2)) {
             seeds.push([&[at, place, REPLACED], &row[..]].concat());
+            seeds.push([&[at, place, REPLACED, NO_VERSION], &row[1..]].concat());
             seeds.push([&[at, place, MOVED], &key[..]].concat());
             seeds.push(vec![at, place, REMOVED]);
             seeds.push([&[at, place, ADDED], &key[..]].concat());

@@ -138,12 +138,18 @@ pub fn migration_plan(root: &Path, options: &OpenOptions, wait: WaitPolicy<'_>) 
     }
     let _lock = StoreLock::take(&paths.catalog.join("lock"), &options.command, wait)?;
     let options = OpenOptions { create: false, ..options.clone() };
-    MigrationPlan::new(schema(&open_catalogue(&root, &paths, &options)?)?, &paths)
+    MigrationPlan::new(schema(&open_catalogue(&root, &paths, &options)?, &paths)?, &paths)
 }
 
-fn schema(catalogue: &Catalogue) -> Result<u64, CatalogueError> {
-    let damaged = CatalogueError::Damaged { table: META.name(), key: String::new(), what: "no schema version" };
-    catalogue.read(|tx| tx.get(&META, &META_SCHEMA.to_owned()))?.ok_or(damaged)
+fn schema(catalogue: &Catalogue, paths: &Paths) -> Result<u64, OpenError> {
+    let missing =
+        || CatalogueError::Damaged { table: META.name(), key: META_SCHEMA.to_owned(), what: "no schema version" };
+    let read = catalogue.read(|tx| tx.get(&META, &META_SCHEMA.to_owned()));
+    read.and_then(|found| found.ok_or_else(missing)).map_err(|error| match error {
+        // Nothing in it can be understood without.
+        error @ CatalogueError::Damaged { .. } => OpenError::Corrupt { path: paths.database(), source: error.into() },
+        error => error.into(),
+    })
 }
 
 /// The catalogue in this version's schema, whatever it was in, and what was done about that.
@@ -155,7 +161,7 @@ pub(crate) fn open_migrated(
     let catalogue = open_catalogue(root, paths, options)?;
     let copy = beside(&paths.database(), "migrating");
     remove_if_there(&copy)?;
-    let from = schema(&catalogue)?;
+    let from = schema(&catalogue, paths)?;
     if from == SCHEMA {
         return Ok((catalogue, None));
     }

@@ -350,10 +350,15 @@ impl Inner {
     /// after a crash looks for what was on its way.
     fn begin_session(&self) -> Result<u32, CatalogueError> {
         self.catalogue.write(Urgency::Durable, &|| self.now(), |tx| {
-            let number = tx.get(&META, &META_SESSION.to_owned())?.unwrap_or(0) + 1;
-            tx.put(&META, &META_SESSION.to_owned(), &number)?;
+            let last = tx.get(&META, &META_SESSION.to_owned())?.unwrap_or(0);
+            // No store sees 2^32 sessions.
+            let number = u32::try_from(last).ok().and_then(|last| last.checked_add(1)).ok_or_else(|| {
+                let what = "no number of a session: `ply fsck --repair` finds one";
+                CatalogueError::Damaged { table: META.name(), key: META_SESSION.to_owned(), what }
+            })?;
+            tx.put(&META, &META_SESSION.to_owned(), &number.into())?;
             tx.put(&META, &META_CLEAN.to_owned(), &0)?;
-            Ok(u32::try_from(number).expect("because a store does not see 2^32 sessions"))
+            Ok(number)
         })
     }
 }
@@ -445,6 +450,14 @@ fn check_erofs(paths: &Paths) -> Result<(), FileError> {
     }
 }
 
+/// A row that is none is nobody's at an opening: the store must open for a check to find it.
+pub(crate) fn unless_damaged<T>(read: Result<Option<T>, CatalogueError>) -> Result<Option<T>, CatalogueError> {
+    match read {
+        Err(CatalogueError::Damaged { .. }) => Ok(None),
+        read => read,
+    }
+}
+
 /// The driver that was asked for, or for `auto` the one that the store was made with as far as that works here.
 fn make_driver(catalogue: &Catalogue, paths: &Paths, options: &OpenOptions) -> Result<Box<dyn Driver>, CatalogueError> {
     let (method, packs) = match options.driver {
@@ -454,7 +467,7 @@ fn make_driver(catalogue: &Catalogue, paths: &Paths, options: &OpenOptions) -> R
         DriverKind::Erofs => (None, Packs::Yes),
         DriverKind::Auto if Overlay::check().is_err() => return Ok(Box::new(Native)),
         DriverKind::Auto => {
-            let packs = catalogue.read(|tx| tx.get(&META, &META_PACKS.to_owned()))? == Some(1);
+            let packs = unless_damaged(catalogue.read(|tx| tx.get(&META, &META_PACKS.to_owned())))? == Some(1);
             (None, if packs { can_pack(paths, options) } else { Packs::No })
         }
     };

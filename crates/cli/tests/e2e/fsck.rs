@@ -319,6 +319,18 @@ fn cases() -> Vec<Case> {
         case("meta: the session is behind", "session-behind", Nothing, |root| {
             Catalogue::open(root).put("meta", b"session\0\x01", &[0, 0]);
         }),
+        case("meta: the session is gone", "session-behind", Nothing, |root| {
+            Catalogue::open(root).remove("meta", b"session\0\x01");
+        }),
+        case("meta: the session is none", "row-unreadable", Nothing, |root| {
+            Catalogue::open(root).put("meta", b"session\0\x01", &[0, 0x80]);
+        }),
+        case("meta: the session is past counting", "session-behind", Nothing, |root| {
+            Catalogue::open(root).put("meta", b"session\0\x01", &[0, 0xff, 0xff, 0xff, 0xff, 0x0f]);
+        }),
+        case("meta: the form of new layers is none", "row-unreadable", Nothing, |root| {
+            Catalogue::open(root).put("meta", b"packs\0\x01", &[]);
+        }),
         case("squashes: of no layer", "squashes-wrong", Nothing, |root| {
             let (catalogue, key, _) = first(root, "layers");
             catalogue.put("squashes", &[9; 32], &[&[1, 8][..], &key].concat());

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use plies_oci::{BlobDigest, ChainId, ErrorKind};
 
-use super::check::{go_on, hash_file};
+use super::check::{go_on, hash_file, session_wrong};
 use super::{Change, ChangeKind, CheckError, CheckOptions, Finding, Remedy, hex};
 use crate::catalogue::schema::{BLOBS, BlobRow, LAYERS, LayerKind, LayerRow, SNAPSHOTS};
 use crate::catalogue::{CatalogueError, Rows as _};
@@ -84,8 +84,12 @@ impl<'a> Mender<'a> {
     /// Begins a repair. What it puts aside goes to `lost/<name>/`.
     ///
     /// # Errors
-    /// [`CatalogueError`].
-    pub fn new(store: &'a Store, options: &'a CheckOptions<'a>, name: &str) -> Result<Self, CatalogueError> {
+    /// [`MendError`].
+    pub fn new(store: &'a Store, options: &'a CheckOptions<'a>, name: &str) -> Result<Self, MendError> {
+        // A lease has an id, as all that is made again.
+        if let Some((_, change)) = session_wrong(store)? {
+            store.write(|tx| change.apply(tx))?;
+        }
         let lease = store.lease(LeaseOptions::process("fsck"))?;
         let lost = store.inner.paths.lost.join(name);
         Ok(Self { store, options, lease, lost, gone: HashSet::new() })

@@ -13,7 +13,7 @@ use plies_oci::BlobDigest;
 use redb::{ReadableDatabase as _, ReadableTable as _, TableDefinition, TableHandle as _};
 
 use super::CheckOptions;
-use super::check::{go_on, hash_file};
+use super::check::{go_on, hash_file, session_after};
 use crate::catalogue::schema::{
     BLOBS, BlobRow, HOLDS, LAYERS, META, META_CLEAN, META_PACKS, META_SCHEMA, META_SESSION, SCHEMA,
 };
@@ -92,9 +92,10 @@ pub(crate) fn rebuild(
     adopt_blobs(&catalogue, &paths, now, check, &mut rebuilt)?;
     let session = last_session(&paths)?;
     write(&catalogue, now, |tx| {
-        let known = tx.get(&META, &META_SESSION.to_owned()).ok().flatten().unwrap_or(0);
+        let known = tx.get(&META, &META_SESSION.to_owned()).ok().flatten();
+        let known = known.filter(|known| (session..u32::MAX.into()).contains(known));
         tx.put(&META, &META_SCHEMA.to_owned(), &SCHEMA)?;
-        tx.put(&META, &META_SESSION.to_owned(), &known.max(session))?;
+        tx.put(&META, &META_SESSION.to_owned(), &known.unwrap_or_else(|| session_after(session)))?;
         if tx.get(&META, &META_PACKS.to_owned()).ok().flatten().is_none() {
             tx.put(&META, &META_PACKS.to_owned(), &u64::from(has_packed))?;
         }
@@ -257,7 +258,7 @@ fn adopt(
 }
 
 /// The latest session that gave an id to something that is still here.
-fn last_session(paths: &Paths) -> Result<u64, FileError> {
+pub(super) fn last_session(paths: &Paths) -> Result<u64, FileError> {
     let mut last = 0;
     for path in entries(&paths.layers)?.into_iter().chain(entries(&paths.active)?) {
         let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
