@@ -25,10 +25,13 @@ const ADDED: u8 = 3;
 /// No row has a later version than this.
 const NO_VERSION: u8 = 0x80;
 
+/// Key and value.
+type Row = (Vec<u8>, Vec<u8>);
+
 /// A small store that has a row in most tables, and all its rows.
 struct Sound {
     dir: TempDir,
-    tables: Vec<(String, Vec<(Vec<u8>, Vec<u8>)>)>,
+    tables: Vec<(String, Vec<Row>)>,
 }
 
 static SOUND: LazyLock<Sound> = LazyLock::new(|| {

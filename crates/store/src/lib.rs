@@ -96,7 +96,7 @@ pub use idmap::{IdMapError, IdMaps, IdRange};
 pub use layers::{FinishedStage, LayerContents, LayerError, LayerInfo, Layers, Stage};
 pub use lease::{Keeper, Lease, LeaseInfo, LeaseOptions, held_by, keepers_of, scan_edges, scan_holds};
 pub use lock::{Holder, WaitPolicy};
-pub use migrate::{Migrate, Migrated, MigrationPlan, migration_plan};
+pub use migrate::{Migrate, MigrateAbove, Migrated, MigrationPlan, migration_plan};
 use open::Inner;
 pub use open::{BeforeRecovery, Clock, OpenError, OpenOptions, Warn};
 pub use snapshots::{ActiveInfo, ActiveOptions, Attach, MountOptions, Mounted, SnapshotError, SnapshotInfo, Snapshots};

@@ -56,6 +56,9 @@ fn steps_from(schema: u64) -> impl Iterator<Item = &'static Step> {
     STEPS.iter().filter(move |step| step.from >= schema)
 }
 
+/// What a crate above this one does to its tables in the step from this schema to the next, in the step's transaction.
+pub type MigrateAbove = fn(u64, &mut Tx<'_>) -> Result<(), CatalogueError>;
+
 /// Which catalogues an opening may migrate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Migrate {
@@ -191,6 +194,7 @@ fn migrate(database: &Path, copy: &Path, plan: &MigrationPlan, options: &OpenOpt
         let task = Task::start(progress, &format!("schema {} to {}: {}", step.from, step.from + 1, step.what), None);
         catalogue.write(Urgency::Durable, &|| Stamp::from((options.clock)()), |tx| {
             (step.run)(tx)?;
+            options.migrate_above.iter().try_for_each(|above| above(step.from, tx))?;
             tx.put(&META, &META_SCHEMA.to_owned(), &(step.from + 1))
         })?;
         task.end(Outcome::Done);

@@ -18,7 +18,7 @@ use crate::catalogue::{Catalogue, CatalogueError, Rows as _, Urgency};
 use crate::driver::{Driver, DriverKind, Native, Overlay, Packs};
 use crate::error::{At as _, FileError};
 use crate::lock::{Holder, LockFailure, StoreLock, WaitPolicy};
-use crate::migrate::{self, Migrate, Migrated};
+use crate::migrate::{self, Migrate, MigrateAbove, Migrated};
 use crate::progress::{Progress, Silent};
 use crate::recover::{self, RecoverError};
 use crate::sync::atomic::{AtomicBool, Ordering};
@@ -61,6 +61,8 @@ pub struct OpenOptions {
     pub use_reserve: bool,
     /// What to do about a store that an older version made.
     pub migrate: Migrate,
+    /// What crates above do to their own tables in a migration, in this order.
+    pub migrate_above: Vec<MigrateAbove>,
     /// Told how far a migration is.
     pub progress: Arc<dyn Progress + Send>,
 }
@@ -86,6 +88,7 @@ impl OpenOptions {
             driver: DriverKind::default(),
             use_reserve: false,
             migrate: Migrate::default(),
+            migrate_above: Vec::new(),
             progress: Arc::new(Silent),
         }
     }
