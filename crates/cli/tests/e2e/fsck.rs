@@ -322,9 +322,9 @@ fn cases() -> Vec<Case> {
         case("meta: the session is gone", "session-behind", Nothing, |root| {
             Catalogue::open(root).remove("meta", b"session\0\x01");
         }),
-        case("meta: the session is none", "row-unreadable", Nothing, |root| {
+        deep(case("meta: the session is none", "row-unreadable", Nothing, |root| {
             Catalogue::open(root).put("meta", b"session\0\x01", &[0, 0x80]);
-        }),
+        })),
         case("meta: the session is past counting", "session-behind", Nothing, |root| {
             Catalogue::open(root).put("meta", b"session\0\x01", &[0, 0xff, 0xff, 0xff, 0xff, 0x0f]);
         }),
