@@ -24,7 +24,7 @@ use crate::catalogue::schema::{META, META_PACKS, META_SCHEMA, SCHEMA};
 use crate::catalogue::{Catalogue, CatalogueError, Rows as _, Tx, Urgency};
 use crate::error::{At as _, FileError};
 use crate::lock::StoreLock;
-use crate::open::{OpenError, OpenOptions, Paths, open_catalogue, sync_dir};
+use crate::open::{OpenError, OpenOptions, Paths, create_private, open_catalogue, sync_dir};
 use crate::progress::{Outcome, Task, Watched};
 use crate::recover::entries;
 use crate::{Cancel, Stamp, WaitPolicy};
@@ -237,7 +237,7 @@ fn remove_if_there(path: &Path) -> Result<(), FileError> {
 /// A copy that shares its blocks where the file system can do that.
 fn copy_file(from: &Path, to: &Path, task: &Task<'_>) -> Result<(), FileError> {
     let mut source = File::open(from).at("open", from)?;
-    let copy = File::create_new(to).at("create", to)?;
+    let copy = create_private(to).at("create", to)?;
     if rustix::fs::ioctl_ficlone(&copy, &source).is_err() {
         let mut copy = Watched { inner: copy, task: Some(task), cancel: &Cancel::new() };
         io::copy(&mut source, &mut copy).at("copy", from)?;

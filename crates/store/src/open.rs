@@ -3,9 +3,9 @@
 use std::collections::HashSet;
 use std::error::Error;
 use std::fmt;
-use std::fs::{self, DirBuilder, File};
+use std::fs::{self, DirBuilder, File, Permissions};
 use std::io;
-use std::os::unix::fs::DirBuilderExt as _;
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, LazyLock};
@@ -275,6 +275,22 @@ pub(crate) fn make_dir(path: &Path) -> Result<(), FileError> {
     DirBuilder::new().recursive(true).mode(0o700).create(path).at("create directory", path)
 }
 
+/// A new file of the store, to read and to write, for its owner alone whatever the umask.
+pub(crate) fn create_private(path: &Path) -> io::Result<File> {
+    File::options().read(true).write(true).create_new(true).mode(0o600).open(path)
+}
+
+/// Earlier versions left the files of the catalogue to the umask.
+fn keep_private(catalog: &Path) -> Result<(), FileError> {
+    for path in recover::entries(catalog)? {
+        let meta = fs::symlink_metadata(&path).at("stat", &path)?;
+        if meta.is_file() && meta.permissions().mode() & 0o077 != 0 {
+            fs::set_permissions(&path, Permissions::from_mode(0o600)).at("change mode", &path)?;
+        }
+    }
+    Ok(())
+}
+
 /// Makes names in `path` durable.
 pub(crate) fn sync_dir(path: &Path) -> Result<(), FileError> {
     File::open(path).and_then(|dir| dir.sync_all()).at("sync directory", path)
@@ -407,6 +423,7 @@ pub(crate) fn open(root: &Path, options: OpenOptions, wait: WaitPolicy<'_>) -> R
     }
     make_dir(&paths.catalog)?;
     let lock = StoreLock::take(&paths.catalog.join("lock"), &options.command, wait)?;
+    keep_private(&paths.catalog)?;
     let (catalogue, migrated) = migrate::open_migrated(&root, &paths, &options)?;
     let driver = make_driver(&catalogue, &paths, &options)?;
     let inner = Inner {
@@ -565,6 +582,8 @@ fn create_catalogue(path: &Path, options: &OpenOptions, packs: bool) -> Result<(
         }
         _ => {}
     }
+    // The database takes an empty file for a new one.
+    create_private(&new).at("create", &new)?;
     let database = Catalogue::builder(options.cache_bytes)
         .create(&new)
         .map_err(|error| CatalogueError::database("create")(error.into()))?;

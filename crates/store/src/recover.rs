@@ -179,7 +179,7 @@ pub(crate) fn put_back(store: &Store, id: ActiveId, layer: LayerId) -> Result<()
     Ok(store.write(|tx| tx.remove(&SEALING, &id).map(drop))?)
 }
 
-/// Has the row of the layer that was being kept in another form say what its directory is, the old one or the new one.
+/// Has the row of the layer whose directory was being exchanged say what the directory is, the old one or the new one.
 /// Nothing to do if there is none. Whoever exchanges the directories does this afterwards, also if that failed, and whoever
 /// opens the store does it for those who were killed.
 pub(crate) fn settle(store: &Store) -> Result<(), RecoverError> {
@@ -192,7 +192,11 @@ pub(crate) fn settle(store: &Store) -> Result<(), RecoverError> {
     let settled = match (row, Sidecar::read(&layer_dir(store, id))?) {
         (Some(row), Some(sidecar)) => {
             let row = LayerRow { diff_id: row.diff_id, ..sidecar.row };
-            Some(LayerRow { beside: beside_of(store, id, &row)?, ..row })
+            match beside_of(store, id, &row) {
+                Ok(beside) => Some(LayerRow { beside, ..row }),
+                Err(error) if error.source.kind() == io::ErrorKind::NotFound => None,
+                Err(error) => return Err(error.into()),
+            }
         }
         // What is damaged is for a check to find.
         _ => None,

@@ -655,6 +655,46 @@ fn privileged_a_repair_that_is_killed_is_done_by_the_next() {
     }
 }
 
+/// A layer that comes back in the other form has another row; see `settle`.
+#[test]
+fn privileged_a_layer_that_was_being_restored_has_the_row_of_its_directory() {
+    if !tools::have(&["strace"]) {
+        return;
+    }
+    let Some(ply) = store() else { return };
+    if !ply.has_erofs() {
+        return;
+    }
+    let ply = ply.with_driver("overlay");
+    load(&ply, &Image::new("x:1").layer(&[Member::file("f", "content"), Member::file("g", "more")], Packing::Gzip));
+    let pristine = ply.scratch().join("pristine");
+    let copy = |from: &Path, to: &Path| {
+        drop(fs::remove_dir_all(to));
+        tools::run(Command::new("cp").args(["-a", "--reflink=auto"]).args([from, to]));
+    };
+    flip(&layer_with(&ply.root(), "f").join("fs/f"));
+    copy(&ply.root(), &pristine);
+    let ply = ply.with_driver("erofs");
+    let repair = ply.command(args!["fsck", "--read-data", "--repair"]);
+    let counts = kill::count(&repair, &ply.scratch().join("strace.log"));
+    let points = kill::spread(&counts, 12);
+    let (mut old, mut new) = (0, 0);
+    for point in points {
+        copy(&pristine, &ply.root());
+        if !matches!(kill::kill_at(&repair, &point), Outcome::Killed) {
+            continue;
+        }
+        // Its damage, if nothing was done yet, and nothing else: no row that contradicts its directory.
+        let (_, report) = fsck(&ply, &["--read-data"]);
+        match &*codes(&report, "findings").into_iter().collect::<Vec<_>>() {
+            [] => new += 1,
+            [one] if one == "layer-tree-damaged" => old += 1,
+            _ => panic!("after {point}: {report:#}"),
+        }
+    }
+    assert!(old > 0 && new > 0, "killed {old} times before and {new} times after");
+}
+
 #[test]
 fn privileged_a_catalogue_is_made_anew_of_what_is_left() {
     let Some(world) = World::new() else { return };

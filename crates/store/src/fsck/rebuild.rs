@@ -21,7 +21,7 @@ use crate::catalogue::{Catalogue, CatalogueError, Rows as _, Urgency};
 use crate::error::{At as _, FileError};
 use crate::layers::Sidecar;
 use crate::lock::{StoreLock, WaitPolicy};
-use crate::open::{Paths, make_dir, sync_dir};
+use crate::open::{Paths, create_private, make_dir, sync_dir};
 use crate::progress::{Outcome, Task};
 use crate::recover::entries;
 use crate::{ActiveId, LayerId, OpenError, OpenOptions, Owner, Resource, Stamp, packed};
@@ -71,6 +71,7 @@ pub(crate) fn rebuild(
         remove_if_there(stale)?;
     }
     let failed = |error: redb::Error| CatalogueError::database("rebuild")(error);
+    create_private(&new).at("create", &new)?;
     let database = Catalogue::builder(options.cache_bytes).create(&new).map_err(|error| failed(error.into()))?;
     let mut rebuilt = Rebuilt::default();
     let had_catalogue = old.try_exists().at("stat", &old)?;
