@@ -454,7 +454,7 @@ fn check_driver(kind: DriverKind, paths: &Paths) -> Result<(), OpenError> {
     match kind {
         DriverKind::Auto | DriverKind::Native => Ok(()),
         DriverKind::Overlay | DriverKind::OverlayBy(_) => {
-            Overlay::check().map_err(|source| OpenError::Driver { driver: "overlay", source })
+            Overlay::check_in(&paths.run).map_err(|source| OpenError::Driver { driver: "overlay", source })
         }
         DriverKind::Erofs => {
             check_erofs(paths).map_err(|error| OpenError::Driver { driver: "erofs", source: io::Error::other(error) })
@@ -485,9 +485,13 @@ fn make_driver(catalogue: &Catalogue, paths: &Paths, options: &OpenOptions) -> R
         DriverKind::Overlay => (None, Packs::No),
         DriverKind::OverlayBy(method) => (Some(method), Packs::No),
         DriverKind::Erofs => (None, Packs::Yes),
-        DriverKind::Auto if Overlay::check().is_err() => return Ok(Box::new(Native)),
         DriverKind::Auto => {
             let packs = unless_damaged(catalogue.read(|tx| tx.get(&META, &META_PACKS.to_owned())))? == Some(1);
+            // Packed layers have their whiteouts elsewhere.
+            let works = if packs { Overlay::check() } else { Overlay::check_in(&paths.run) };
+            if works.is_err() {
+                return Ok(Box::new(Native));
+            }
             (None, if packs { can_pack(paths, options) } else { Packs::No })
         }
     };
@@ -506,7 +510,12 @@ fn new_packs(paths: &Paths, options: &OpenOptions) -> bool {
     match options.driver {
         DriverKind::Erofs => true,
         DriverKind::Auto => {
-            check_erofs(paths).map_err(|source| (options.warn)(&NoErofs { made_with: false, source })).is_ok()
+            let packs =
+                check_erofs(paths).map_err(|source| (options.warn)(&NoErofs { made_with: false, source })).is_ok();
+            if let Err(source) = Overlay::check_in(&paths.run) {
+                (options.warn)(&NoOverlay { packs, source });
+            }
+            packs
         }
         DriverKind::Overlay | DriverKind::OverlayBy(_) | DriverKind::Native => false,
     }
@@ -523,6 +532,18 @@ fn new_packs(paths: &Paths, options: &OpenOptions) -> bool {
 struct NoErofs {
     made_with: bool,
     source: FileError,
+}
+
+/// `auto` does without overlays, in part or at all, which is said once for a new store.
+#[derive(Debug, thiserror::Error)]
+#[error("overlay mounts do not work here: {}", if *.packs {
+    "images can be loaded and mounted to read; what is written to needs --driver native, or another place for the store"
+} else {
+    "trees of this new store are copies, which takes time and space"
+})]
+struct NoOverlay {
+    packs: bool,
+    source: io::Error,
 }
 
 fn is_full(error: &io::Error) -> bool {
