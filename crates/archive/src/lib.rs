@@ -20,7 +20,7 @@ mod testing;
 pub mod tree;
 mod unpack;
 pub mod whiteout;
-mod xattr;
+pub mod xattr;
 
 pub use apply::{Applied, ApplyError, ApplyStyle, BaseNeed, NewOwner, Refusal, apply};
 pub use changes::{Change, ChangeKind, UpperForm, changes};

@@ -29,7 +29,7 @@ pub(crate) type Xattrs = Vec<(Vec<u8>, Vec<u8>)>;
 ///
 /// Overlayfs' own would let an archive point a directory elsewhere or hide another layer's files.
 /// Labels of the host's security modules mean nothing on another host.
-pub(crate) fn is_content(name: &[u8]) -> bool {
+pub fn is_content(name: &[u8]) -> bool {
     !(name.starts_with(OVERLAY)
         || name.starts_with(USER_OVERLAY)
         || matches!(name, b"security.selinux" | b"security.ima" | b"security.evm"))
@@ -57,12 +57,12 @@ pub(crate) fn read(subject: Subject<'_>) -> Result<Xattrs> {
 }
 
 /// The names in what [`Subject::list`] gave.
-pub(crate) fn names(list: &[u8]) -> impl Iterator<Item = &[u8]> {
+pub fn names(list: &[u8]) -> impl Iterator<Item = &[u8]> {
     list.split(|byte| *byte == 0).filter(|name| !name.is_empty())
 }
 
 /// Whether an archive's attribute is to be set at all.
-pub(crate) fn is_wanted(name: &[u8], value: &[u8]) -> bool {
+pub fn is_wanted(name: &[u8], value: &[u8]) -> bool {
     is_content(name) && (name != CAPABILITY || is_capability(value))
 }
 

@@ -56,7 +56,7 @@ pub use lazy::{Provider, Providers, RangeProvider};
 pub use manager::{Accessor, Controller, Manager, ManagerOptions, RecordOptions, UNCOMPRESSED};
 pub use metadata::{Changes, LAYER_TYPE, Value};
 pub use prune::{Cap, Fate, Judged, PruneOptions, PruneReport, PrunedRecord, Reason, SharedChecker, effective_keep};
-pub use record::{BlobRow, Parents, RecordRow, RecordType, State, UseRow};
+pub use record::{BlobRow, Parents, RecordRow, RecordType, State, UseRow, migrate};
 pub use refs::{ImmutableRef, MutableRef};
 pub use solver::Link;
 pub use usage::{RecordUsage, Usage, UsageOptions, UsageTotals};

@@ -496,3 +496,23 @@ pub(crate) fn walk(
     }
     Ok(Ok(out))
 }
+
+/// Brings the tables of this crate from this schema of the store's catalogue to the next; see
+/// [`plies_store::OpenOptions::migrate_above`].
+///
+/// # Errors
+/// [`CatalogueError`].
+pub fn migrate(from: u64, tx: &mut Tx<'_>) -> Result<(), CatalogueError> {
+    if from != 1 {
+        return Ok(());
+    }
+    // The first versions did not list the uppers of mutable records. A row that cannot be read is for a check to find.
+    let mut actives = Vec::new();
+    tx.scan_each(&RECORDS, |id, row| {
+        if let (Some(id), Ok(RecordRow { state: State::Mutable { active, .. }, .. })) = (id, row) {
+            actives.push((active, id));
+        }
+        ControlFlow::Continue(())
+    })?;
+    actives.into_iter().try_for_each(|(active, id)| tx.put(&ACTIVES, &active, &IdRow(id)))
+}

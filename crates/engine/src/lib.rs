@@ -194,6 +194,7 @@ impl Engine {
             driver: options.driver,
             use_reserve: options.use_reserve,
             migrate: options.migrate,
+            migrate_above: vec![plies_cache::migrate],
             progress: Arc::clone(&options.progress),
             // Steps that outlived their `ply` use mounts and files that are about to go.
             before_recovery: Arc::new(exec::end_leftovers),

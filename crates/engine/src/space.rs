@@ -267,6 +267,8 @@ pub struct Info {
     pub root: String,
     /// How layers are kept and mounted.
     pub driver: &'static str,
+    /// Why the driver `overlay` cannot be used here; `None` if it can.
+    pub overlay_unusable: Option<String>,
     /// Why the driver `erofs` cannot be used here; `None` if it can.
     pub erofs_unusable: Option<String>,
     /// How many images there are.
@@ -318,6 +320,7 @@ impl Info {
             ("version", self.version.into()),
             ("root", self.root.clone()),
             ("driver", self.driver.into()),
+            ("overlay", self.overlay_unusable.as_ref().map_or("usable".into(), |why| format!("not usable: {why}"))),
             (
                 "erofs",
                 match &self.erofs_unusable {
@@ -673,6 +676,7 @@ impl Engine {
             version: env!("CARGO_PKG_VERSION"),
             root: self.store().root().display().to_string(),
             driver: self.store().driver(),
+            overlay_unusable: self.store().try_overlay().err().map(|error| error.to_string()),
             erofs_unusable: self.store().try_erofs().err().map(|error| format!("{error}: {}", error.source)),
             images_count: self.store().read(plies_image::list)?.len(),
             records_count: self.cache().count()?,

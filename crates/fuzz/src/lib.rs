@@ -6,6 +6,7 @@
 //! [`fuzz`] mutates seeds for a while. A finding is written to a directory, and belongs into `findings/TARGET/` of this
 //! crate once it is mended: the tests send all that is there through its target.
 
+mod catalogue;
 mod targets;
 
 use std::fs;
@@ -32,6 +33,8 @@ pub struct Target {
     pub seeds: fn() -> Vec<Vec<u8>>,
     /// Makes checksums right again, so that not all mutations die of them.
     pub repair: fn(&mut [u8]),
+    /// How many inputs a test run sends: a few seconds' worth.
+    pub sample: usize,
 }
 
 impl std::fmt::Debug for Target {

@@ -15,26 +15,28 @@ use plies_testkit::hostile::corpus;
 use plies_testkit::image::{Image, Packing};
 use plies_testkit::tar::{Member, archive, fix_checksum};
 
-use crate::Target;
+use crate::{Target, catalogue};
 
 /// All of them.
 pub const TARGETS: &[Target] = &[
-    Target { name: "tar", run: tar, seeds: tars, repair: fix_headers },
-    Target { name: "pax", run: pax, seeds: pax_records, repair: nothing },
-    Target { name: "sparse", run: sparse, seeds: sparse_maps, repair: nothing },
-    Target { name: "compression", run: compression, seeds: packed, repair: nothing },
-    Target { name: "tar-split", run: tar_split, seeds: recordings, repair: nothing },
-    Target { name: "manifest", run: manifest, seeds: documents, repair: nothing },
-    Target { name: "index", run: index, seeds: documents, repair: nothing },
-    Target { name: "config", run: config, seeds: documents, repair: nothing },
-    Target { name: "reference", run: reference, seeds: references, repair: nothing },
-    Target { name: "digest", run: digest, seeds: references, repair: nothing },
-    Target { name: "dockerfile", run: dockerfile, seeds: dockerfiles, repair: nothing },
-    Target { name: "words", run: words, seeds: dockerfiles, repair: nothing },
-    Target { name: "ignore", run: ignore, seeds: patterns, repair: nothing },
-    Target { name: "filters", run: filters, seeds: filter_texts, repair: nothing },
-    Target { name: "bolt", run: bolt, seeds: databases, repair: nothing },
-    Target { name: "rows", run: rows, seeds: row_bytes, repair: nothing },
+    Target { name: "tar", run: tar, seeds: tars, repair: fix_headers, sample: 3_000 },
+    Target { name: "pax", run: pax, seeds: pax_records, repair: nothing, sample: 3_000 },
+    Target { name: "sparse", run: sparse, seeds: sparse_maps, repair: nothing, sample: 3_000 },
+    Target { name: "compression", run: compression, seeds: packed, repair: nothing, sample: 3_000 },
+    Target { name: "tar-split", run: tar_split, seeds: recordings, repair: nothing, sample: 3_000 },
+    Target { name: "manifest", run: manifest, seeds: documents, repair: nothing, sample: 3_000 },
+    Target { name: "index", run: index, seeds: documents, repair: nothing, sample: 3_000 },
+    Target { name: "config", run: config, seeds: documents, repair: nothing, sample: 3_000 },
+    Target { name: "reference", run: reference, seeds: references, repair: nothing, sample: 3_000 },
+    Target { name: "digest", run: digest, seeds: references, repair: nothing, sample: 3_000 },
+    Target { name: "dockerfile", run: dockerfile, seeds: dockerfiles, repair: nothing, sample: 3_000 },
+    Target { name: "words", run: words, seeds: dockerfiles, repair: nothing, sample: 3_000 },
+    Target { name: "ignore", run: ignore, seeds: patterns, repair: nothing, sample: 3_000 },
+    Target { name: "filters", run: filters, seeds: filter_texts, repair: nothing, sample: 3_000 },
+    Target { name: "bolt", run: bolt, seeds: databases, repair: nothing, sample: 3_000 },
+    Target { name: "rows", run: rows, seeds: row_bytes, repair: nothing, sample: 3_000 },
+    // A store is opened, checked and repaired for each.
+    Target { name: "catalogue", run: catalogue::run, seeds: catalogue::seeds, repair: nothing, sample: 600 },
 ];
 
 /// Enough for every seed, and soon reached.

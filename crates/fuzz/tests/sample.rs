@@ -9,7 +9,7 @@ fn sample(name: &str) {
         run(name, &std::fs::read(&path).expect("because it was just listed"));
     }
     let seed = plies_testkit::seed();
-    match fuzz(target, seed, Until::Inputs(plies_testkit::rounds(3_000) as u64)) {
+    match fuzz(target, seed, Until::Inputs(plies_testkit::rounds(target.sample) as u64)) {
         Ok(count) => println!("fuzz {name}, seed {seed}: {count} inputs; 0 failures"),
         Err(found) => panic!(
             "seed {seed}: {}: {} bytes: {}",
@@ -51,6 +51,7 @@ samples! {
     fuzz_filters: "filters",
     fuzz_bolt: "bolt",
     fuzz_rows: "rows",
+    fuzz_catalogue: "catalogue",
 }
 
 #[test]
@@ -62,7 +63,7 @@ fn what_panics_or_hangs_is_found() {
     fn panics(data: &[u8]) {
         assert!(!data.contains(&b'{'), "a brace");
     }
-    let target = Target { name: "itself", run: panics, seeds, repair: nothing };
+    let target = Target { name: "itself", run: panics, seeds, repair: nothing, sample: 1 };
     let found = fuzz(&target, 1, Until::Inputs(100_000)).expect_err("a brace is among what is put in");
     assert!(found.input.contains(&b'{') && found.what.contains("a brace"));
 }

@@ -1,7 +1,8 @@
 //! Whether a tree is the layer that a tar would unpack to.
 //!
 //! A layer is known by its diff ID, whoever brings it, so a tree may only carry one if it says what the tar says: the same
-//! names with the same kinds, modes, owners and lengths, the same names for one file, and directories set by the same layer.
+//! names with the same kinds, modes, owners, lengths and extended attributes, the same names for one file, and directories set
+//! by the same layer.
 //! Bytes are not compared: whoever keeps the tree would have had to change a file that nobody writes to. Whether a file has the
 //! time that the tar says is told, so that somebody may look closer.
 
@@ -14,15 +15,19 @@ use std::sync::{Mutex, PoisonError};
 use plies_archive::tar::{Device, Entry, EntryKind, EntryPath, Reader};
 use plies_archive::tree::{Descent, Names};
 use plies_archive::whiteout::{Mark, Meaning, meaning};
+use plies_archive::xattr::{is_content, is_wanted, names};
 use plies_archive::{DirIndex, Implied};
 use plies_store::ForeignName;
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat};
+
+/// Names and values of extended attributes.
+type Xattrs = Vec<(Vec<u8>, Vec<u8>)>;
 
 /// What is listed under one name.
 #[derive(Debug, PartialEq, Eq)]
 enum Listed {
     Whiteout,
-    Entry { kind: EntryKind, mode: u32, owner: (u32, u32), mtime_seconds: i64 },
+    Entry { kind: EntryKind, mode: u32, owner: (u32, u32), mtime_seconds: i64, xattrs: Xattrs },
 }
 
 /// What a tar has, by its names.
@@ -84,7 +89,9 @@ impl Listing {
                         EntryKind::File { size_bytes, .. } => EntryKind::File { size_bytes, sparse: None },
                         other => other,
                     };
-                    (entry.path, Listed::Entry { kind, mode, owner, mtime_seconds })
+                    let mut xattrs = entry.xattrs;
+                    xattrs.retain(|(name, value)| is_wanted(name, value));
+                    (entry.path, Listed::Entry { kind, mode, owner, mtime_seconds, xattrs })
                 }
             };
             if listing.names.insert(path, listed).is_some() {
@@ -134,7 +141,9 @@ impl Listing {
             };
             let path = dir.join(name);
             let stat = rustix::fs::statat(descent.here(), name, AtFlags::SYMLINK_NOFOLLOW)?;
-            if !comparison.agrees(&ForeignName { path: &path, stat: &stat, dir: descent.here(), name })? {
+            let dir = descent.here();
+            let xattrs = ForeignName::list_xattrs(dir, name)?;
+            if !comparison.agrees(&ForeignName { path: &path, stat: &stat, dir, name, xattrs: &xattrs })? {
                 return Ok(None);
             }
             if FileType::from_raw_mode(stat.st_mode) == FileType::Directory {
@@ -157,7 +166,8 @@ impl Comparison<'_> {
         let seen = || self.seen.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(listed) = self.listing.names.get(path) else {
             // On the way to something, and made up.
-            let made_up = is == FileType::Directory && (mode(stat), owner) == (0o755, (0, 0));
+            let made_up =
+                is == FileType::Directory && (mode(stat), owner) == (0o755, (0, 0)) && has_xattrs(at, &[], false)?;
             if made_up {
                 seen().implied.push(path.clone());
             }
@@ -165,7 +175,7 @@ impl Comparison<'_> {
         };
         self.found.fetch_add(1, Ordering::Relaxed);
         let is_whiteout = is == FileType::CharacterDevice && stat.st_rdev == 0;
-        let Listed::Entry { kind, mode: m, owner: o, mtime_seconds } = listed else { return Ok(is_whiteout) };
+        let Listed::Entry { kind, mode: m, owner: o, mtime_seconds, xattrs } = listed else { return Ok(is_whiteout) };
         let is_link = is == FileType::Symlink;
         let is_device = |device: &Device| {
             (device.major, device.minor) == (rustix::fs::major(stat.st_rdev), rustix::fs::minor(stat.st_rdev))
@@ -192,7 +202,10 @@ impl Comparison<'_> {
         let is_alone = || {
             is == FileType::Directory || stat.st_nlink == 1 || seen().files.insert(stat.st_ino, path.clone()).is_none()
         };
-        Ok(is_kind && *o == owner && (*m == mode(stat) || is_link) && is_alone())
+        // Neither we nor others insist on attributes of what takes none of `user.`.
+        let may_lack = !matches!(kind, EntryKind::File { .. } | EntryKind::Directory);
+        let looks = is_kind && *o == owner && (*m == mode(stat) || is_link);
+        Ok(looks && has_xattrs(at, xattrs, may_lack)? && is_alone())
     }
 
     /// When all names of the tree agree: whether all that is listed is there.
@@ -213,6 +226,19 @@ impl Agreed {
         let why = |path: &EntryPath| known.why_implied(path).unwrap_or(Implied::OnTheWay);
         self.index.implied().map(|path| (path.clone(), why(path))).collect()
     }
+}
+
+/// Whether what belongs to the content among the attributes of a name is what is listed, or, if it may lack some, a part of it.
+fn has_xattrs(at: &ForeignName<'_>, listed: &[(Vec<u8>, Vec<u8>)], may_lack: bool) -> io::Result<bool> {
+    let mut found = 0;
+    for name in names(at.xattrs).filter(|name| is_content(name)) {
+        let Some((_, value)) = listed.iter().find(|(listed, _)| listed == name) else { return Ok(false) };
+        if at.xattr(name)? != *value {
+            return Ok(false);
+        }
+        found += 1;
+    }
+    Ok(may_lack || found == listed.len())
 }
 
 fn mode(stat: &Stat) -> u32 {
@@ -261,6 +287,37 @@ mod tests {
             let agreed = listing.judge_below(fs::File::open(dir.path()).unwrap().as_fd()).unwrap().unwrap();
             assert_eq!(agreed.same_times, same_times);
         }
+    }
+
+    #[test]
+    fn attributes_are_those_that_are_listed() {
+        if !plies_testkit::tools::privileged() {
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("f");
+        fs::write(&path, "").unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).unwrap();
+        let judge = |member: Member| {
+            let tar = archive(&[member]);
+            let listing = Listing::read_from(&mut Reader::new(&tar[..], &Limits::default())).unwrap();
+            listing.judge_below(fs::File::open(dir.path()).unwrap().as_fd()).unwrap().is_some()
+        };
+        let plain = || Member::file("f", "");
+        assert!(judge(plain()));
+        assert!(!judge(plain().xattr("trusted.note", "x")), "one is missing");
+        // No content of a layer, on either side.
+        assert!(judge(plain().xattr("security.selinux", "x")));
+        let set = |name: &str, value: &[u8]| {
+            rustix::fs::setxattr(&path, name, value, rustix::fs::XattrFlags::empty()).unwrap();
+        };
+        set("trusted.overlay.origin", b"");
+        assert!(judge(plain()));
+        set("trusted.note", b"x");
+        assert!(!judge(plain()), "one too many");
+        assert!(judge(plain().xattr("trusted.note", "x")));
+        assert!(!judge(plain().xattr("trusted.note", "y")), "another value");
+        assert!(!judge(plain().xattr("trusted.note", "x").xattr("trusted.more", "x")));
     }
 
     fn members() -> Vec<Member> {

@@ -57,6 +57,8 @@ pub struct ForeignName<'a> {
     pub dir: BorrowedFd<'a>,
     /// Its last component.
     pub name: &'a [u8],
+    /// The names of its extended attributes, each with a NUL behind it.
+    pub xattrs: &'a [u8],
 }
 
 impl ForeignName<'_> {
@@ -66,6 +68,25 @@ impl ForeignName<'_> {
     /// The kernel's.
     pub fn link_target(&self) -> io::Result<Vec<u8>> {
         Ok(rustix::fs::readlinkat(self.dir, self.name, Vec::new())?.into_bytes())
+    }
+
+    /// The names of the extended attributes of what lies under `name` in `dir`, as [`ForeignName::xattrs`] has them. A link is
+    /// not followed.
+    ///
+    /// # Errors
+    /// The kernel's; a file system that knows no attributes has none.
+    pub fn list_xattrs(dir: BorrowedFd<'_>, name: &[u8]) -> io::Result<Vec<u8>> {
+        let path = path_of(dir, name);
+        list_of(|list| rustix::fs::llistxattr(&path, list))
+    }
+
+    /// The value of one of its extended attributes.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn xattr(&self, name: &[u8]) -> io::Result<Vec<u8>> {
+        let path = path_of(self.dir, self.name);
+        Ok(tree::grow(|value| rustix::fs::lgetxattr(&path, name, value))?)
     }
 }
 
@@ -298,7 +319,7 @@ impl<'a> Copying<'a> {
     /// Fills one directory, which is there, and makes those in it.
     fn directory(&self, path: &EntryPath, own: &mut Filling) -> io::Result<Result<(), SnapshotError>> {
         let (from, to) = (tree::open_dir(self.from, path)?, tree::open_dir(self.to, path)?);
-        let marks = marks_of(|list| rustix::fs::flistxattr(&from, list))?;
+        let marks = marks_in(&list_of(|list| rustix::fs::flistxattr(&from, list))?);
         own.filled.marked |= marks.iter().any(|mark| mark.starts_with(USER_OVERLAY));
         if let Err(error) = self_contained(path, &marks) {
             return Ok(Err(error));
@@ -320,18 +341,20 @@ impl<'a> Copying<'a> {
         for name in tree::list(&from)? {
             let Some(stat) = tree::stat(&from, &name)? else { continue };
             let child = path.join(name.to_bytes());
-            if let Some(unpacked) = &self.unpacked
-                && !(unpacked.agrees)(&ForeignName {
-                    path: &child,
-                    stat: &stat,
-                    dir: from.as_fd(),
-                    name: name.to_bytes(),
-                })?
-            {
-                own.filled.refused = true;
-                return Ok(Ok(()));
-            }
             let is_dir = tree::file_type(&stat) == FileType::Directory;
+            // A directory's are looked at when it is opened, too.
+            let xattrs = match is_dir && self.unpacked.is_none() {
+                true => Vec::new(),
+                false => ForeignName::list_xattrs(from.as_fd(), name.to_bytes())?,
+            };
+            if let Some(unpacked) = &self.unpacked {
+                let (dir, name) = (from.as_fd(), name.to_bytes());
+                let found = ForeignName { path: &child, stat: &stat, dir, name, xattrs: &xattrs };
+                if !(unpacked.agrees)(&found)? {
+                    own.filled.refused = true;
+                    return Ok(Ok(()));
+                }
+            }
             if self.over
                 && let Some(below) = tree::stat(&to, &name)?
             {
@@ -350,7 +373,7 @@ impl<'a> Copying<'a> {
                     whiteouts = true;
                     own.filled.usage.add(&stat);
                 }
-            } else if let Err(error) = self.file(&child, &name, &stat, &from, &to, &mut own.filled)? {
+            } else if let Err(error) = self.file(&child, &name, (&stat, &xattrs), &from, &to, &mut own.filled)? {
                 return Ok(Err(error));
             }
         }
@@ -375,16 +398,12 @@ impl<'a> Copying<'a> {
         &self,
         path: &EntryPath,
         name: &CStr,
-        stat: &Stat,
+        (stat, xattrs): (&Stat, &[u8]),
         from: &OwnedFd,
         to: &OwnedFd,
         filled: &mut Filled,
     ) -> io::Result<Result<(), SnapshotError>> {
-        let marks = marks_of(|list| {
-            let mut path = format!("/proc/self/fd/{}/", from.as_raw_fd()).into_bytes();
-            path.extend_from_slice(name.to_bytes());
-            rustix::fs::llistxattr(path, list)
-        })?;
+        let marks = marks_in(xattrs);
         filled.marked |= marks.iter().any(|mark| mark.starts_with(USER_OVERLAY));
         if let Err(error) = self_contained(path, &marks) {
             return Ok(Err(error));
@@ -414,14 +433,23 @@ impl<'a> Copying<'a> {
     }
 }
 
-/// Overlay's own attributes of a file.
-fn marks_of(list: impl Fn(&mut [u8]) -> rustix::io::Result<usize>) -> io::Result<Vec<Vec<u8>>> {
-    let names = match tree::grow(list) {
-        Err(Errno::OPNOTSUPP) => return Ok(Vec::new()),
-        names => names?,
-    };
+fn path_of(dir: BorrowedFd<'_>, name: &[u8]) -> Vec<u8> {
+    let mut path = format!("/proc/self/fd/{}/", dir.as_raw_fd()).into_bytes();
+    path.extend_from_slice(name);
+    path
+}
+
+fn list_of(list: impl Fn(&mut [u8]) -> rustix::io::Result<usize>) -> io::Result<Vec<u8>> {
+    match tree::grow(list) {
+        Err(Errno::OPNOTSUPP) => Ok(Vec::new()),
+        names => Ok(names?),
+    }
+}
+
+/// Overlay's own among the names of attributes.
+fn marks_in(names: &[u8]) -> Vec<Vec<u8>> {
     let is_mark = |name: &&[u8]| name.starts_with(b"trusted.overlay.") || name.starts_with(USER_OVERLAY);
-    Ok(names.split(|byte| *byte == 0).filter(is_mark).map(<[u8]>::to_vec).collect())
+    names.split(|byte| *byte == 0).filter(is_mark).map(<[u8]>::to_vec).collect()
 }
 
 fn self_contained(path: &EntryPath, marks: &[Vec<u8>]) -> Result<(), SnapshotError> {

@@ -75,6 +75,7 @@ mod usage;
 mod write_back;
 
 use std::fmt;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -96,7 +97,7 @@ pub use idmap::{IdMapError, IdMaps, IdRange};
 pub use layers::{FinishedStage, LayerContents, LayerError, LayerInfo, Layers, Stage};
 pub use lease::{Keeper, Lease, LeaseInfo, LeaseOptions, held_by, keepers_of, scan_edges, scan_holds};
 pub use lock::{Holder, WaitPolicy};
-pub use migrate::{Migrate, Migrated, MigrationPlan, migration_plan};
+pub use migrate::{Migrate, MigrateAbove, Migrated, MigrationPlan, migration_plan};
 use open::Inner;
 pub use open::{BeforeRecovery, Clock, OpenError, OpenOptions, Warn};
 pub use snapshots::{
@@ -155,6 +156,14 @@ impl Store {
     pub fn remember_driver(&self) -> Result<(), CatalogueError> {
         let packs = u64::from(self.inner.driver.packs());
         self.write(|tx| tx.put(&META, &META_PACKS.to_owned(), &packs).map(drop))
+    }
+
+    /// Whether the driver `overlay` would work here.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn try_overlay(&self) -> io::Result<()> {
+        driver::Overlay::check_in(self.run_dir())
     }
 
     /// Tries whether the driver `erofs` would work here: mounts an empty layer and an overlay over it, attached nowhere.

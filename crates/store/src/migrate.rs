@@ -24,7 +24,7 @@ use crate::catalogue::schema::{META, META_PACKS, META_SCHEMA, SCHEMA};
 use crate::catalogue::{Catalogue, CatalogueError, Rows as _, Tx, Urgency};
 use crate::error::{At as _, FileError};
 use crate::lock::StoreLock;
-use crate::open::{OpenError, OpenOptions, Paths, open_catalogue, sync_dir};
+use crate::open::{OpenError, OpenOptions, Paths, create_private, open_catalogue, sync_dir};
 use crate::progress::{Outcome, Task, Watched};
 use crate::recover::entries;
 use crate::{Cancel, Stamp, WaitPolicy};
@@ -55,6 +55,9 @@ const STEPS: [Step; 2] = [
 fn steps_from(schema: u64) -> impl Iterator<Item = &'static Step> {
     STEPS.iter().filter(move |step| step.from >= schema)
 }
+
+/// What a crate above this one does to its tables in the step from this schema to the next, in the step's transaction.
+pub type MigrateAbove = fn(u64, &mut Tx<'_>) -> Result<(), CatalogueError>;
 
 /// Which catalogues an opening may migrate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -138,12 +141,18 @@ pub fn migration_plan(root: &Path, options: &OpenOptions, wait: WaitPolicy<'_>) 
     }
     let _lock = StoreLock::take(&paths.catalog.join("lock"), &options.command, wait)?;
     let options = OpenOptions { create: false, ..options.clone() };
-    MigrationPlan::new(schema(&open_catalogue(&root, &paths, &options)?)?, &paths)
+    MigrationPlan::new(schema(&open_catalogue(&root, &paths, &options)?, &paths)?, &paths)
 }
 
-fn schema(catalogue: &Catalogue) -> Result<u64, CatalogueError> {
-    let damaged = CatalogueError::Damaged { table: META.name(), key: String::new(), what: "no schema version" };
-    catalogue.read(|tx| tx.get(&META, &META_SCHEMA.to_owned()))?.ok_or(damaged)
+fn schema(catalogue: &Catalogue, paths: &Paths) -> Result<u64, OpenError> {
+    let missing =
+        || CatalogueError::Damaged { table: META.name(), key: META_SCHEMA.to_owned(), what: "no schema version" };
+    let read = catalogue.read(|tx| tx.get(&META, &META_SCHEMA.to_owned()));
+    read.and_then(|found| found.ok_or_else(missing)).map_err(|error| match error {
+        // Nothing in it can be understood without.
+        error @ CatalogueError::Damaged { .. } => OpenError::Corrupt { path: paths.database(), source: error.into() },
+        error => error.into(),
+    })
 }
 
 /// The catalogue in this version's schema, whatever it was in, and what was done about that.
@@ -155,7 +164,7 @@ pub(crate) fn open_migrated(
     let catalogue = open_catalogue(root, paths, options)?;
     let copy = beside(&paths.database(), "migrating");
     remove_if_there(&copy)?;
-    let from = schema(&catalogue)?;
+    let from = schema(&catalogue, paths)?;
     if from == SCHEMA {
         return Ok((catalogue, None));
     }
@@ -185,6 +194,7 @@ fn migrate(database: &Path, copy: &Path, plan: &MigrationPlan, options: &OpenOpt
         let task = Task::start(progress, &format!("schema {} to {}: {}", step.from, step.from + 1, step.what), None);
         catalogue.write(Urgency::Durable, &|| Stamp::from((options.clock)()), |tx| {
             (step.run)(tx)?;
+            options.migrate_above.iter().try_for_each(|above| above(step.from, tx))?;
             tx.put(&META, &META_SCHEMA.to_owned(), &(step.from + 1))
         })?;
         task.end(Outcome::Done);
@@ -227,7 +237,7 @@ fn remove_if_there(path: &Path) -> Result<(), FileError> {
 /// A copy that shares its blocks where the file system can do that.
 fn copy_file(from: &Path, to: &Path, task: &Task<'_>) -> Result<(), FileError> {
     let mut source = File::open(from).at("open", from)?;
-    let copy = File::create_new(to).at("create", to)?;
+    let copy = create_private(to).at("create", to)?;
     if rustix::fs::ioctl_ficlone(&copy, &source).is_err() {
         let mut copy = Watched { inner: copy, task: Some(task), cancel: &Cancel::new() };
         io::copy(&mut source, &mut copy).at("copy", from)?;

@@ -3,9 +3,9 @@
 use std::collections::HashSet;
 use std::error::Error;
 use std::fmt;
-use std::fs::{self, DirBuilder, File};
+use std::fs::{self, DirBuilder, File, Permissions};
 use std::io;
-use std::os::unix::fs::DirBuilderExt as _;
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, LazyLock};
@@ -18,7 +18,7 @@ use crate::catalogue::{Catalogue, CatalogueError, Rows as _, Urgency};
 use crate::driver::{Driver, DriverKind, Native, Overlay, Packs};
 use crate::error::{At as _, FileError};
 use crate::lock::{Holder, LockFailure, StoreLock, WaitPolicy};
-use crate::migrate::{self, Migrate, Migrated};
+use crate::migrate::{self, Migrate, MigrateAbove, Migrated};
 use crate::progress::{Progress, Silent};
 use crate::recover::{self, RecoverError};
 use crate::sync::atomic::{AtomicBool, Ordering};
@@ -61,6 +61,8 @@ pub struct OpenOptions {
     pub use_reserve: bool,
     /// What to do about a store that an older version made.
     pub migrate: Migrate,
+    /// What crates above do to their own tables in a migration, in this order.
+    pub migrate_above: Vec<MigrateAbove>,
     /// Told how far a migration is.
     pub progress: Arc<dyn Progress + Send>,
 }
@@ -86,6 +88,7 @@ impl OpenOptions {
             driver: DriverKind::default(),
             use_reserve: false,
             migrate: Migrate::default(),
+            migrate_above: Vec::new(),
             progress: Arc::new(Silent),
         }
     }
@@ -272,6 +275,22 @@ pub(crate) fn make_dir(path: &Path) -> Result<(), FileError> {
     DirBuilder::new().recursive(true).mode(0o700).create(path).at("create directory", path)
 }
 
+/// A new file of the store, to read and to write, for its owner alone whatever the umask.
+pub(crate) fn create_private(path: &Path) -> io::Result<File> {
+    File::options().read(true).write(true).create_new(true).mode(0o600).open(path)
+}
+
+/// Earlier versions left the files of the catalogue to the umask.
+fn keep_private(catalog: &Path) -> Result<(), FileError> {
+    for path in recover::entries(catalog)? {
+        let meta = fs::symlink_metadata(&path).at("stat", &path)?;
+        if meta.is_file() && meta.permissions().mode() & 0o077 != 0 {
+            fs::set_permissions(&path, Permissions::from_mode(0o600)).at("change mode", &path)?;
+        }
+    }
+    Ok(())
+}
+
 /// Makes names in `path` durable.
 pub(crate) fn sync_dir(path: &Path) -> Result<(), FileError> {
     File::open(path).and_then(|dir| dir.sync_all()).at("sync directory", path)
@@ -350,10 +369,15 @@ impl Inner {
     /// after a crash looks for what was on its way.
     fn begin_session(&self) -> Result<u32, CatalogueError> {
         self.catalogue.write(Urgency::Durable, &|| self.now(), |tx| {
-            let number = tx.get(&META, &META_SESSION.to_owned())?.unwrap_or(0) + 1;
-            tx.put(&META, &META_SESSION.to_owned(), &number)?;
+            let last = tx.get(&META, &META_SESSION.to_owned())?.unwrap_or(0);
+            // No store sees 2^32 sessions.
+            let number = u32::try_from(last).ok().and_then(|last| last.checked_add(1)).ok_or_else(|| {
+                let what = "no number of a session: `ply fsck --repair` finds one";
+                CatalogueError::Damaged { table: META.name(), key: META_SESSION.to_owned(), what }
+            })?;
+            tx.put(&META, &META_SESSION.to_owned(), &number.into())?;
             tx.put(&META, &META_CLEAN.to_owned(), &0)?;
-            Ok(u32::try_from(number).expect("because a store does not see 2^32 sessions"))
+            Ok(number)
         })
     }
 }
@@ -399,6 +423,7 @@ pub(crate) fn open(root: &Path, options: OpenOptions, wait: WaitPolicy<'_>) -> R
     }
     make_dir(&paths.catalog)?;
     let lock = StoreLock::take(&paths.catalog.join("lock"), &options.command, wait)?;
+    keep_private(&paths.catalog)?;
     let (catalogue, migrated) = migrate::open_migrated(&root, &paths, &options)?;
     let driver = make_driver(&catalogue, &paths, &options)?;
     let inner = Inner {
@@ -429,7 +454,7 @@ fn check_driver(kind: DriverKind, paths: &Paths) -> Result<(), OpenError> {
     match kind {
         DriverKind::Auto | DriverKind::Native => Ok(()),
         DriverKind::Overlay | DriverKind::OverlayBy(_) => {
-            Overlay::check().map_err(|source| OpenError::Driver { driver: "overlay", source })
+            Overlay::check_in(&paths.run).map_err(|source| OpenError::Driver { driver: "overlay", source })
         }
         DriverKind::Erofs => {
             check_erofs(paths).map_err(|error| OpenError::Driver { driver: "erofs", source: io::Error::other(error) })
@@ -445,6 +470,14 @@ fn check_erofs(paths: &Paths) -> Result<(), FileError> {
     }
 }
 
+/// A row that is none is nobody's at an opening: the store must open for a check to find it.
+pub(crate) fn unless_damaged<T>(read: Result<Option<T>, CatalogueError>) -> Result<Option<T>, CatalogueError> {
+    match read {
+        Err(CatalogueError::Damaged { .. }) => Ok(None),
+        read => read,
+    }
+}
+
 /// The driver that was asked for, or for `auto` the one that the store was made with as far as that works here.
 fn make_driver(catalogue: &Catalogue, paths: &Paths, options: &OpenOptions) -> Result<Box<dyn Driver>, CatalogueError> {
     let (method, packs) = match options.driver {
@@ -452,9 +485,13 @@ fn make_driver(catalogue: &Catalogue, paths: &Paths, options: &OpenOptions) -> R
         DriverKind::Overlay => (None, Packs::No),
         DriverKind::OverlayBy(method) => (Some(method), Packs::No),
         DriverKind::Erofs => (None, Packs::Yes),
-        DriverKind::Auto if Overlay::check().is_err() => return Ok(Box::new(Native)),
         DriverKind::Auto => {
-            let packs = catalogue.read(|tx| tx.get(&META, &META_PACKS.to_owned()))? == Some(1);
+            let packs = unless_damaged(catalogue.read(|tx| tx.get(&META, &META_PACKS.to_owned())))? == Some(1);
+            // Packed layers have their whiteouts elsewhere.
+            let works = if packs { Overlay::check() } else { Overlay::check_in(&paths.run) };
+            if works.is_err() {
+                return Ok(Box::new(Native));
+            }
             (None, if packs { can_pack(paths, options) } else { Packs::No })
         }
     };
@@ -473,7 +510,12 @@ fn new_packs(paths: &Paths, options: &OpenOptions) -> bool {
     match options.driver {
         DriverKind::Erofs => true,
         DriverKind::Auto => {
-            check_erofs(paths).map_err(|source| (options.warn)(&NoErofs { made_with: false, source })).is_ok()
+            let packs =
+                check_erofs(paths).map_err(|source| (options.warn)(&NoErofs { made_with: false, source })).is_ok();
+            if let Err(source) = Overlay::check_in(&paths.run) {
+                (options.warn)(&NoOverlay { packs, source });
+            }
+            packs
         }
         DriverKind::Overlay | DriverKind::OverlayBy(_) | DriverKind::Native => false,
     }
@@ -490,6 +532,18 @@ fn new_packs(paths: &Paths, options: &OpenOptions) -> bool {
 struct NoErofs {
     made_with: bool,
     source: FileError,
+}
+
+/// `auto` does without overlays, in part or at all, which is said once for a new store.
+#[derive(Debug, thiserror::Error)]
+#[error("overlay mounts do not work here: {}", if *.packs {
+    "images can be loaded and mounted to read; what is written to needs --driver native, or another place for the store"
+} else {
+    "trees of this new store are copies, which takes time and space"
+})]
+struct NoOverlay {
+    packs: bool,
+    source: io::Error,
 }
 
 fn is_full(error: &io::Error) -> bool {
@@ -549,6 +603,8 @@ fn create_catalogue(path: &Path, options: &OpenOptions, packs: bool) -> Result<(
         }
         _ => {}
     }
+    // The database takes an empty file for a new one.
+    create_private(&new).at("create", &new)?;
     let database = Catalogue::builder(options.cache_bytes)
         .create(&new)
         .map_err(|error| CatalogueError::database("create")(error.into()))?;

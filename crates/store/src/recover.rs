@@ -22,7 +22,7 @@ use crate::catalogue::{CatalogueError, Rows as _};
 use crate::error::{At as _, FileError};
 use crate::gc::{self, GcError};
 use crate::layers::{Sidecar, beside_of, layer_dir};
-use crate::open::{Paths, make_dir, sync_dir};
+use crate::open::{Paths, make_dir, sync_dir, unless_damaged};
 use crate::refs::count_of;
 use crate::snapshots::detach;
 use crate::{ActiveId, LayerId, LeaseId, Resource, Store, tree};
@@ -70,7 +70,7 @@ pub(crate) fn at_open(store: &Store) -> Result<(), RecoverError> {
         }
     }
     drop_process_leases(store)?;
-    let clean = store.read(|tx| tx.get(&META, &META_CLEAN.to_owned()))?.unwrap_or(0) == 1;
+    let clean = unless_damaged(store.read(|tx| tx.get(&META, &META_CLEAN.to_owned())))? == Some(1);
     if !clean {
         remove_stale_uppers(store)?;
         remove_unlisted(store)?;
@@ -179,11 +179,12 @@ pub(crate) fn put_back(store: &Store, id: ActiveId, layer: LayerId) -> Result<()
     Ok(store.write(|tx| tx.remove(&SEALING, &id).map(drop))?)
 }
 
-/// Has the row of the layer that was being kept in another form say what its directory is, the old one or the new one.
+/// Has the row of the layer whose directory was being exchanged say what the directory is, the old one or the new one.
 /// Nothing to do if there is none. Whoever exchanges the directories does this afterwards, also if that failed, and whoever
 /// opens the store does it for those who were killed.
 pub(crate) fn settle(store: &Store) -> Result<(), RecoverError> {
-    let Some(number) = store.read(|tx| tx.get(&META, &META_REPACKING.to_owned()))? else { return Ok(()) };
+    let marker = store.read(|tx| tx.get(&META, &META_REPACKING.to_owned()));
+    let Some(number) = unless_damaged(marker)? else { return Ok(()) };
     let id = LayerId::from_bytes(number.to_be_bytes());
     // What is seen may be in memory only.
     sync_dir(&store.inner.paths.layers)?;
@@ -191,7 +192,11 @@ pub(crate) fn settle(store: &Store) -> Result<(), RecoverError> {
     let settled = match (row, Sidecar::read(&layer_dir(store, id))?) {
         (Some(row), Some(sidecar)) => {
             let row = LayerRow { diff_id: row.diff_id, ..sidecar.row };
-            Some(LayerRow { beside: beside_of(store, id, &row)?, ..row })
+            match beside_of(store, id, &row) {
+                Ok(beside) => Some(LayerRow { beside, ..row }),
+                Err(error) if error.source.kind() == io::ErrorKind::NotFound => None,
+                Err(error) => return Err(error.into()),
+            }
         }
         // What is damaged is for a check to find.
         _ => None,

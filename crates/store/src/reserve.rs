@@ -5,13 +5,14 @@
 //! opened by somebody who wants to make room ([`crate::OpenOptions::use_reserve`]) and finds none. Whoever opens the store
 //! later, when there is plenty, makes it again.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io;
 use std::path::Path;
 
 use rustix::fs::FallocateFlags;
 
 use crate::error::{At as _, FileError};
+use crate::open::create_private;
 
 /// Its name, in `catalog/`.
 pub(crate) const RESERVE: &str = "reserve";
@@ -47,7 +48,7 @@ pub(crate) fn keep(catalog: &Path) -> Result<(), FileError> {
     if fs::symlink_metadata(&path).is_ok() || free_bytes(catalog)?.is_none_or(|free| free < PLENTY * RESERVE_BYTES) {
         return Ok(());
     }
-    let made = File::create(&path)
+    let made = create_private(&path)
         .and_then(|file| Ok(rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, RESERVE_BYTES)?));
     if made.is_err() {
         fs::remove_file(&path).at("remove", path)?;

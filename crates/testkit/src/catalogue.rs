@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use redb::{Database, ReadableDatabase as _, ReadableTable as _, TableDefinition, TableError};
+use redb::{Database, ReadableDatabase as _, ReadableTable as _, TableDefinition, TableError, TableHandle as _};
 
 /// A catalogue that nobody has open.
 #[derive(Debug)]
@@ -21,6 +21,15 @@ impl Catalogue {
     /// The one of the store at `root`.
     pub fn open(root: &Path) -> Self {
         Self { database: Database::open(root.join("catalog/plies.redb")).expect("the catalogue opens") }
+    }
+
+    /// The names of all tables, sorted.
+    pub fn tables(&self) -> Vec<String> {
+        let txn = self.database.begin_read().expect("a reader begins");
+        let tables = txn.list_tables().expect("the tables can be listed");
+        let mut names: Vec<_> = tables.map(|table| table.name().to_owned()).collect();
+        names.sort();
+        names
     }
 
     /// All rows of a table, in the order of their keys; none if there is no such table.

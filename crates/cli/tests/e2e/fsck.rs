@@ -319,6 +319,18 @@ fn cases() -> Vec<Case> {
         case("meta: the session is behind", "session-behind", Nothing, |root| {
             Catalogue::open(root).put("meta", b"session\0\x01", &[0, 0]);
         }),
+        case("meta: the session is gone", "session-behind", Nothing, |root| {
+            Catalogue::open(root).remove("meta", b"session\0\x01");
+        }),
+        deep(case("meta: the session is none", "row-unreadable", Nothing, |root| {
+            Catalogue::open(root).put("meta", b"session\0\x01", &[0, 0x80]);
+        })),
+        case("meta: the session is past counting", "session-behind", Nothing, |root| {
+            Catalogue::open(root).put("meta", b"session\0\x01", &[0, 0xff, 0xff, 0xff, 0xff, 0x0f]);
+        }),
+        case("meta: the form of new layers is none", "row-unreadable", Nothing, |root| {
+            Catalogue::open(root).put("meta", b"packs\0\x01", &[]);
+        }),
         case("squashes: of no layer", "squashes-wrong", Nothing, |root| {
             let (catalogue, key, _) = first(root, "layers");
             catalogue.put("squashes", &[9; 32], &[&[1, 8][..], &key].concat());
@@ -641,6 +653,46 @@ fn privileged_a_repair_that_is_killed_is_done_by_the_next() {
         assert_eq!((code, &report["findings"]), (0, &Value::Array(vec![])), "after {point}");
         assert_eq!(world.lost(), Default::default(), "after {point}");
     }
+}
+
+/// A layer that comes back in the other form has another row; see `settle`.
+#[test]
+fn privileged_a_layer_that_was_being_restored_has_the_row_of_its_directory() {
+    if !tools::have(&["strace"]) {
+        return;
+    }
+    let Some(ply) = store() else { return };
+    if !ply.has_erofs() {
+        return;
+    }
+    let ply = ply.with_driver("overlay");
+    load(&ply, &Image::new("x:1").layer(&[Member::file("f", "content"), Member::file("g", "more")], Packing::Gzip));
+    let pristine = ply.scratch().join("pristine");
+    let copy = |from: &Path, to: &Path| {
+        drop(fs::remove_dir_all(to));
+        tools::run(Command::new("cp").args(["-a", "--reflink=auto"]).args([from, to]));
+    };
+    flip(&layer_with(&ply.root(), "f").join("fs/f"));
+    copy(&ply.root(), &pristine);
+    let ply = ply.with_driver("erofs");
+    let repair = ply.command(args!["fsck", "--read-data", "--repair"]);
+    let counts = kill::count(&repair, &ply.scratch().join("strace.log"));
+    let points = kill::spread(&counts, 12);
+    let (mut old, mut new) = (0, 0);
+    for point in points {
+        copy(&pristine, &ply.root());
+        if !matches!(kill::kill_at(&repair, &point), Outcome::Killed) {
+            continue;
+        }
+        // Its damage, if nothing was done yet, and nothing else: no row that contradicts its directory.
+        let (_, report) = fsck(&ply, &["--read-data"]);
+        match &*codes(&report, "findings").into_iter().collect::<Vec<_>>() {
+            [] => new += 1,
+            [one] if one == "layer-tree-damaged" => old += 1,
+            _ => panic!("after {point}: {report:#}"),
+        }
+    }
+    assert!(old > 0 && new > 0, "killed {old} times before and {new} times after");
 }
 
 #[test]

@@ -307,6 +307,15 @@ fn m12_nobody_else_enters_the_store_whatever_the_umask() {
             // A directory with that mode keeps all that is in it to itself.
             assert_eq!(meta.mode() & 0o777 & !wanted, 0, "umask {umask}: {} is {:o}", path.display(), meta.mode());
         }
+        let catalog = || {
+            let files = fs::read_dir(ply.root().join("catalog")).unwrap();
+            files.map(|file| file.map(|file| (file.path(), file.metadata().unwrap().mode() & 0o777)).unwrap())
+        };
+        assert!(catalog().all(|(_, mode)| mode == 0o600), "umask {umask}: {:?}", catalog().collect::<Vec<_>>());
+        // As versions before left them.
+        catalog().for_each(|(path, _)| fs::set_permissions(path, fs::Permissions::from_mode(0o644)).unwrap());
+        ply.ok(args!["images"]);
+        assert!(catalog().all(|(_, mode)| mode == 0o600), "umask {umask}: {:?}", catalog().collect::<Vec<_>>());
         // CVE-2021-41091: a setuid program of a layer, or the tar that it is in, for everybody who can come to it.
         let wanted = ["(", "-perm", "-4000", "-o", "-name", "layer.tar", ")", "-type", "f"];
         let found = tools::run(Command::new("find").arg(ply.root()).args(wanted));

@@ -6,6 +6,7 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use plies_testkit::catalogue::Catalogue;
 use plies_testkit::docker::{Daemon, DataRoot};
 use plies_testkit::image::{Image, Packing};
 use plies_testkit::kill::{self, Outcome};
@@ -207,6 +208,26 @@ fn what_cannot_be_read_is_named_and_takes_only_what_stands_on_it_along() {
     let again = fails(&ply, &[], &root.path);
     assert_eq!(items(&again, "name")["x:lost"].0, "taken");
     ply.fails(1, args!["import", "docker", ply.scratch().dir("empty")]);
+}
+
+#[test]
+fn a_layer_that_was_believed_is_no_longer_when_fsck_has_read_it() {
+    let Some(ply) = store() else { return };
+    let root = DataRoot::new(ply.scratch().join("data"));
+    let (_, diff) = root.layer(None, "good", "good");
+    let id = root.image(&[&diff]);
+    root.write("repositories.json", json!({ "Repositories": { "x": { "x:1": format!("sha256:{id}") } } }).to_string());
+    ply.ok(args!["import", "docker", root.path]);
+    // The last field of a row, docs/format/catalogue.md.
+    let believed = || {
+        let rows = Catalogue::open(&ply.root()).rows("layers");
+        rows.iter().filter(|(_, row)| row.last() == Some(&1)).count()
+    };
+    assert_eq!(believed(), 1);
+    ply.ok(args!["fsck"]);
+    assert_eq!(believed(), 1, "nothing was read");
+    ply.ok(args!["fsck", "--read-data"]);
+    assert_eq!(believed(), 0);
 }
 
 /// The source is believed where nothing tells of a change; what it says is never handed on unread.

@@ -76,6 +76,8 @@ fn stores_of_every_older_version_are_brought_up_and_lose_nothing() {
         assert!(first.stderr.contains(&format!("migrated {step}")), "{name}: {}", first.stderr);
         assert_eq!(ply.ok(args!["images"]).stderr, "", "{name}");
         assert!(ply.ok(args!["migrate"]).stdout.contains("nothing to do"));
+        // Nothing that this version keeps in step was forgotten: a finding would be exit code 1.
+        ply.ok(args!["fsck", "--read-data"]);
         assert_all_there(name, ply, told);
         // Its layers were directories by default, so they stay that.
         let driver = ply.json(args!["--driver", "auto", "info"])["driver"].clone();
@@ -87,9 +89,7 @@ fn stores_of_every_older_version_are_brought_up_and_lose_nothing() {
         assert_all_there(name, ply, told);
         ply.ok(args!["gc"]);
         assert_all_there(name, ply, told);
-        if schema == 2 {
-            ply.ok(args!["fsck", "--read-data"]);
-        }
+        ply.ok(args!["fsck", "--read-data"]);
         let usage = ply.json(args!["du"]);
         assert_eq!(usage["totals"]["orphans"], 0, "{name}: {usage:#}");
     });

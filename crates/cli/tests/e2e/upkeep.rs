@@ -371,6 +371,16 @@ fn without_the_right_to_mount_erofs_a_new_store_says_that_it_does_without() {
     assert!(said.stderr.contains("erofs does not work here: this new store"), "{said}");
     assert!(said.stdout.contains("overlay (") && said.stdout.contains("not usable: "), "{said}");
     assert_eq!(inside(&fresh, args!["info"]).stderr, "", "once");
+    // Without the right to mount, all is copies: that is said, too.
+    let copies = ply.scratch().join("copies");
+    let mut command = Command::new("unshare");
+    let info = ply.command(args!["--driver", "auto", "info", "--root", copies]);
+    command.args(["--user", "--map-root-user"]).arg(info.get_program()).args(info.get_args());
+    command.env_clear().env("PATH", std::env::var_os("PATH").unwrap()).env("HOME", "/root");
+    let said = Ran::of(&mut command);
+    assert!(said.stderr.contains("overlay mounts do not work here: trees of this new store are copies"), "{said}");
+    assert!(said.stdout.contains("native (copies)") && said.stdout.contains("not usable: "), "{said}");
+    assert_eq!(Ran::of(&mut command).stderr, "", "once");
     // A store that was made with it goes on, and says what it cannot do when layers come in.
     ply.ok(args!["load", "-i", archive, "--driver", "erofs", "--root", made_with]);
     let said = inside(&made_with, args!["images"]);
@@ -456,6 +466,12 @@ fn a_store_works_wherever_it_lies_and_is_moved_while_it_is_mounted() {
         };
         let Some(dir) = mounted else { continue };
         let (root, moved) = (dir.join("root"), dir.join("moved"));
+        // One that was asked for is refused where it cannot keep whiteouts; `auto` says what it does without, once.
+        let has_overlay = place != "overlay";
+        let refused = ply.run(args!["info", "--driver", "overlay", "--root", dir.join("asked")]);
+        assert_eq!(refused.status.success(), has_overlay, "{place}: {refused}");
+        assert_eq!(refused.stderr.contains("lies on an overlayfs"), !has_overlay, "{place}: {refused}");
+        assert_eq!(dir.join("asked").exists(), has_overlay, "{place}: a store that could not be used");
         let archive = image.write_oci_tar(&scratch.join("in.tar"));
         let loaded = ply.ok(args!["load", "-i", archive, "--root", root]);
         let info = ply.json(args!["info", "--root", root]);
@@ -464,12 +480,16 @@ fn a_store_works_wherever_it_lies_and_is_moved_while_it_is_mounted() {
         // Where too much is stacked for it, a new store says that it does without.
         assert_eq!(info["erofs_unusable"].is_null(), packs, "{place}");
         assert_eq!(loaded.stderr.contains("erofs does not work here"), !packs, "{place}: {loaded}");
+        assert_eq!(info["overlay_unusable"].is_null(), has_overlay, "{place}");
+        assert_eq!(loaded.stderr.contains("overlay mounts do not work here"), !has_overlay, "{place}: {loaded}");
+        assert_eq!(ply.ok(args!["info", "--root", root]).stderr, "", "{place}");
         let at = scratch.dir("at");
         ply.ok(args!["mount", image.tag(), at, "--root", root]);
         Tree::of(&at).assert_same(&shown, place);
         fs::rename(&root, &moved).unwrap();
         Tree::of(&at).assert_same(&shown, &format!("{place}, moved"));
-        let busy = ply.run(args!["migrate", "--driver", "overlay", "--root", moved]);
+        let unpacked = if has_overlay { "overlay" } else { "native" };
+        let busy = ply.run(args!["migrate", "--driver", unpacked, "--root", moved]);
         assert_eq!(busy.status.success(), !packs, "{place}: {busy}");
         assert_eq!(busy.stderr.contains("is mounted"), packs, "{place}: {busy}");
         ply.ok(args!["rmi", image.tag(), "--root", moved]);

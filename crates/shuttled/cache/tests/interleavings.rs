@@ -254,21 +254,21 @@ fn one_blob_is_not_fetched_twice_at_once() {
     });
 }
 
-/// Says that it was asked, and no once somebody has left.
+/// Says that it was asked, and no once somebody has left, or asks a second time.
 #[derive(Default)]
 struct Stuck {
-    /// Whether it was asked, and whether somebody has left.
-    state: Mutex<(bool, bool)>,
+    /// How often it was asked, and whether somebody has left.
+    state: Mutex<(usize, bool)>,
     changed: Condvar,
 }
 
 impl Stuck {
-    fn change(&self, change: impl Fn(&mut (bool, bool))) {
+    fn change(&self, change: impl Fn(&mut (usize, bool))) {
         change(&mut self.state.lock().unwrap());
         self.changed.notify_all();
     }
 
-    fn wait_until(&self, is: impl Fn(&(bool, bool)) -> bool) {
+    fn wait_until(&self, is: impl Fn(&(usize, bool)) -> bool) {
         let mut state = self.state.lock().unwrap();
         while !is(&state) {
             state = self.changed.wait(state).unwrap();
@@ -278,36 +278,61 @@ impl Stuck {
 
 impl Provider for Stuck {
     fn open(&self, _: &BlobRow) -> io::Result<Box<dyn Read + Send>> {
-        self.change(|state| state.0 = true);
-        self.wait_until(|state| state.1);
+        self.change(|state| state.0 += 1);
+        self.wait_until(|state| state.1 || state.0 > 1);
         Err(io::Error::other("no"))
     }
+}
+
+/// Has somebody want a blob whose fetch is stuck, and leave when `when` is over. Then comes `after`.
+fn leave_what_is_stuck(when: impl Fn(&Stuck) + Sync, after: impl Fn(&ImmutableRef)) {
+    let rig = rig();
+    let cache = rig.open();
+    let (descriptor, options, _) = remote("f");
+    let stuck = Arc::new(Stuck::default());
+    let providers = Providers::one(descriptor.digest, Arc::clone(&stuck) as Arc<dyn Provider>);
+    let held = cache.get_by_blob(&descriptor, None, &RecordOptions { providers, ..options }).unwrap();
+    let cancel = Cancel::new();
+    thread::scope(|scope| {
+        let leaves = scope.spawn(|| held.extract(&cancel).unwrap_err().kind());
+        scope.spawn(|| {
+            when(&stuck);
+            cancel.cancel();
+        });
+        assert_eq!(leaves.join().unwrap(), ErrorKind::Canceled);
+    });
+    after(&held);
+    stuck.change(|state| state.1 = true);
+    drop(held);
+    while !cache.store.leases().unwrap().is_empty() {
+        thread::yield_now();
+    }
+    assert_quiet(cache);
 }
 
 #[test]
 fn who_leaves_does_not_wait_for_a_fetch_that_is_stuck() {
     explore("leaving a fetch that is stuck", 600, || {
-        let rig = rig();
-        let cache = rig.open();
-        let (descriptor, options, _) = remote("f");
-        let stuck = Arc::new(Stuck::default());
-        let providers = Providers::one(descriptor.digest, Arc::clone(&stuck) as Arc<dyn Provider>);
-        let held = cache.get_by_blob(&descriptor, None, &RecordOptions { providers, ..options }).unwrap();
-        let cancel = Cancel::new();
-        thread::scope(|scope| {
-            let leaves = scope.spawn(|| held.extract(&cancel).unwrap_err().kind());
-            scope.spawn(|| {
-                stuck.wait_until(|state| state.0);
-                cancel.cancel();
-            });
-            assert_eq!(leaves.join().unwrap(), ErrorKind::Canceled);
+        leave_what_is_stuck(|stuck| stuck.wait_until(|state| state.0 > 0), |_| {});
+    });
+}
+
+#[test]
+fn who_leaves_at_any_moment_is_heard() {
+    // When the first looks, and when it waits, depends on how many steps come before: all the same to who leaves.
+    explore("leaving a fetch that has just begun", 3000, || {
+        leave_what_is_stuck(|_| (0..thread_rng().gen_range(0..150)).for_each(|_| thread::yield_now()), |_| {});
+    });
+}
+
+#[test]
+fn who_comes_after_the_last_has_left_begins_anew() {
+    explore("a fetch after one that was given up", 300, || {
+        let asked = |stuck: &Stuck| stuck.wait_until(|state| state.0 > 0);
+        // The first fetch ends when a second one has begun: who waited for it would wait for ever.
+        leave_what_is_stuck(asked, |held| {
+            assert_eq!(held.extract(&Cancel::new()).unwrap_err().kind(), ErrorKind::Unavailable);
         });
-        stuck.change(|state| state.1 = true);
-        drop(held);
-        while !cache.store.leases().unwrap().is_empty() {
-            thread::yield_now();
-        }
-        assert_quiet(cache);
     });
 }
 

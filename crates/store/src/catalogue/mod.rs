@@ -51,7 +51,7 @@ pub enum CatalogueError {
     Damaged {
         /// The table.
         table: &'static str,
-        /// The key in hex.
+        /// The key in hex, or its text.
         key: String,
         /// Which part, and how.
         what: &'static str,

@@ -63,7 +63,7 @@ pub(crate) const META_CLEAN: &str = "clean";
 /// Key of [`META`]: 1 if [`DriverKind::Auto`](crate::DriverKind::Auto) keeps layers that come as tars packed here, 0 if not.
 /// Said when the store is made, and again when somebody has its layers kept in another form.
 pub(crate) const META_PACKS: &str = "packs";
-/// Key of [`META`]: the layer that is being kept in another form; see [`crate::Transfer::repack`].
+/// Key of [`META`]: the layer whose directory is being exchanged; see [`crate::Transfer::repack`] and `recover::settle`.
 pub(crate) const META_REPACKING: &str = "repacking";
 
 /// A lease; without expiry it belongs to the process that holds the store.

@@ -30,6 +30,9 @@ use crate::tree::{self, Metadata};
 /// Lower layers that overlayfs takes in one mount (`OVL_MAX_STACK`, fs/overlayfs/params.h).
 const MAX_LOWERS: usize = 500;
 
+/// What statfs(2) says of a file system that is an overlay (`OVERLAYFS_SUPER_MAGIC`, include/uapi/linux/magic.h).
+const OVERLAYFS_MAGIC: rustix::fs::FsWord = 0x794c_7630;
+
 /// Lower layers in an option string: one page of 4,096 bytes less what the other options take, at
 /// "/proc/self/fd/1234:" each.
 const MAX_LOWERS_IN_STRING: usize = 200;
@@ -113,6 +116,18 @@ impl Overlay {
     /// Whether this process may make overlay mounts.
     pub(crate) fn check() -> io::Result<()> {
         Ok(fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC).map(drop)?)
+    }
+
+    /// As [`Overlay::check`], and whether `dir`, or what is above it as long as it is not there, can hold layers that are
+    /// directories, and uppers. Asked of the file system, since a trial would leave a trace at each opening.
+    pub(crate) fn check_in(dir: &Path) -> io::Result<()> {
+        Self::check()?;
+        let dir = dir.ancestors().find(|dir| dir.is_dir()).unwrap_or(dir);
+        if rustix::fs::statfs(dir)?.f_type == OVERLAYFS_MAGIC {
+            let why = "the store lies on an overlayfs, which takes neither whiteouts nor upper directories of another";
+            return Err(io::Error::new(io::ErrorKind::Unsupported, why));
+        }
+        Ok(())
     }
 
     fn method(&self) -> OverlayMethod {

@@ -10,11 +10,12 @@ use std::path::Path;
 use plies_archive::Limits;
 use plies_oci::{BlobDigest, ErrorKind, Sha256Hasher};
 
+use super::rebuild::last_session;
 use super::{Change, ChangeKind, Findings, Remedy};
 use crate::catalogue::schema::{
     ACTIVES, ActiveRow, BLOBS, BlobRow, EDGES, HOLDS, Kind, LAYERS, LAYERS_BY_CHAIN, LAYERS_BY_DIFF, LEASE_HOLDS,
-    LEASES, LOOSE, LayerKind, LayerRow, META, META_SESSION, REFS, SEALING, SNAPSHOTS, SQUASHES, SnapshotRow, TOTALS,
-    TRASH, TotalRow,
+    LEASES, LOOSE, LayerKind, LayerRow, META, META_PACKS, META_SESSION, REFS, SEALING, SNAPSHOTS, SQUASHES,
+    SnapshotRow, TOTALS, TRASH, TotalRow,
 };
 use crate::catalogue::{CatalogueError, ReadTx, Rows as _};
 use crate::content::blob_path;
@@ -124,6 +125,33 @@ impl CheckError {
             Self::Canceled(error) => error.kind(),
         }
     }
+}
+
+/// How many numbers of sessions are left out when the last one is not known: more commands than will have begun since the
+/// newest directory was made that is still here. Ids of what has gone may stand in rows of other crates, which would take what
+/// is new for it. 2^32 numbers are enough for four thousand such repairs.
+const SESSIONS_SKIPPED: u64 = 1 << 20;
+
+/// In which way `meta`/`session` is no number from which ids can be made that were never given out, and what makes it one.
+/// Nothing about a row of a later version.
+pub(super) fn session_wrong(store: &Store) -> Result<Option<(String, Change)>, CheckError> {
+    let read = store.read(|tx| tx.get(&META, &META_SESSION.to_owned()));
+    let given = last_session(&store.inner.paths)?;
+    let what = match read {
+        Ok(session) if session.unwrap_or(0) < given => {
+            format!("is {}, but session {given} has given out ids", session.unwrap_or(0))
+        }
+        Ok(Some(session)) if session >= u32::MAX.into() => format!("is {session}, and a store sees fewer sessions"),
+        Err(error @ CatalogueError::Damaged { .. }) => error.to_string(),
+        Ok(_) | Err(CatalogueError::RowTooNew { .. }) => return Ok(None),
+        Err(error) => return Err(error.into()),
+    };
+    Ok(Some((what, Change::of(ChangeKind::Session(session_after(given))))))
+}
+
+/// The number to go on with where it is only known that this session was not the last.
+pub(super) fn session_after(given: u64) -> u64 {
+    (given + SESSIONS_SKIPPED).min(u64::from(u32::MAX) - 1)
 }
 
 pub(crate) fn check(store: &Store, options: &CheckOptions<'_>) -> Result<Findings, CheckError> {
@@ -243,12 +271,7 @@ impl Checker<'_> {
             self.layer_indexes(tx, &layers)?;
             let snapshots = self.findings.rows_or_drop(tx, &SNAPSHOTS)?;
             self.snapshots(tx, &snapshots)?;
-            let ids: Vec<[u8; 8]> = layers
-                .iter()
-                .map(|(id, _)| *id.as_bytes())
-                .chain(actives.iter().map(|(id, _)| *id.as_bytes()))
-                .collect();
-            self.session(tx, &ids)?;
+            self.meta(tx, &layers)?;
             self.references(tx)?;
             transfer::check_blobs_of_layers(tx, &mut self.findings)?;
             Ok(())
@@ -419,17 +442,23 @@ impl Checker<'_> {
         Ok(())
     }
 
-    /// No id that was given out is given out again.
-    fn session(&mut self, tx: &ReadTx, ids: &[[u8; 8]]) -> Result<(), CatalogueError> {
-        let given = ids.iter().map(|id| u64::from_be_bytes(*id) >> 32).max().unwrap_or(0);
-        let session = match tx.get(&META, &META_SESSION.to_owned()) {
-            Err(CatalogueError::Database { op, source }) => return Err(CatalogueError::Database { op, source }),
-            read => read.ok().flatten().unwrap_or(0),
-        };
-        if session < given {
-            let what = format!("is {session}, but session {given} has given out ids");
-            let put = Change::put(&META, &META_SESSION.to_owned(), &given);
-            self.findings.add("session-behind", "meta/session", what, Remedy::Rewrite(vec![put]));
+    /// What the store knows of itself.
+    fn meta(&mut self, tx: &ReadTx, layers: &[(LayerId, LayerRow)]) -> Result<(), CheckError> {
+        let session = session_wrong(self.store)?;
+        let mut has_packed = false;
+        for (id, _) in layers {
+            has_packed |= packed::is_packed(&layer_dir(self.store, *id))?;
+        }
+        let rows = self.findings.rows(tx, &META, |key, drop| match (key.as_str(), &session) {
+            (META_SESSION, Some((_, change))) => Remedy::Rewrite(vec![change.clone()]),
+            (META_PACKS, _) => Remedy::Rewrite(vec![Change::put(&META, &key, &u64::from(has_packed))]),
+            _ => Remedy::Rewrite(drop),
+        })?;
+        let is_readable = rows.iter().any(|(key, _)| key == META_SESSION);
+        if let Some((what, change)) = session
+            && (is_readable || !tx.contains(&META, &META_SESSION.to_owned())?)
+        {
+            self.findings.add("session-behind", "meta/session", what, Remedy::Rewrite(vec![change]));
         }
         Ok(())
     }
@@ -553,12 +582,16 @@ impl Checker<'_> {
         Ok(())
     }
 
-    /// What the trees of layers say.
+    /// What the trees of layers say. That one is right is written down, if it was another program's word.
     fn data(&mut self) -> Result<(), CheckError> {
         if self.deep.is_empty() {
             return Ok(());
         }
-        let lease = self.store.lease(LeaseOptions::process("fsck"))?;
+        let lease = match self.store.lease(LeaseOptions::process("fsck")) {
+            // The row that ids come from is among what was found; a repair reads when it has put that right.
+            Err(CatalogueError::Damaged { .. } | CatalogueError::RowTooNew { .. }) => return Ok(()),
+            lease => lease?,
+        };
         let transfer =
             Transfer { lease: &lease, limits: &self.options.limits, progress: &Silent, cancel: &self.options.cancel };
         for (id, row) in std::mem::take(&mut self.deep) {
@@ -590,9 +623,15 @@ impl Checker<'_> {
             self.findings.add("layer-index-wrong", subject, what, lost());
             return Ok(());
         }
+        let mut row = row.clone();
         if let Some(diff_id) = row.diff_id {
             let judged = transfer.tree_is(id, diff_id, row.chain_id.is_some());
             match judged {
+                Ok(true) if row.unverified => {
+                    row.unverified = false;
+                    let set = self.store.layers().set_verified(id);
+                    set.map_err(|error| CheckError::Transfer(Box::new(error.into())))?;
+                }
                 Ok(true) => {}
                 Ok(false) => {
                     let what = format!("has a tree whose tar does not have diff ID {diff_id}");
@@ -611,7 +650,7 @@ impl Checker<'_> {
             }
         }
         let counted = tree::measure(root).at("measure", dir)?;
-        self.usage(id, row, counted);
+        self.usage(id, &row, counted);
         Ok(())
     }
 

@@ -8,15 +8,16 @@ use std::path::{Path, PathBuf};
 
 use plies_oci::{BlobDigest, ChainId, ErrorKind};
 
-use super::check::{go_on, hash_file};
+use super::check::{go_on, hash_file, session_wrong};
 use super::{Change, ChangeKind, CheckError, CheckOptions, Finding, Remedy, hex};
-use crate::catalogue::schema::{BLOBS, BlobRow, LAYERS, LayerKind, LayerRow, SNAPSHOTS};
+use crate::catalogue::schema::{BLOBS, BlobRow, LAYERS, LayerKind, LayerRow, META, META_REPACKING, SNAPSHOTS};
 use crate::catalogue::{CatalogueError, Rows as _};
 use crate::content::blob_path;
 use crate::error::{At as _, FileError};
 use crate::layers::{FinishedStage, Sidecar, layer_dir, read_index};
 use crate::open::{OCI_LAYOUT, make_dir, sync_dir};
 use crate::progress::{Outcome, Silent, Task};
+use crate::recover::settle;
 use crate::{
     LayerError, LayerId, Lease, LeaseOptions, Resource, SnapshotError, SnapshotId, Snapshots, Store, Transfer,
     TransferError, packed, tree,
@@ -84,8 +85,12 @@ impl<'a> Mender<'a> {
     /// Begins a repair. What it puts aside goes to `lost/<name>/`.
     ///
     /// # Errors
-    /// [`CatalogueError`].
-    pub fn new(store: &'a Store, options: &'a CheckOptions<'a>, name: &str) -> Result<Self, CatalogueError> {
+    /// [`MendError`].
+    pub fn new(store: &'a Store, options: &'a CheckOptions<'a>, name: &str) -> Result<Self, MendError> {
+        // A lease has an id, as all that is made again.
+        if let Some((_, change)) = session_wrong(store)? {
+            store.write(|tx| change.apply(tx))?;
+        }
         let lease = store.lease(LeaseOptions::process("fsck"))?;
         let lost = store.inner.paths.lost.join(name);
         Ok(Self { store, options, lease, lost, gone: HashSet::new() })
@@ -286,8 +291,11 @@ impl<'a> Mender<'a> {
         };
         let Some(stage) = stage else { return Ok(false) };
         let aside = self.aside(&dir)?;
-        let row = stage.replace(self.store, id, &row, &aside)?;
-        self.put_layer(id, &row)?;
+        // As with every exchange of a layer's directory: whoever dies in between leaves a row for the next opening to settle.
+        self.store.write(|tx| tx.put(&META, &META_REPACKING.to_owned(), &u64::from_be_bytes(*id.as_bytes())))?;
+        let replaced = stage.replace(self.store, id, &row, &aside);
+        settle(self.store).map_err(LayerError::from)?;
+        self.put_layer(id, &replaced?)?;
         Ok(true)
     }
 

@@ -27,8 +27,9 @@ pub use rebuild::{Rebuilt, rebuild_owner};
 
 use plies_oci::BlobDigest;
 
-use crate::catalogue::schema::BLOBS;
+use crate::catalogue::schema::{BLOBS, META, META_SESSION};
 use crate::catalogue::{CatalogueError, Key, Row, Rows, Table, Tx};
+use crate::open::unless_damaged;
 use crate::{LayerId, LeaseId, Owner, Resource};
 
 /// Something that is not as it should be.
@@ -105,12 +106,18 @@ pub struct Change {
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum ChangeKind {
-    Row { table: &'static str, key: Vec<u8>, row: Option<Vec<u8>> },
+    Row {
+        table: &'static str,
+        key: Vec<u8>,
+        row: Option<Vec<u8>>,
+    },
     Hold(Owner, Resource),
     Unhold(Owner, Resource),
     LetGo(LeaseId, Resource),
     AddEdge(Resource, Resource),
     RemoveEdge(Resource, Resource),
+    /// Sessions go on with a number beyond this one: once made it is not made again, whatever began since.
+    Session(u64),
 }
 
 impl Change {
@@ -155,6 +162,11 @@ impl Change {
             ChangeKind::Unhold(owner, resource) => tx.unhold(owner, *resource).map(drop),
             ChangeKind::LetGo(lease, resource) => tx.let_go(*lease, *resource),
             ChangeKind::RemoveEdge(from, to) => tx.remove_edge(*from, *to).map(drop),
+            ChangeKind::Session(number) => {
+                let key = META_SESSION.to_owned();
+                let last = unless_damaged(tx.get(&META, &key))?.filter(|last| *last < u32::MAX.into());
+                tx.put(&META, &key, &last.unwrap_or(0).max(*number))
+            }
         }
     }
 }
@@ -221,14 +233,15 @@ impl Findings {
     }
 
     fn unreadable(&mut self, table: &'static str, key: &[u8], error: &CatalogueError, remedy: Remedy) {
-        let subject = format!("{table}/{}", hex(key));
         match error {
-            CatalogueError::RowTooNew { .. } => {
-                let advice = "use the version of ply that wrote it".to_owned();
-                self.add("row-too-new", subject, error.to_string(), Remedy::Advice(advice));
-            }
-            error => self.add("row-unreadable", subject, error.to_string(), remedy),
+            CatalogueError::RowTooNew { .. } => self.too_new(table, key, error),
+            error => self.add("row-unreadable", format!("{table}/{}", hex(key)), error.to_string(), remedy),
         }
+    }
+
+    fn too_new(&mut self, table: &'static str, key: &[u8], error: &CatalogueError) {
+        let advice = "use the version of ply that wrote it".to_owned();
+        self.add("row-too-new", format!("{table}/{}", hex(key)), error.to_string(), Remedy::Advice(advice));
     }
 
     /// Compares a derived table with what it should be, both ways. A difference is a finding with this code; it is
@@ -249,7 +262,10 @@ impl Findings {
             self.rows_count += 1;
             let expected = key.and_then(|key| should.remove(&key));
             let (what, row) = match (row, expected) {
-                (Err(CatalogueError::RowTooNew { .. }), _) => return ControlFlow::Continue(()),
+                (Err(error @ CatalogueError::RowTooNew { .. }), _) => {
+                    self.too_new(name, bytes, &error);
+                    return ControlFlow::Continue(());
+                }
                 (Ok(row), Some(expected)) if row == expected => return ControlFlow::Continue(()),
                 (Ok(_), Some(expected)) => ("says something else than what it is kept of", Some(expected)),
                 (Ok(_), None) => ("is kept of nothing", None),

@@ -13,7 +13,7 @@ use plies_oci::BlobDigest;
 use redb::{ReadableDatabase as _, ReadableTable as _, TableDefinition, TableHandle as _};
 
 use super::CheckOptions;
-use super::check::{go_on, hash_file};
+use super::check::{go_on, hash_file, session_after};
 use crate::catalogue::schema::{
     BLOBS, BlobRow, HOLDS, LAYERS, META, META_CLEAN, META_PACKS, META_SCHEMA, META_SESSION, SCHEMA,
 };
@@ -21,7 +21,7 @@ use crate::catalogue::{Catalogue, CatalogueError, Rows as _, Urgency};
 use crate::error::{At as _, FileError};
 use crate::layers::Sidecar;
 use crate::lock::{StoreLock, WaitPolicy};
-use crate::open::{Paths, make_dir, sync_dir};
+use crate::open::{Paths, create_private, make_dir, sync_dir};
 use crate::progress::{Outcome, Task};
 use crate::recover::entries;
 use crate::{ActiveId, LayerId, OpenError, OpenOptions, Owner, Resource, Stamp, packed};
@@ -71,6 +71,7 @@ pub(crate) fn rebuild(
         remove_if_there(stale)?;
     }
     let failed = |error: redb::Error| CatalogueError::database("rebuild")(error);
+    create_private(&new).at("create", &new)?;
     let database = Catalogue::builder(options.cache_bytes).create(&new).map_err(|error| failed(error.into()))?;
     let mut rebuilt = Rebuilt::default();
     let had_catalogue = old.try_exists().at("stat", &old)?;
@@ -92,9 +93,10 @@ pub(crate) fn rebuild(
     adopt_blobs(&catalogue, &paths, now, check, &mut rebuilt)?;
     let session = last_session(&paths)?;
     write(&catalogue, now, |tx| {
-        let known = tx.get(&META, &META_SESSION.to_owned()).ok().flatten().unwrap_or(0);
+        let known = tx.get(&META, &META_SESSION.to_owned()).ok().flatten();
+        let known = known.filter(|known| (session..u32::MAX.into()).contains(known));
         tx.put(&META, &META_SCHEMA.to_owned(), &SCHEMA)?;
-        tx.put(&META, &META_SESSION.to_owned(), &known.max(session))?;
+        tx.put(&META, &META_SESSION.to_owned(), &known.unwrap_or_else(|| session_after(session)))?;
         if tx.get(&META, &META_PACKS.to_owned()).ok().flatten().is_none() {
             tx.put(&META, &META_PACKS.to_owned(), &u64::from(has_packed))?;
         }
@@ -257,7 +259,7 @@ fn adopt(
 }
 
 /// The latest session that gave an id to something that is still here.
-fn last_session(paths: &Paths) -> Result<u64, FileError> {
+pub(super) fn last_session(paths: &Paths) -> Result<u64, FileError> {
     let mut last = 0;
     for path in entries(&paths.layers)?.into_iter().chain(entries(&paths.active)?) {
         let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
