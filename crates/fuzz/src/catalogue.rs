@@ -104,11 +104,11 @@ pub(crate) fn run(data: &[u8]) {
     let root = dir.path().join("store");
     copy(&SOUND.dir.path().join("store"), root.clone());
     let catalogue = Catalogue::open(&root);
-    let mut is_none = false;
+    let (mut is_none, mut is_too_new) = (false, false);
     match what % 4 {
         REPLACED => {
             catalogue.put(table, key, bytes);
-            is_none = bytes.first().is_none_or(|version| *version >= NO_VERSION);
+            (is_none, is_too_new) = (bytes.is_empty(), bytes.first().is_some_and(|version| *version >= NO_VERSION));
         }
         MOVED => {
             catalogue.remove(table, key);
@@ -130,6 +130,8 @@ pub(crate) fn run(data: &[u8]) {
         Err(_) => return,
     };
     assert!(!is_none || !found.is_empty(), "{table}: what is no row was not named");
+    let names_version = found.iter().any(|finding| finding.code == "row-too-new");
+    assert!(!is_too_new || names_version, "{table}: a row of a later version was not named as one");
     // A row of a version to come is left to who can read it, and what needs it says so.
     if found.iter().any(|finding| finding.remedy == "advice") {
         return;

@@ -283,9 +283,14 @@ pub(crate) fn create_private(path: &Path) -> io::Result<File> {
 /// Earlier versions left the files of the catalogue to the umask.
 fn keep_private(catalog: &Path) -> Result<(), FileError> {
     for path in recover::entries(catalog)? {
-        let meta = fs::symlink_metadata(&path).at("stat", &path)?;
-        if meta.is_file() && meta.permissions().mode() & 0o077 != 0 {
-            fs::set_permissions(&path, Permissions::from_mode(0o600)).at("change mode", &path)?;
+        let closed = fs::symlink_metadata(&path).and_then(|meta| {
+            let is_open = meta.is_file() && meta.permissions().mode() & 0o077 != 0;
+            if is_open { fs::set_permissions(&path, Permissions::from_mode(0o600)) } else { Ok(()) }
+        });
+        match closed {
+            // Who waits for the lock may have given up the reserve.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            closed => closed.at("change mode", &path)?,
         }
     }
     Ok(())
