@@ -15,8 +15,8 @@ use plies_archive::{Root, SealError, Usage, compress};
 use plies_oci::{BlobDigest, ChainId, Compression, DiffId};
 use plies_store::progress::{self, Task};
 use plies_store::{
-    ActiveId, ActiveOptions, Attach, Cancel, ForeignTree, LayerBlob, LayerContents, LayerId, LayerSource, Lease,
-    Origin, SnapshotError, Stage, Taking, Transfer, TransferError, Unpacked, parallel,
+    ActiveId, ActiveOptions, Attach, Cancel, ForeignTree, Indexes, LayerBlob, LayerContents, LayerId, LayerSource,
+    Lease, Origin, SnapshotError, Stage, Taking, Transfer, TransferError, Unpacked, parallel,
 };
 
 use crate::containerd::SnapshotInfo;
@@ -119,7 +119,13 @@ impl Import<'_> {
     }
 
     /// Takes in layers, held by `lease`; each of them or why not. Errors of the store itself end it all.
-    pub(crate) fn take_layers(&self, wanted: &[WantedLayer], lease: &Lease) -> Result<Vec<TookLayer>, ImportError> {
+    /// `indexes` are for all calls that may ask for the same layers.
+    pub(crate) fn take_layers(
+        &self,
+        wanted: &[WantedLayer],
+        indexes: &Indexes,
+        lease: &Lease,
+    ) -> Result<Vec<TookLayer>, ImportError> {
         let mut taken = Vec::with_capacity(wanted.len());
         if wanted.is_empty() {
             return Ok(taken);
@@ -128,7 +134,7 @@ impl Import<'_> {
         for batch in wanted.chunks(BATCH_MAX) {
             let staged = parallel(batch, workers() * STAGED_PER_WORKER, WantedLayer::weight, |wanted| {
                 self.cancel.check().map_err(|_| plies_store::Canceled)?;
-                let staged = self.stage(wanted, lease);
+                let staged = self.stage(wanted, indexes, lease);
                 task.advance(staged.as_ref().map_or(0, Staged::size_bytes));
                 Ok::<_, plies_store::Canceled>(staged)
             })?;
@@ -168,7 +174,7 @@ impl Import<'_> {
         Ok(taken)
     }
 
-    fn stage(&self, wanted: &WantedLayer, lease: &Lease) -> Result<Staged, SnapshotError> {
+    fn stage(&self, wanted: &WantedLayer, indexes: &Indexes, lease: &Lease) -> Result<Staged, SnapshotError> {
         if let Some((diff_id, _)) = &wanted.tar
             && let Some(layer) = self.store.layers().hold_by_diff_id(*diff_id, lease)?
             && self.store.layers().root(layer).is_ok()
@@ -203,7 +209,7 @@ impl Import<'_> {
             let index = listing.judge(stage.root(), &contents.index)?;
             Some(LayerContents { diff_id: Some(*diff_id), index, ..contents })
         };
-        let over = (wanted.below.as_slice(), lease);
+        let over = (wanted.below.as_slice(), indexes);
         let stage = self.store.snapshots().stage_foreign(over, &tree, taking, self.cancel, judge)?;
         Ok(stage.map_or(Staged::Differs, |stage| Staged::New(Box::new(stage))))
     }

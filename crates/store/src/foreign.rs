@@ -21,7 +21,7 @@ use crate::open::make_dir;
 use crate::snapshots::{SnapshotError, Snapshots};
 use crate::transfer::threads;
 use crate::tree::{self, Material, Metadata};
-use crate::{Cancel, FinishedStage, LayerContents, LayerId, Lease};
+use crate::{Cancel, FinishedStage, Indexes, LayerContents, LayerId};
 
 /// How files come over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -104,8 +104,8 @@ const THREADS_MAX: usize = 8;
 
 impl Snapshots<'_> {
     /// A stage with what `tree` changes of the layers `below`, bottom first, not published yet; the source is only read. The caller
-    /// holds those layers: what says nothing new over them goes, and what hides nothing. What has to be made to see them as one
-    /// tree is held by `lease`.
+    /// holds those layers: what says nothing new over them goes, and what hides nothing. What is read of them is kept in `indexes`,
+    /// for the next one.
     /// `judge` sees the stage with the canonical layer, may keep a tar-split with it, and says what else is known of it; or that
     /// there shall be none.
     ///
@@ -113,7 +113,7 @@ impl Snapshots<'_> {
     /// [`SnapshotError::Seal`] for an upper whose files lie elsewhere in part; [`SnapshotError::File`].
     pub fn stage_foreign(
         &self,
-        (below, lease): (&[LayerId], &Lease),
+        (below, indexes): (&[LayerId], &Indexes),
         tree: &ForeignTree,
         taking: Taking,
         cancel: &Cancel,
@@ -141,7 +141,7 @@ impl Snapshots<'_> {
                 compare.run().at("compare", &path)?;
             }
         }
-        let sealed = self.seal_over(below, lease, stage.root())?;
+        let sealed = self.seal_over(below, indexes, stage.root())?;
         let contents = LayerContents { usage: sealed.usage, index: sealed.index, ..LayerContents::default() };
         let judged = judge(&mut stage, contents);
         Ok(judged.map(|contents| stage.finish(contents)))
