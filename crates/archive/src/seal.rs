@@ -387,6 +387,14 @@ impl<L: Lower> Seal<L> {
     }
 }
 
+/// Whether two directories look the same, as far as a layer says how a directory looks.
+///
+/// # Errors
+/// The kernel's.
+pub fn same_directory(a: BorrowedFd<'_>, b: BorrowedFd<'_>) -> io::Result<bool> {
+    Ok(is_same(a, &rustix::fs::fstat(a)?, b)?)
+}
+
 /// Whether nothing was changed about a directory itself.
 fn is_same(upper: BorrowedFd<'_>, stat: &Stat, lower: BorrowedFd<'_>) -> SysResult<bool> {
     let below = rustix::fs::fstat(lower)?;

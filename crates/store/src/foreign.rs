@@ -10,7 +10,7 @@ use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::sync::{Condvar, Mutex, PoisonError};
 
 use plies_archive::tar::{Entry, EntryPath};
-use plies_archive::{SealError, Usage};
+use plies_archive::{DirIndex, Implied, SealError, Sealed, Usage};
 use rustix::fs::{AtFlags, FileType, Mode, Stat, XattrFlags};
 use rustix::io::Errno;
 
@@ -19,6 +19,7 @@ use crate::error::At as _;
 use crate::layers::Stage;
 use crate::open::make_dir;
 use crate::snapshots::{SnapshotError, Snapshots};
+use crate::stack::Merged;
 use crate::transfer::threads;
 use crate::tree::{self, Material, Metadata};
 use crate::{Cancel, FinishedStage, Indexes, LayerContents, LayerId};
@@ -121,9 +122,12 @@ impl Snapshots<'_> {
     ) -> Result<Option<FinishedStage>, SnapshotError> {
         let mut stage = Stage::new(self.store())?;
         let (path, material) = (stage.tree(), Material::from(taking));
+        let mut merged = self.merged(below, indexes)?;
+        let mut decided = None;
         match tree {
             ForeignTree::Upper(upper) => {
-                Copying::new(upper, stage.root(), material, cancel).run()?;
+                let filled = Copying::new(upper, stage.root(), material, cancel).run()?;
+                decided = decide(filled, merged.as_mut(), stage.root())?;
             }
             ForeignTree::Whole { before, after } => {
                 let empty = || {
@@ -141,7 +145,14 @@ impl Snapshots<'_> {
                 compare.run().at("compare", &path)?;
             }
         }
-        let sealed = self.seal_over(below, indexes, stage.root())?;
+        let sealed = match (decided, merged) {
+            (Some(sealed), _) => sealed,
+            (None, Some(mut merged)) => {
+                merged.restart();
+                plies_archive::seal_over(stage.root(), merged)?
+            }
+            (None, None) => plies_archive::seal_upper(stage.root(), None)?,
+        };
         let contents = LayerContents { usage: sealed.usage, index: sealed.index, ..LayerContents::default() };
         let judged = judge(&mut stage, contents);
         Ok(judged.map(|contents| stage.finish(contents)))
@@ -197,6 +208,37 @@ impl From<Taking> for Material {
     }
 }
 
+/// What sealing a copied upper over `below` would find, if that changes nothing about it: all of its files are links, none of
+/// which is taken for one that only was copied up, nothing is hidden, and each directory says something.
+fn decide(
+    filled: Filled,
+    below: Option<&mut Merged<'_>>,
+    root: BorrowedFd<'_>,
+) -> Result<Option<Sealed>, SnapshotError> {
+    if filled.marked || filled.undecided {
+        return Ok(None);
+    }
+    let mut index = DirIndex::default();
+    if let Some(below) = below {
+        let mut needed: HashSet<EntryPath> = HashSet::new();
+        let mut dirs = filled.dirs;
+        dirs.sort_unstable();
+        // What is below comes before it.
+        for (path, has_files) in dirs.iter().rev() {
+            let same = tree::open_dir(root, path).and_then(|dir| below.has_same(path, dir.as_fd()));
+            let implied = same.at("compare", path.to_string())?;
+            if implied && !has_files && !path.is_root() && !needed.contains(path) {
+                return Ok(None);
+            }
+            needed.extend(path.split().map(|(outer, _)| outer));
+            if implied {
+                index.insert(path.clone(), Implied::CopiedUp);
+            }
+        }
+    }
+    Ok(Some(Sealed { usage: filled.usage, index }))
+}
+
 /// One tree on its way.
 struct Copying<'a> {
     from: &'a OwnedFd,
@@ -239,6 +281,10 @@ struct Filled {
     marked: bool,
     /// Something is not what it should be; the rest was left.
     refused: bool,
+    /// Something hides what lies below, or was copied and may be as it was there.
+    undecided: bool,
+    /// All directories, and whether anything else is in them; not of what was unpacked.
+    dirs: Vec<(EntryPath, bool)>,
 }
 
 impl<'a> Copying<'a> {
@@ -272,6 +318,8 @@ impl<'a> Copying<'a> {
                 now.filled.usage += own.filled.usage;
                 now.filled.marked |= own.filled.marked;
                 now.filled.refused |= own.filled.refused;
+                now.filled.undecided |= own.filled.undecided;
+                now.filled.dirs.append(&mut own.filled.dirs);
                 if let Err(error) = done.map_err(SnapshotError::from).and_then(|done| done) {
                     now.failed.get_or_insert(error);
                 }
@@ -285,12 +333,16 @@ impl<'a> Copying<'a> {
                 work(usize::MAX);
             });
         }
-        let Filling { closed, filled, failed, .. } = filling.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let Filling { closed, mut filled, failed, .. } = filling.into_inner().unwrap_or_else(PoisonError::into_inner);
         failed.map_or(Ok(()), Err)?;
         // What is below comes before it.
-        for (path, metadata) in closed.iter().rev().filter(|_| !filled.refused) {
+        for (path, metadata) in closed.iter().rev().take_while(|_| !filled.refused) {
             let dir = tree::open_dir(self.to, path);
-            dir.and_then(|dir| metadata.apply(dir)).at("set metadata of", path.to_string())?;
+            let described = dir.and_then(|dir| {
+                metadata.apply(&dir)?;
+                Ok(rustix::fs::fstat(&dir)?)
+            });
+            filled.usage.add(&described.at("set metadata of", path.to_string())?);
         }
         Ok(filled)
     }
@@ -316,7 +368,8 @@ impl<'a> Copying<'a> {
                 (false, None) => rustix::fs::fsetxattr(&to, OPAQUE, b"y", XattrFlags::empty())?,
             }
         }
-        let mut whiteouts = false;
+        own.filled.undecided |= has(OPAQUE.to_bytes()) || user_opaque;
+        let (mut whiteouts, mut has_files) = (false, false);
         for name in tree::list(&from)? {
             let Some(stat) = tree::stat(&from, &name)? else { continue };
             let child = path.join(name.to_bytes());
@@ -341,6 +394,7 @@ impl<'a> Copying<'a> {
                 }
                 tree::remove_at(&to, &name)?;
             }
+            has_files |= !is_dir;
             if is_dir {
                 rustix::fs::mkdirat(&to, &name, Mode::RWXU)?;
                 own.pending.push(child);
@@ -348,6 +402,7 @@ impl<'a> Copying<'a> {
                 if !self.over {
                     rustix::fs::mknodat(&to, &name, FileType::CharacterDevice, Mode::empty(), 0)?;
                     whiteouts = true;
+                    own.filled.undecided = true;
                     own.filled.usage.add(&stat);
                 }
             } else if let Err(error) = self.file(&child, &name, &stat, &from, &to, &mut own.filled)? {
@@ -357,14 +412,19 @@ impl<'a> Copying<'a> {
         if whiteouts && self.unpacked.is_some() {
             tree::mark_whiteouts(&to)?;
         }
-        own.filled.usage.add(&rustix::fs::fstat(&to)?);
+        if self.unpacked.is_none() {
+            own.filled.dirs.push((path.clone(), has_files));
+        }
         let mut metadata = Metadata::of(&from)?;
         if let Some(root) = self.unpacked.and_then(|unpacked| unpacked.root).filter(|_| path.is_root()) {
             metadata = metadata.like(root);
         }
         // Now nothing comes or goes in it any more, which would change its time.
         match metadata.lets_owner_through() {
-            true => metadata.apply(&to)?,
+            true => {
+                metadata.apply(&to)?;
+                own.filled.usage.add(&rustix::fs::fstat(&to)?);
+            }
             false => own.closed.push((path.clone(), metadata)),
         }
         Ok(Ok(()))
@@ -396,6 +456,7 @@ impl<'a> Copying<'a> {
             }
             return Ok(Ok(()));
         }
+        filled.undecided = true;
         // Others wait, who may have another name of it.
         let mut copied = (stat.st_nlink > 1).then(files);
         if let Some(first) = copied.as_ref().and_then(|files| files.copied.get(&stat.st_ino)) {

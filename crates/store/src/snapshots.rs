@@ -765,23 +765,19 @@ impl<'a> Snapshots<'a> {
         self.store
     }
 
-    /// Makes an upper directory that no mount uses a canonical layer over others, in place.
-    pub(crate) fn seal_over(
-        &self,
-        below: &[LayerId],
-        indexes: &Indexes,
-        upper: BorrowedFd<'_>,
-    ) -> Result<plies_archive::Sealed, SnapshotError> {
-        let list = without_repetitions(below);
-        if list.is_empty() {
-            return Ok(plies_archive::seal_upper(upper, None)?);
-        }
+    /// The tree of layers, to seal uppers over it; `None` if there are none.
+    pub(crate) fn merged<'s>(
+        &'s self,
+        layers: &[LayerId],
+        indexes: &'s Indexes,
+    ) -> Result<Option<Merged<'s>>, SnapshotError> {
+        let list = without_repetitions(layers);
         let merged = Merged::new(self.store, indexes, &list);
         if merged.may_need_base()? {
             // For what it refuses.
             drop(self.fix_up_of(&list)?);
         }
-        Ok(plies_archive::seal_over(upper, merged)?)
+        Ok((!list.is_empty()).then_some(merged))
     }
 
     /// The layers to mount for `base`: its own, its fix-up, and squashed at the bottom if they are

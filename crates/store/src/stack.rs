@@ -268,6 +268,32 @@ impl<'s> Merged<'s> {
         Ok(false)
     }
 
+    /// From the root again.
+    pub(crate) fn restart(&mut self) {
+        self.missing = 0;
+        self.steps.truncate(1);
+    }
+
+    /// Whether the stack has the directory at `path`, and `dir` looks like that.
+    pub(crate) fn has_same(&mut self, path: &EntryPath, dir: BorrowedFd<'_>) -> io::Result<bool> {
+        debug_assert_eq!(self.missing, 0, "a place that another step was left for");
+        while !path.is_within(&self.steps[self.steps.len() - 1].path) {
+            self.leave()?;
+        }
+        let depth = self.steps.len() - 1;
+        for (at, name) in path.components().skip(depth).enumerate() {
+            if !self.enter(name)? {
+                self.leave()?;
+                return Ok(false);
+            }
+            debug_assert_eq!(self.steps.len(), depth + at + 2, "a step for each component");
+        }
+        match self.look()? {
+            Some(below) => plies_archive::same_directory(dir, below),
+            None => Ok(false),
+        }
+    }
+
     fn shown(&mut self, name: &[u8]) -> Result<(EntryPath, Shown), LayerError> {
         let step = &self.steps[self.steps.len() - 1];
         let path = step.path.join(name);
