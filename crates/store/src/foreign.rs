@@ -7,12 +7,14 @@ use std::collections::{HashMap, HashSet};
 use std::ffi::CStr;
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
 use std::sync::{Condvar, Mutex, PoisonError};
 
 use plies_archive::tar::{Entry, EntryPath};
 use plies_archive::{DirIndex, Implied, SealError, Sealed, Usage};
-use rustix::fs::{AtFlags, FileType, Mode, Stat, XattrFlags};
+use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags, Stat, StatxFlags, XattrFlags, openat2};
 use rustix::io::Errno;
+use rustix::mount::{OpenTreeFlags, open_tree};
 
 use crate::driver::{Compare, NOTHING_IS_CERTAIN};
 use crate::error::At as _;
@@ -126,7 +128,9 @@ impl Snapshots<'_> {
         let mut decided = None;
         match tree {
             ForeignTree::Upper(upper) => {
-                let filled = Copying::new(upper, stage.root(), material, cancel).run()?;
+                let near = linkable(upper, stage.root(), taking);
+                let (from, to) = near.as_ref().map_or((upper, stage.root()), |(from, to)| (from, to.as_fd()));
+                let filled = Copying::new(from, to, material, cancel).run()?;
                 decided = decide(filled, merged.as_mut(), stage.root())?;
             }
             ForeignTree::Whole { before, after } => {
@@ -171,7 +175,9 @@ impl Snapshots<'_> {
         unpacked: Unpacked<'_>,
         cancel: &Cancel,
     ) -> Result<Option<Usage>, SnapshotError> {
-        let copying = Copying::new(tree, stage.root(), taking.into(), cancel);
+        let near = linkable(tree, stage.root(), taking);
+        let (from, to) = near.as_ref().map_or((tree, stage.root()), |(from, to)| (from, to.as_fd()));
+        let copying = Copying::new(from, to, taking.into(), cancel);
         let filled = Copying { unpacked: Some(unpacked), ..copying }.run()?;
         Ok(match filled.refused {
             true => None,
@@ -206,6 +212,37 @@ impl From<Taking> for Material {
             Taking::Copy => Self::Copy,
         }
     }
+}
+
+/// A tree and a stage, opened once more so that links lead from one to the other, if they are directories of one file system that
+/// were reached through different mounts: no link leads out of a mount, not even of one that shows a directory at its own place,
+/// as podman leaves its storage. Both are reached through a private copy of the mount that lies below.
+fn linkable(from: &OwnedFd, to: BorrowedFd<'_>, taking: Taking) -> Option<(OwnedFd, OwnedFd)> {
+    let place = |dir: BorrowedFd<'_>| {
+        let fields = StatxFlags::INO | StatxFlags::MNT_ID;
+        let stat = rustix::fs::statx(dir, c"", AtFlags::EMPTY_PATH, fields).ok()?;
+        Some((stat.stx_mnt_id, (stat.stx_dev_major, stat.stx_dev_minor, stat.stx_ino)))
+    };
+    let ((from_mount, from_place), (to_mount, to_place)) = (place(from.as_fd())?, place(to)?);
+    let is_one_device = (from_place.0, from_place.1) == (to_place.0, to_place.1);
+    if taking == Taking::Copy || from_mount == to_mount || !is_one_device {
+        return None;
+    }
+    let path = |dir: BorrowedFd<'_>| std::fs::read_link(format!("/proc/self/fd/{}", dir.as_raw_fd())).ok();
+    let (from_path, to_path) = (path(from.as_fd())?, path(to)?);
+    let shared = from_path.components().zip(to_path.components()).take_while(|(from, to)| from == to);
+    let common: PathBuf = shared.map(|(component, _)| component).collect();
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    let clone = open_tree(CWD, &common, flags).ok()?;
+    let open = |path: &Path, expected| {
+        let below = path.strip_prefix(&common).ok().filter(|below| !below.as_os_str().is_empty());
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+        let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV;
+        let dir = openat2(&clone, below.unwrap_or(Path::new(".")), flags, Mode::empty(), resolve).ok()?;
+        // Something else may lie where another file system is mounted.
+        (place(dir.as_fd())?.1 == expected).then_some(dir)
+    };
+    Some((open(&from_path, from_place)?, open(&to_path, to_place)?))
 }
 
 /// What sealing a copied upper over `below` would find, if that changes nothing about it: all of its files are links, none of

@@ -1182,6 +1182,35 @@ proptest! {
     }
 }
 
+#[test]
+fn privileged_files_below_a_directory_that_is_mounted_on_itself_are_linked() {
+    if !privileged("files_below_a_directory_that_is_mounted_on_itself_are_linked") {
+        return;
+    }
+    let rig = Rig::with_driver(DriverKind::Overlay);
+    let store = rig.open();
+    let lease = process_lease(&store);
+    let source = rig.dir.path().join("source");
+    fs::create_dir_all(source.join("d")).unwrap();
+    fs::write(source.join("d/f"), "f").unwrap();
+    let mount =
+        |words: &[&str]| assert!(std::process::Command::new(words[0]).args(&words[1..]).status().unwrap().success());
+    let at = source.to_str().unwrap();
+    mount(&["mount", "--bind", at, at]);
+    let tree = ForeignTree::Upper(fs::File::open(&source).unwrap().into());
+    let staged =
+        store
+            .snapshots()
+            .stage_foreign((&[], &Indexes::default()), &tree, Taking::Link, &Cancel::new(), |_, known| Some(known));
+    let links = fs::metadata(source.join("d/f")).unwrap().nlink();
+    drop(tree);
+    mount(&["umount", at]);
+    assert_eq!(links, 2);
+    let layer = store.layers().publish(&lease, vec![staged.unwrap().unwrap()]).unwrap()[0];
+    assert_eq!(fs::read_to_string(path_of(&store.layers().root(layer).unwrap()).join("d/f")).unwrap(), "f");
+    assert_healthy(&store);
+}
+
 /// Prints what a difference of one file over ten common layers of 5,000 files costs, and what comparing two mounts of
 /// the same stacks does.
 #[test]
