@@ -78,6 +78,70 @@ impl SealError {
     }
 }
 
+/// The tree below an upper directory, for a walk through that: what the layers below show together. Where they show
+/// nothing, whatever is asked of it has no answer.
+pub trait Lower {
+    /// Steps along into the directory `name`; says whether this tree has one there.
+    ///
+    /// # Errors
+    /// The kernel's, or the implementor's.
+    fn enter(&mut self, name: &[u8]) -> io::Result<bool>;
+
+    /// Steps back up.
+    ///
+    /// # Errors
+    /// As [`Lower::enter`].
+    fn leave(&mut self) -> io::Result<()>;
+
+    /// A directory that looks as this tree shows the one where the walk stands; of what it holds nothing is said.
+    ///
+    /// # Errors
+    /// As [`Lower::enter`].
+    fn look(&mut self) -> io::Result<Option<BorrowedFd<'_>>>;
+
+    /// The directory that holds what this tree shows at `name` where the walk stands, if it shows anything.
+    ///
+    /// # Errors
+    /// As [`Lower::enter`].
+    fn find(&mut self, name: &[u8]) -> io::Result<Option<BorrowedFd<'_>>>;
+
+    /// The names that this tree shows where the walk stands.
+    ///
+    /// # Errors
+    /// As [`Lower::enter`].
+    fn names(&mut self) -> io::Result<Vec<Vec<u8>>>;
+}
+
+/// A tree that is mounted.
+impl Lower for Below {
+    fn enter(&mut self, name: &[u8]) -> io::Result<bool> {
+        Ok(Self::enter(self, name)?)
+    }
+
+    fn leave(&mut self) -> io::Result<()> {
+        Ok(Self::leave(self)?)
+    }
+
+    fn look(&mut self) -> io::Result<Option<BorrowedFd<'_>>> {
+        Ok(self.here())
+    }
+
+    fn find(&mut self, name: &[u8]) -> io::Result<Option<BorrowedFd<'_>>> {
+        Ok(self.stat(name)?.and(self.here()))
+    }
+
+    fn names(&mut self) -> io::Result<Vec<Vec<u8>>> {
+        let mut found = Vec::new();
+        if let Some(dir) = self.here() {
+            let mut names = Names::sorted(dir)?;
+            while let Some((name, _)) = names.advance() {
+                found.push(name.to_vec());
+            }
+        }
+        Ok(found)
+    }
+}
+
 /// One directory that is being sealed.
 struct Frame {
     names: Names,
@@ -101,7 +165,16 @@ struct Frame {
 /// # Errors
 /// [`SealError`]. The directory is still a valid upper then, for another try or a mount.
 pub fn seal_upper(upper: BorrowedFd<'_>, lower: Option<BorrowedFd<'_>>) -> Result<Sealed, SealError> {
-    seal(upper, lower, false)
+    let below = Below::new(lower).map_err(io_error(&EntryPath::root()))?;
+    seal(upper, (below, lower.is_some()), false)
+}
+
+/// As [`seal_upper`], over a tree that need not be mounted and has a root.
+///
+/// # Errors
+/// [`SealError`], also with what `lower` says.
+pub fn seal_over(upper: BorrowedFd<'_>, lower: impl Lower) -> Result<Sealed, SealError> {
+    seal(upper, (lower, true), false)
 }
 
 /// Makes `upper` a canonical layer whatever lies below it, as a tar unpacked to: only the marks go, and all directories are
@@ -110,19 +183,20 @@ pub fn seal_upper(upper: BorrowedFd<'_>, lower: Option<BorrowedFd<'_>>) -> Resul
 /// # Errors
 /// [`SealError`], also for an opaque directory: which names it hides is known over a lower tree only.
 pub fn seal_alone(upper: BorrowedFd<'_>) -> Result<Sealed, SealError> {
-    seal(upper, None, true)
+    let nothing = Below::new(None).map_err(io_error(&EntryPath::root()))?;
+    seal(upper, (nothing, false), true)
 }
 
-fn seal(upper: BorrowedFd<'_>, lower: Option<BorrowedFd<'_>>, alone: bool) -> Result<Sealed, SealError> {
+fn seal<L: Lower>(upper: BorrowedFd<'_>, (lower, has_root): (L, bool), alone: bool) -> Result<Sealed, SealError> {
     let mut seal = Seal {
         alone,
         upper: Descent::new(upper).map_err(io_error(&EntryPath::root()))?,
-        lower: Below::new(lower).map_err(io_error(&EntryPath::root()))?,
+        lower,
         here: EntryPath::root(),
         linked: HashSet::new(),
         sealed: Sealed::default(),
     };
-    let mut frames = vec![seal.directory(lower.is_some(), false)?];
+    let mut frames = vec![seal.directory(has_root, false)?];
     while let Some(frame) = frames.last_mut() {
         if let Some((name, _)) = frame.names.advance() {
             let name = name.to_vec();
@@ -141,21 +215,21 @@ fn seal(upper: BorrowedFd<'_>, lower: Option<BorrowedFd<'_>>, alone: bool) -> Re
     Ok(seal.sealed)
 }
 
-fn io_error(path: &EntryPath) -> impl FnOnce(rustix::io::Errno) -> SealError + '_ {
+fn io_error<E: Into<io::Error>>(path: &EntryPath) -> impl FnOnce(E) -> SealError + '_ {
     |error| SealError::Io { path: path.clone(), source: error.into() }
 }
 
-struct Seal {
+struct Seal<L> {
     /// What lies below is not known.
     alone: bool,
     upper: Descent,
-    lower: Below,
+    lower: L,
     here: EntryPath,
     linked: HashSet<(u64, u64)>,
     sealed: Sealed,
 }
 
-impl Seal {
+impl<L: Lower> Seal<L> {
     /// Cleans the directory where the walk stands, and says whether it is implied. `has_lower`:
     /// the lower tree has a directory there. `anew`: the directory around it was made anew, and so this one too.
     ///
@@ -169,11 +243,11 @@ impl Seal {
         if self.alone && opaque.is_some() {
             return Err(SealError::NotSelfContained { path: here, mark: "trusted.overlay.opaque" });
         }
-        let look = || -> SysResult<_> {
+        let mut look = || -> io::Result<_> {
             let upper = self.upper.here();
             let stat = rustix::fs::fstat(upper)?;
             let mut implied = false;
-            if has_lower && let Some(lower) = self.lower.here() {
+            if has_lower && let Some(lower) = self.lower.look()? {
                 implied = is_same(upper, &stat, lower)?;
             }
             if opaque.is_some() {
@@ -182,13 +256,10 @@ impl Seal {
             // An opaque root would hide nothing: overlayfs always merges the roots of its layers.
             let anew = has_lower && (anew || (opaque.as_deref() == Some(b"y") && !here.is_root()));
             let mut hidden = false;
-            if anew && let Some(lower) = self.lower.here() {
-                let mut names = Names::sorted(lower)?;
-                while let Some((name, _)) = names.advance() {
-                    if sys::stat_if_exists(upper, name)?.is_none() {
-                        rustix::fs::mknodat(upper, name, FileType::CharacterDevice, Mode::empty(), 0)?;
-                        hidden = true;
-                    }
+            for name in if anew { self.lower.names()? } else { Vec::new() } {
+                if sys::stat_if_exists(upper, &name)?.is_none() {
+                    rustix::fs::mknodat(upper, &name, FileType::CharacterDevice, Mode::empty(), 0)?;
+                    hidden = true;
                 }
             }
             let names = Names::sorted(upper)?;
@@ -228,7 +299,7 @@ impl Seal {
             }
         }
         if let Some((outer, _)) = self.here.split() {
-            let mut step = || {
+            let mut step = || -> io::Result<()> {
                 let name = self.upper.leave()?;
                 self.lower.leave()?;
                 if !frame.needed {
@@ -245,11 +316,10 @@ impl Seal {
     /// Cleans one name of a directory; a frame if it is a directory itself.
     fn name(&mut self, frame: &mut Frame, name: &[u8]) -> Result<Option<Frame>, SealError> {
         let path = self.here.join(name);
-        let at = || io_error(&path);
-        let stat = sys::stat_at(self.upper.here(), name).map_err(at())?;
+        let stat = sys::stat_at(self.upper.here(), name).map_err(io_error(&path))?;
         if sys::kind(&stat) == FileType::Directory {
-            self.upper.enter(name).map_err(at())?;
-            let has_lower = self.lower.enter(name).map_err(at())?;
+            self.upper.enter(name).map_err(io_error(&path))?;
+            let has_lower = self.lower.enter(name).map_err(io_error(&path))?;
             self.here = path;
             return self.directory(has_lower, frame.anew).map(Some);
         }
@@ -257,16 +327,17 @@ impl Seal {
         let as_file = frame.xattr_whiteouts
             && sys::kind(&stat) == FileType::RegularFile
             && stat.st_size == 0
-            && subject.get(WHITEOUT).map_err(at())?.is_some();
+            && subject.get(WHITEOUT).map_err(io_error(&path))?.is_some();
         if as_file || sys::is_whiteout(&stat) {
-            let hides = self.alone || self.lower.stat(name).map_err(at())?.is_some();
+            let hides = self.alone || self.lower.find(name).map_err(io_error(&path))?.is_some();
             let upper = self.upper.here();
             if as_file || !hides {
                 frame.changed = true;
-                rustix::fs::unlinkat(upper, name, AtFlags::empty()).map_err(at())?;
+                rustix::fs::unlinkat(upper, name, AtFlags::empty()).map_err(io_error(&path))?;
             }
             if as_file && hides {
-                rustix::fs::mknodat(upper, name, FileType::CharacterDevice, Mode::empty(), 0).map_err(at())?;
+                rustix::fs::mknodat(upper, name, FileType::CharacterDevice, Mode::empty(), 0)
+                    .map_err(io_error(&path))?;
             }
             if !hides {
                 return Ok(None);
@@ -275,14 +346,14 @@ impl Seal {
         } else {
             self.clean(subject, &path)?;
             // Of several names that are one file, this one may be all that the layer has of it.
-            if stat.st_nlink == 1 && self.is_as_below(name, &stat).map_err(at())? {
+            if stat.st_nlink == 1 && self.is_as_below(name, &stat).map_err(io_error(&path))? {
                 frame.changed = true;
-                rustix::fs::unlinkat(self.upper.here(), name, AtFlags::empty()).map_err(at())?;
+                rustix::fs::unlinkat(self.upper.here(), name, AtFlags::empty()).map_err(io_error(&path))?;
                 return Ok(None);
             }
         }
         frame.needed = true;
-        let stat = sys::stat_at(self.upper.here(), name).map_err(at())?;
+        let stat = sys::stat_at(self.upper.here(), name).map_err(io_error(&path))?;
         if stat.st_nlink == 1 || self.linked.insert((stat.st_dev, stat.st_ino)) {
             self.sealed.usage.add(&stat);
         }
@@ -290,11 +361,10 @@ impl Seal {
     }
 
     /// Whether a name shows what the lower tree shows there: it was copied up, and nothing came of it.
-    fn is_as_below(&self, name: &[u8], stat: &Stat) -> SysResult<bool> {
-        match (self.lower.here(), self.lower.stat(name)?) {
-            (Some(lower), Some(below)) => is_same_file(&below, (lower, name), stat, (self.upper.here(), name)),
-            _ => Ok(false),
-        }
+    fn is_as_below(&mut self, name: &[u8], stat: &Stat) -> io::Result<bool> {
+        let Some(lower) = self.lower.find(name)? else { return Ok(false) };
+        let below = sys::stat_at(lower, name)?;
+        Ok(is_same_file(&below, (lower, name), stat, (self.upper.here(), name))?)
     }
 
     /// Removes what overlayfs keeps for itself, the opaque mark aside, whose value it gives.
@@ -315,6 +385,14 @@ impl Seal {
         }
         Ok(opaque)
     }
+}
+
+/// Whether two directories look the same, as far as a layer says how a directory looks.
+///
+/// # Errors
+/// The kernel's.
+pub fn same_directory(a: BorrowedFd<'_>, b: BorrowedFd<'_>) -> io::Result<bool> {
+    Ok(is_same(a, &rustix::fs::fstat(a)?, b)?)
 }
 
 /// Whether nothing was changed about a directory itself.

@@ -19,7 +19,7 @@ use std::path::{Path, PathBuf};
 use plies_image::{ImageError, LayerRef, LayerStore, LayerStoreError, LayerStoreOptions, NewRwLayer, Taken};
 use plies_oci::{BlobDigest, ChainId, DiffId, DocumentLimits, ImageConfig, ImageId, Manifest, Reference};
 use plies_store::progress::{self, Task};
-use plies_store::{Canceled, GcMode, LayerBlob, LayerId, Lease, LeaseOptions, parallel};
+use plies_store::{Canceled, GcMode, Indexes, LayerBlob, LayerId, Lease, LeaseOptions, parallel};
 
 use crate::containerd::SnapshotInfo;
 use crate::take::{Tar, TookLayer, WantedBlob, WantedLayer, measure, open_dir, open_file, workers};
@@ -368,7 +368,8 @@ impl Passage<'_> {
                 may_change: false,
             });
         }
-        for (chain_id, taken) in whose.into_iter().zip(self.import.take_layers(&wanted, self.lease)?) {
+        let taken = self.import.take_layers(&wanted, &Indexes::default(), self.lease)?;
+        for (chain_id, taken) in whose.into_iter().zip(taken) {
             staged.insert(
                 chain_id,
                 match taken {

@@ -7,6 +7,7 @@ use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
+use std::thread::ScopedJoinHandle;
 
 use plies_archive::hash::{HashingReader, HashingWriter};
 use plies_archive::tar::{Escaped, Reader};
@@ -15,20 +16,20 @@ use plies_archive::{Root, SealError, Usage, compress};
 use plies_oci::{BlobDigest, ChainId, Compression, DiffId};
 use plies_store::progress::{self, Task};
 use plies_store::{
-    ActiveId, ActiveOptions, Attach, Cancel, ForeignTree, LayerBlob, LayerContents, LayerId, LayerSource, Lease,
-    Origin, SnapshotError, Stage, Taking, Transfer, TransferError, Unpacked, parallel,
+    ActiveId, ActiveOptions, Attach, Cancel, ForeignTree, Indexes, LayerBlob, LayerContents, LayerId, LayerSource,
+    Lease, Origin, SnapshotError, Stage, Taking, Transfer, TransferError, Unpacked, parallel,
 };
 
 use crate::containerd::SnapshotInfo;
 use crate::listing::{Agreed, Listing};
 use crate::{Import, ImportError, chain};
 
-/// Layers that are published together: one sync of the file system for all of them. What is staged and not published is lost
-/// when the process is killed.
-const BATCH_MAX: usize = 4096;
+/// Layers that are published together: one sync of the file system for all of them, while the next ones are staged. What is staged
+/// and not published is lost when the process is killed.
+const BATCH_MAX: usize = 2048;
 
-/// Layers that are staged at the same time for each that a core works on: the others wait for the kernel, which takes most
-/// of a millisecond to let go of a mount.
+/// Layers that are staged at the same time for each that a core works on: the others wait for the disk, from which the source's
+/// directories are read.
 const STAGED_PER_WORKER: usize = 4;
 
 /// Of one `st_blocks` (stat(3type)).
@@ -119,56 +120,79 @@ impl Import<'_> {
     }
 
     /// Takes in layers, held by `lease`; each of them or why not. Errors of the store itself end it all.
-    pub(crate) fn take_layers(&self, wanted: &[WantedLayer], lease: &Lease) -> Result<Vec<TookLayer>, ImportError> {
+    /// `indexes` are for all calls that may ask for the same layers.
+    pub(crate) fn take_layers(
+        &self,
+        wanted: &[WantedLayer],
+        indexes: &Indexes,
+        lease: &Lease,
+    ) -> Result<Vec<TookLayer>, ImportError> {
         let mut taken = Vec::with_capacity(wanted.len());
         if wanted.is_empty() {
             return Ok(taken);
         }
         let task = Task::start(self.progress, &format!("take {} layers", wanted.len()), None);
-        for batch in wanted.chunks(BATCH_MAX) {
-            let staged = parallel(batch, workers() * STAGED_PER_WORKER, WantedLayer::weight, |wanted| {
-                self.cancel.check().map_err(|_| plies_store::Canceled)?;
-                let staged = self.stage(wanted, lease);
-                task.advance(staged.as_ref().map_or(0, Staged::size_bytes));
-                Ok::<_, plies_store::Canceled>(staged)
-            })?;
-            // What was cut off on the way looks like a failure.
-            if self.cancel.is_canceled() {
-                return Err(plies_store::Canceled.into());
+        std::thread::scope(|scope| {
+            let mut publishing: Option<ScopedJoinHandle<'_, Result<Vec<TookLayer>, ImportError>>> = None;
+            let mut published = |handle: ScopedJoinHandle<'_, Result<_, _>>| {
+                taken.extend(handle.join().expect("because it does not panic")?);
+                Ok::<_, ImportError>(())
+            };
+            for batch in wanted.chunks(BATCH_MAX) {
+                let staged = parallel(batch, workers() * STAGED_PER_WORKER, WantedLayer::weight, |wanted| {
+                    self.cancel.check().map_err(|_| plies_store::Canceled)?;
+                    let staged = self.stage(wanted, indexes, lease);
+                    task.advance(staged.as_ref().map_or(0, Staged::size_bytes));
+                    Ok::<_, plies_store::Canceled>(staged)
+                })?;
+                // What was cut off on the way looks like a failure.
+                if self.cancel.is_canceled() {
+                    return Err(plies_store::Canceled.into());
+                }
+                publishing.take().map_or(Ok(()), &mut published)?;
+                // It waits for the disk while the next ones are staged.
+                publishing = Some(scope.spawn(|| self.publish(staged, lease)));
             }
-            let mut stages = Vec::new();
-            let places: Vec<_> = staged
-                .into_iter()
-                .map(|staged| match staged {
-                    Ok(Staged::Here(layer)) => Place::Here(layer),
-                    Ok(Staged::Differs) => Place::Without(TookLayer::Differs),
-                    Ok(Staged::Wrong(why)) => Place::Without(TookLayer::Wrong(why)),
-                    Ok(Staged::New(stage)) => {
-                        stages.push(*stage);
-                        Place::Published(stages.len() - 1)
-                    }
-                    Err(error) => Place::Without(TookLayer::Failed(error)),
-                })
-                .collect();
-            let published = self.store.layers().publish(lease, stages)?;
-            for place in places {
-                let (id, was_here) = match place {
-                    Place::Published(place) => (published[place], false),
-                    Place::Here(layer) => (layer, true),
-                    Place::Without(why) => {
-                        taken.push(why);
-                        continue;
-                    }
-                };
-                let size_bytes = self.store.layers().info(id)?.usage.size_bytes;
-                taken.push(TookLayer::Taken(TakenLayer { id, size_bytes, was_here }));
-            }
-        }
+            publishing.map_or(Ok(()), &mut published)
+        })?;
         task.end(progress::Outcome::Done);
         Ok(taken)
     }
 
-    fn stage(&self, wanted: &WantedLayer, lease: &Lease) -> Result<Staged, SnapshotError> {
+    /// Publishes what was staged, together.
+    fn publish(
+        &self,
+        staged: Vec<Result<Staged, SnapshotError>>,
+        lease: &Lease,
+    ) -> Result<Vec<TookLayer>, ImportError> {
+        let mut stages = Vec::new();
+        let places: Vec<_> = staged
+            .into_iter()
+            .map(|staged| match staged {
+                Ok(Staged::Here(layer)) => Place::Here(layer),
+                Ok(Staged::Differs) => Place::Without(TookLayer::Differs),
+                Ok(Staged::Wrong(why)) => Place::Without(TookLayer::Wrong(why)),
+                Ok(Staged::New(stage)) => {
+                    stages.push(*stage);
+                    Place::Published(stages.len() - 1)
+                }
+                Err(error) => Place::Without(TookLayer::Failed(error)),
+            })
+            .collect();
+        let published = self.store.layers().publish(lease, stages)?;
+        let took = |place| {
+            let (id, was_here) = match place {
+                Place::Published(place) => (published[place], false),
+                Place::Here(layer) => (layer, true),
+                Place::Without(why) => return Ok(why),
+            };
+            let size_bytes = self.store.layers().info(id)?.usage.size_bytes;
+            Ok(TookLayer::Taken(TakenLayer { id, size_bytes, was_here }))
+        };
+        places.into_iter().map(took).collect()
+    }
+
+    fn stage(&self, wanted: &WantedLayer, indexes: &Indexes, lease: &Lease) -> Result<Staged, SnapshotError> {
         if let Some((diff_id, _)) = &wanted.tar
             && let Some(layer) = self.store.layers().hold_by_diff_id(*diff_id, lease)?
             && self.store.layers().root(layer).is_ok()
@@ -203,7 +227,7 @@ impl Import<'_> {
             let index = listing.judge(stage.root(), &contents.index)?;
             Some(LayerContents { diff_id: Some(*diff_id), index, ..contents })
         };
-        let over = (wanted.below.as_slice(), lease);
+        let over = (wanted.below.as_slice(), indexes);
         let stage = self.store.snapshots().stage_foreign(over, &tree, taking, self.cancel, judge)?;
         Ok(stage.map_or(Staged::Differs, |stage| Staged::New(Box::new(stage))))
     }

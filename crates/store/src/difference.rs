@@ -18,33 +18,29 @@
 //! Memory: the names in the directories from the root to where the walk stands, and a path for each name of a file that
 //! has several.
 
-use std::cell::OnceCell;
 use std::collections::{HashMap, HashSet};
 use std::ffi::{CStr, CString};
 use std::io;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
-use std::rc::Rc;
 
 use plies_archive::hash::HashingWriter;
 use plies_archive::tar::{self, EntryPath};
 use plies_archive::whiteout::{self, Mark, Meaning};
 use plies_archive::{DiffError, DirIndex, Implied, layer_to_tar, same_file};
 use plies_oci::{DiffId, ErrorKind};
-use rustix::fs::{FileType, Mode, Stat};
+use rustix::fs::{FileType, Mode};
 
 use crate::cancel::canceled_inside;
 use crate::catalogue::schema::LAYERS;
 use crate::catalogue::{CatalogueError, Rows as _};
 use crate::error::{At as _, FileError};
-use crate::layers::{self, LayerError, Stage};
+use crate::layers::{LayerError, Stage};
 use crate::progress::{Outcome, Task, Watched};
 use crate::snapshots::without_repetitions;
+use crate::stack::{FileAt, Inode, Place, Seen, Shown, Stack, c_name};
 use crate::transfer::Transfer;
 use crate::tree::{self, Metadata};
 use crate::{Canceled, LayerContents, LayerId, Store};
-
-/// Directories of one path kept open, a layer each: a stack may have more layers than a process descriptors.
-const OPEN_DIRS_MAX: usize = 64;
 
 /// Why the difference of two stacks could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -211,68 +207,6 @@ impl Transfer<'_> {
 
 // ---- what two stacks show ---------------------------------------------------------------------
 
-/// A layer of the stacks, by its place in [`Walk::layers`].
-type Place = usize;
-
-/// A file of a layer.
-type Inode = (Place, u64);
-
-struct Layer {
-    id: LayerId,
-    /// Read when a directory's metadata depends on it.
-    index: OnceCell<DirIndex>,
-}
-
-/// What of a stack makes up a directory.
-#[derive(Debug, Clone, Default)]
-struct Seen {
-    /// Layers of which the contents show, uppermost first.
-    visible: Vec<Place>,
-    /// Layers that may say how the directory looks, uppermost first. One that only empties it leaves that to those
-    /// below.
-    describing: Vec<Place>,
-    /// Below those, the contents of the common layers show.
-    contents_open: bool,
-    /// Below those, the common layers may say how it looks.
-    description_open: bool,
-}
-
-impl Seen {
-    /// A directory that none of a stack's own layers has.
-    fn common() -> Self {
-        Self { contents_open: true, description_open: true, ..Self::default() }
-    }
-
-    fn of(layers: Vec<Place>, is_open: bool) -> Self {
-        Self { describing: layers.clone(), visible: layers, contents_open: is_open, description_open: is_open }
-    }
-}
-
-/// Something other than a directory.
-#[derive(Debug)]
-struct FileAt {
-    layer: Place,
-    stat: Stat,
-}
-
-impl FileAt {
-    fn inode(&self) -> Inode {
-        (self.layer, self.stat.st_ino)
-    }
-
-    fn is_socket(&self) -> bool {
-        tree::file_type(&self.stat) == FileType::Socket
-    }
-}
-
-/// What a stack shows at a name.
-#[derive(Debug)]
-enum Shown {
-    Nothing,
-    File(FileAt),
-    Dir(Seen),
-}
-
 /// What there is to know of a directory itself.
 struct Look {
     metadata: Metadata,
@@ -305,13 +239,6 @@ struct Listed {
     layer: Place,
 }
 
-/// The directories of one path, open.
-#[derive(Default)]
-struct OpenDirs {
-    path: EntryPath,
-    dirs: HashMap<Place, Rc<OwnedFd>>,
-}
-
 /// What a walk finds.
 enum Step {
     /// A directory that the upper stack shows; its names follow.
@@ -331,36 +258,28 @@ struct Named {
 
 /// A walk through two stacks at once, in byte order, along the paths that other than the common layers touch.
 struct Walk<'s> {
-    store: &'s Store,
-    layers: Vec<Layer>,
+    stack: Stack<'s>,
     /// Uppermost first, as in the two stacks' own.
     common: Vec<Place>,
     lower: Option<Seen>,
     upper: Option<Seen>,
     frames: Vec<Frame>,
     begun: bool,
-    open: OpenDirs,
 }
 
 impl<'s> Walk<'s> {
     fn new(store: &'s Store, lower: &[LayerId], upper: &[LayerId]) -> Self {
         let common = lower.iter().zip(upper).take_while(|(lower, upper)| lower == upper).count();
-        let mut layers: Vec<Layer> = Vec::new();
+        let mut stack = Stack::new(store);
         let mut places: HashMap<LayerId, Place> = HashMap::new();
-        let mut place = |id: &LayerId| {
-            *places.entry(*id).or_insert_with(|| {
-                layers.push(Layer { id: *id, index: OnceCell::new() });
-                layers.len() - 1
-            })
-        };
+        let mut place = |id: &LayerId| *places.entry(*id).or_insert_with(|| stack.push(*id));
         let mut own = |stack: &[LayerId]| {
             let own = stack[common..].iter().rev().map(&mut place).collect();
             (!stack.is_empty()).then(|| Seen::of(own, common > 0))
         };
         let (lower_root, upper_root) = (own(lower), own(upper));
         let common = lower[..common].iter().rev().map(place).collect();
-        let (frames, open) = (Vec::new(), OpenDirs::default());
-        Self { store, layers, common, lower: lower_root, upper: upper_root, frames, begun: false, open }
+        Self { stack, common, lower: lower_root, upper: upper_root, frames: Vec::new(), begun: false }
     }
 
     /// From the root again.
@@ -437,7 +356,7 @@ impl<'s> Walk<'s> {
         let layers: Vec<(Side, Place)> = of(&frame.lower, Side::Lower).chain(of(&frame.upper, Side::Upper)).collect();
         let mut names = Vec::new();
         for (side, layer) in layers {
-            let listed = tree::list(&*self.dir(layer, &path)?).at("list", path.to_string())?;
+            let listed = tree::list(&*self.stack.dir(layer, &path)?).at("list", path.to_string())?;
             names.extend(listed.into_iter().map(|name| Listed { name, side, layer }));
         }
         // Stable: the order of layers stays.
@@ -458,8 +377,8 @@ impl<'s> Walk<'s> {
         let dir = self.frames[top].path.clone();
         let is_open = |seen: &Option<Seen>| seen.as_ref().is_some_and(|seen| seen.contents_open);
         let open = is_open(&self.frames[top].lower) && is_open(&self.frames[top].upper);
-        let lower = self.resolve(&dir, name, path, of_lower, open)?;
-        let upper = self.resolve(&dir, name, path, of_upper, open)?;
+        let lower = self.stack.resolve(&dir, name, path, of_lower, open)?;
+        let upper = self.stack.resolve(&dir, name, path, of_upper, open)?;
         if open && (lower.is_none() || upper.is_none()) {
             let found = self.common_child(top, name, path)?;
             return Ok(match (lower, upper) {
@@ -475,8 +394,9 @@ impl<'s> Walk<'s> {
     fn common_child(&mut self, frame: usize, name: &CStr, path: &EntryPath) -> Result<Shown, DifferenceError> {
         let dir = self.frames[frame].path.clone();
         let Some(common) = self.common_at(frame)? else { return Ok(Shown::Nothing) };
-        Ok(match self.resolve(&dir, name, path, &common.visible, false)? {
-            Some(Shown::Dir(_)) => Shown::Dir(Seen::common()),
+        Ok(match self.stack.resolve(&dir, name, path, &common.visible, false)? {
+            // None of a stack's own layers has it.
+            Some(Shown::Dir(_)) => Shown::Dir(Seen { contents_open: true, description_open: true, ..Seen::default() }),
             Some(shown) => shown,
             None => Shown::Nothing,
         })
@@ -494,7 +414,7 @@ impl<'s> Walk<'s> {
                     None => None,
                     Some(outer) => {
                         let name = c_name(name);
-                        match self.resolve(&dir, &name, &path, &outer.visible, false)? {
+                        match self.stack.resolve(&dir, &name, &path, &outer.visible, false)? {
                             Some(Shown::Dir(seen)) => Some(seen),
                             _ => None,
                         }
@@ -507,58 +427,18 @@ impl<'s> Walk<'s> {
         Ok(self.frames[frame].common.clone().flatten())
     }
 
-    /// What `layers` show at a name of the directory `dir`, which all of them have; `None` if none of them says
-    /// anything. `open`: others lie below them.
-    fn resolve(
-        &mut self,
-        dir: &EntryPath,
-        name: &CStr,
-        path: &EntryPath,
-        layers: &[Place],
-        open: bool,
-    ) -> Result<Option<Shown>, DifferenceError> {
-        let mut seen = Seen::default();
-        let mut hidden = false;
-        for layer in layers.iter().copied() {
-            let outer = self.dir(layer, dir)?;
-            let Some(stat) = tree::stat(&*outer, name).at("stat", path.to_string())? else { continue };
-            if tree::file_type(&stat) != FileType::Directory {
-                return Ok(Some(match seen.describing.is_empty() {
-                    // A directory over something else.
-                    false => Shown::Dir(seen),
-                    true if tree::is_whiteout(&stat) => Shown::Nothing,
-                    true => Shown::File(FileAt { layer, stat }),
-                }));
-            }
-            seen.describing.push(layer);
-            if !hidden {
-                seen.visible.push(layer);
-            }
-            let inner = tree::open_child(&*outer, name).at("open", path.to_string())?;
-            hidden |= tree::is_opaque(inner).at("read attributes", path.to_string())?;
-            if hidden && !self.index(layer)?.is_implied(path) {
-                return Ok(Some(Shown::Dir(seen)));
-            }
-        }
-        if seen.describing.is_empty() {
-            return Ok(None);
-        }
-        (seen.contents_open, seen.description_open) = (open && !hidden, open);
-        Ok(Some(Shown::Dir(seen)))
-    }
-
     /// Whether the innermost directory looks the same in both trees.
     fn is_same_directory(&mut self) -> Result<bool, DifferenceError> {
         let frame = &self.frames[self.top()];
         let (Some(lower), Some(upper)) = (frame.lower.clone(), frame.upper.clone()) else { return Ok(false) };
         let path = frame.path.clone();
-        let explicit = (self.explicit(&path, &lower.describing)?, self.explicit(&path, &upper.describing)?);
+        let explicit = (self.stack.explicit(&path, &lower.describing)?, self.stack.explicit(&path, &upper.describing)?);
         match explicit {
             (Some(lower), Some(upper)) if lower == upper => return Ok(true),
             // If the common layers say anything, they say it of both.
             (None, None) if lower.description_open && upper.description_open => {
                 if let (Some(lower), Some(upper)) = (lower.describing.first(), upper.describing.first())
-                    && self.metadata(*lower, &path)? == self.metadata(*upper, &path)?
+                    && self.stack.metadata(*lower, &path)? == self.stack.metadata(*upper, &path)?
                 {
                     return Ok(true);
                 }
@@ -578,32 +458,18 @@ impl<'s> Walk<'s> {
         };
         let Seen { mut describing, description_open, .. } = seen.expect("because the caller knows that it is there");
         let path = frame.path.clone();
-        let mut explicit = self.explicit(&path, &describing)?;
+        let mut explicit = self.stack.explicit(&path, &describing)?;
         if explicit.is_none() && description_open {
             let common = self.common_at(at)?.map_or(Vec::new(), |common| common.describing);
-            explicit = self.explicit(&path, &common)?;
+            explicit = self.stack.explicit(&path, &common)?;
             describing.extend(common);
         }
         let shows = explicit.unwrap_or_else(|| describing[0]);
         let implied = match explicit {
             Some(_) => None,
-            None => self.index(shows)?.why_implied(&path),
+            None => self.stack.index(shows)?.why_implied(&path),
         };
-        Ok(Look { metadata: self.metadata(shows, &path)?, implied })
-    }
-
-    fn explicit(&self, path: &EntryPath, describing: &[Place]) -> Result<Option<Place>, DifferenceError> {
-        for layer in describing {
-            if !self.index(*layer)?.is_implied(path) {
-                return Ok(Some(*layer));
-            }
-        }
-        Ok(None)
-    }
-
-    fn metadata(&mut self, layer: Place, path: &EntryPath) -> Result<Metadata, DifferenceError> {
-        let dir = self.dir(layer, path)?;
-        Ok(Metadata::of(&*dir).at("stat", path.to_string())?)
+        Ok(Look { metadata: self.stack.metadata(shows, &path)?, implied })
     }
 
     /// Whether a name that is no directory in the upper tree is the same in the lower one.
@@ -619,33 +485,9 @@ impl<'s> Walk<'s> {
             return Ok(true);
         }
         let dir = self.frames[self.top()].path.clone();
-        let (of_lower, of_upper) = (self.dir(lower.layer, &dir)?, self.dir(upper.layer, &dir)?);
+        let (of_lower, of_upper) = (self.stack.dir(lower.layer, &dir)?, self.stack.dir(upper.layer, &dir)?);
         let name = name.to_bytes();
         Ok(same_file((of_lower.as_fd(), name), (of_upper.as_fd(), name)).at("compare", path.to_string())?)
-    }
-
-    fn index(&self, layer: Place) -> Result<&DirIndex, DifferenceError> {
-        let Layer { id, index } = &self.layers[layer];
-        if index.get().is_none() {
-            // Nobody else sets it meanwhile.
-            let _ = index.set(layers::read_index(self.store, *id)?);
-        }
-        Ok(index.get().expect("because it was just set"))
-    }
-
-    /// A directory of a layer, which has it.
-    fn dir(&mut self, layer: Place, path: &EntryPath) -> Result<Rc<OwnedFd>, DifferenceError> {
-        if self.open.path != *path || self.open.dirs.len() == OPEN_DIRS_MAX {
-            self.open = OpenDirs { path: path.clone(), dirs: HashMap::new() };
-        }
-        if let Some(dir) = self.open.dirs.get(&layer) {
-            return Ok(Rc::clone(dir));
-        }
-        let root = layers::open_root(self.store, self.layers[layer].id)?;
-        let dir = if path.is_root() { root } else { tree::open_dir(root, path).at("open", path.to_string())? };
-        let dir = Rc::new(dir);
-        self.open.dirs.insert(layer, Rc::clone(&dir));
-        Ok(dir)
     }
 }
 
@@ -780,7 +622,7 @@ impl Draft<'_> {
                 return Ok(());
             }
         }
-        let from = walk.dir(file.layer, &dir)?;
+        let from = walk.stack.dir(file.layer, &dir)?;
         tree::copy(&from, name, &file.stat, self.target(&dir)?).at("copy", path.to_string())?;
         if is_shared {
             self.linked.insert(file.inode(), path.clone());
@@ -822,8 +664,4 @@ fn check_name(path: &EntryPath, meaning: Meaning<'_>, why: &'static str) -> Resu
         Ok(found) if found == meaning => Ok(()),
         _ => Err(DifferenceError::Unrepresentable { path: path.clone(), why }),
     }
-}
-
-fn c_name(name: &[u8]) -> CString {
-    CString::new(name).expect("because names have no NUL")
 }

@@ -7,21 +7,24 @@ use std::collections::{HashMap, HashSet};
 use std::ffi::CStr;
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
 use std::sync::{Condvar, Mutex, PoisonError};
 
 use plies_archive::tar::{Entry, EntryPath};
-use plies_archive::{SealError, Usage};
-use rustix::fs::{AtFlags, FileType, Mode, Stat, XattrFlags};
+use plies_archive::{DirIndex, Implied, SealError, Sealed, Usage};
+use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags, Stat, StatxFlags, XattrFlags, openat2};
 use rustix::io::Errno;
+use rustix::mount::{OpenTreeFlags, open_tree};
 
 use crate::driver::{Compare, NOTHING_IS_CERTAIN};
 use crate::error::At as _;
 use crate::layers::Stage;
 use crate::open::make_dir;
 use crate::snapshots::{SnapshotError, Snapshots};
+use crate::stack::Merged;
 use crate::transfer::threads;
 use crate::tree::{self, Material, Metadata};
-use crate::{Cancel, FinishedStage, LayerContents, LayerId, Lease};
+use crate::{Cancel, FinishedStage, Indexes, LayerContents, LayerId};
 
 /// How files come over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -125,8 +128,8 @@ const THREADS_MAX: usize = 8;
 
 impl Snapshots<'_> {
     /// A stage with what `tree` changes of the layers `below`, bottom first, not published yet; the source is only read. The caller
-    /// holds those layers: what says nothing new over them goes, and what hides nothing. What has to be made to see them as one
-    /// tree is held by `lease`.
+    /// holds those layers: what says nothing new over them goes, and what hides nothing. What is read of them is kept in `indexes`,
+    /// for the next one.
     /// `judge` sees the stage with the canonical layer, may keep a tar-split with it, and says what else is known of it; or that
     /// there shall be none.
     ///
@@ -134,7 +137,7 @@ impl Snapshots<'_> {
     /// [`SnapshotError::Seal`] for an upper whose files lie elsewhere in part; [`SnapshotError::File`].
     pub fn stage_foreign(
         &self,
-        (below, lease): (&[LayerId], &Lease),
+        (below, indexes): (&[LayerId], &Indexes),
         tree: &ForeignTree,
         taking: Taking,
         cancel: &Cancel,
@@ -142,9 +145,14 @@ impl Snapshots<'_> {
     ) -> Result<Option<FinishedStage>, SnapshotError> {
         let mut stage = Stage::new(self.store())?;
         let (path, material) = (stage.tree(), Material::from(taking));
+        let mut merged = self.merged(below, indexes)?;
+        let mut decided = None;
         match tree {
             ForeignTree::Upper(upper) => {
-                Copying::new(upper, stage.root(), material, cancel).run()?;
+                let near = linkable(upper, stage.root(), taking);
+                let (from, to) = near.as_ref().map_or((upper, stage.root()), |(from, to)| (from, to.as_fd()));
+                let filled = Copying::new(from, to, material, cancel).run()?;
+                decided = decide(filled, merged.as_mut(), stage.root())?;
             }
             ForeignTree::Whole { before, after } => {
                 let empty = || {
@@ -162,7 +170,14 @@ impl Snapshots<'_> {
                 compare.run().at("compare", &path)?;
             }
         }
-        let sealed = self.seal_over(below, lease, stage.root())?;
+        let sealed = match (decided, merged) {
+            (Some(sealed), _) => sealed,
+            (None, Some(mut merged)) => {
+                merged.restart();
+                plies_archive::seal_over(stage.root(), merged)?
+            }
+            (None, None) => plies_archive::seal_upper(stage.root(), None)?,
+        };
         let contents = LayerContents { usage: sealed.usage, index: sealed.index, ..LayerContents::default() };
         let judged = judge(&mut stage, contents);
         Ok(judged.map(|contents| stage.finish(contents)))
@@ -181,7 +196,9 @@ impl Snapshots<'_> {
         unpacked: Unpacked<'_>,
         cancel: &Cancel,
     ) -> Result<Option<Usage>, SnapshotError> {
-        let copying = Copying::new(tree, stage.root(), taking.into(), cancel);
+        let near = linkable(tree, stage.root(), taking);
+        let (from, to) = near.as_ref().map_or((tree, stage.root()), |(from, to)| (from, to.as_fd()));
+        let copying = Copying::new(from, to, taking.into(), cancel);
         let filled = Copying { unpacked: Some(unpacked), ..copying }.run()?;
         Ok(match filled.refused {
             true => None,
@@ -216,6 +233,68 @@ impl From<Taking> for Material {
             Taking::Copy => Self::Copy,
         }
     }
+}
+
+/// A tree and a stage, opened once more so that links lead from one to the other, if they are directories of one file system that
+/// were reached through different mounts: no link leads out of a mount, not even of one that shows a directory at its own place,
+/// as podman leaves its storage. Both are reached through a private copy of the mount that lies below.
+fn linkable(from: &OwnedFd, to: BorrowedFd<'_>, taking: Taking) -> Option<(OwnedFd, OwnedFd)> {
+    let place = |dir: BorrowedFd<'_>| {
+        let fields = StatxFlags::INO | StatxFlags::MNT_ID;
+        let stat = rustix::fs::statx(dir, c"", AtFlags::EMPTY_PATH, fields).ok()?;
+        Some((stat.stx_mnt_id, (stat.stx_dev_major, stat.stx_dev_minor, stat.stx_ino)))
+    };
+    let ((from_mount, from_place), (to_mount, to_place)) = (place(from.as_fd())?, place(to)?);
+    let is_one_device = (from_place.0, from_place.1) == (to_place.0, to_place.1);
+    if taking == Taking::Copy || from_mount == to_mount || !is_one_device {
+        return None;
+    }
+    let path = |dir: BorrowedFd<'_>| std::fs::read_link(format!("/proc/self/fd/{}", dir.as_raw_fd())).ok();
+    let (from_path, to_path) = (path(from.as_fd())?, path(to)?);
+    let shared = from_path.components().zip(to_path.components()).take_while(|(from, to)| from == to);
+    let common: PathBuf = shared.map(|(component, _)| component).collect();
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    let clone = open_tree(CWD, &common, flags).ok()?;
+    let open = |path: &Path, expected| {
+        let below = path.strip_prefix(&common).ok().filter(|below| !below.as_os_str().is_empty());
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+        let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV;
+        let dir = openat2(&clone, below.unwrap_or(Path::new(".")), flags, Mode::empty(), resolve).ok()?;
+        // Something else may lie where another file system is mounted.
+        (place(dir.as_fd())?.1 == expected).then_some(dir)
+    };
+    Some((open(&from_path, from_place)?, open(&to_path, to_place)?))
+}
+
+/// What sealing a copied upper over `below` would find, if that changes nothing about it: all of its files are links, none of
+/// which is taken for one that only was copied up, nothing is hidden, and each directory says something.
+fn decide(
+    filled: Filled,
+    below: Option<&mut Merged<'_>>,
+    root: BorrowedFd<'_>,
+) -> Result<Option<Sealed>, SnapshotError> {
+    if filled.marked || filled.undecided {
+        return Ok(None);
+    }
+    let mut index = DirIndex::default();
+    if let Some(below) = below {
+        let mut needed: HashSet<EntryPath> = HashSet::new();
+        let mut dirs = filled.dirs;
+        dirs.sort_unstable();
+        // What is below comes before it.
+        for (path, has_files) in dirs.iter().rev() {
+            let same = tree::open_dir(root, path).and_then(|dir| below.has_same(path, dir.as_fd()));
+            let implied = same.at("compare", path.to_string())?;
+            if implied && !has_files && !path.is_root() && !needed.contains(path) {
+                return Ok(None);
+            }
+            needed.extend(path.split().map(|(outer, _)| outer));
+            if implied {
+                index.insert(path.clone(), Implied::CopiedUp);
+            }
+        }
+    }
+    Ok(Some(Sealed { usage: filled.usage, index }))
 }
 
 /// One tree on its way.
@@ -260,6 +339,10 @@ struct Filled {
     marked: bool,
     /// Something is not what it should be; the rest was left.
     refused: bool,
+    /// Something hides what lies below, or was copied and may be as it was there.
+    undecided: bool,
+    /// All directories, and whether anything else is in them; not of what was unpacked.
+    dirs: Vec<(EntryPath, bool)>,
 }
 
 impl<'a> Copying<'a> {
@@ -293,6 +376,8 @@ impl<'a> Copying<'a> {
                 now.filled.usage += own.filled.usage;
                 now.filled.marked |= own.filled.marked;
                 now.filled.refused |= own.filled.refused;
+                now.filled.undecided |= own.filled.undecided;
+                now.filled.dirs.append(&mut own.filled.dirs);
                 if let Err(error) = done.map_err(SnapshotError::from).and_then(|done| done) {
                     now.failed.get_or_insert(error);
                 }
@@ -306,12 +391,16 @@ impl<'a> Copying<'a> {
                 work(usize::MAX);
             });
         }
-        let Filling { closed, filled, failed, .. } = filling.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let Filling { closed, mut filled, failed, .. } = filling.into_inner().unwrap_or_else(PoisonError::into_inner);
         failed.map_or(Ok(()), Err)?;
         // What is below comes before it.
-        for (path, metadata) in closed.iter().rev().filter(|_| !filled.refused) {
+        for (path, metadata) in closed.iter().rev().take_while(|_| !filled.refused) {
             let dir = tree::open_dir(self.to, path);
-            dir.and_then(|dir| metadata.apply(dir)).at("set metadata of", path.to_string())?;
+            let described = dir.and_then(|dir| {
+                metadata.apply(&dir)?;
+                Ok(rustix::fs::fstat(&dir)?)
+            });
+            filled.usage.add(&described.at("set metadata of", path.to_string())?);
         }
         Ok(filled)
     }
@@ -337,7 +426,8 @@ impl<'a> Copying<'a> {
                 (false, None) => rustix::fs::fsetxattr(&to, OPAQUE, b"y", XattrFlags::empty())?,
             }
         }
-        let mut whiteouts = false;
+        own.filled.undecided |= has(OPAQUE.to_bytes()) || user_opaque;
+        let (mut whiteouts, mut has_files) = (false, false);
         for name in tree::list(&from)? {
             let Some(stat) = tree::stat(&from, &name)? else { continue };
             let child = path.join(name.to_bytes());
@@ -364,6 +454,7 @@ impl<'a> Copying<'a> {
                 }
                 tree::remove_at(&to, &name)?;
             }
+            has_files |= !is_dir;
             if is_dir {
                 rustix::fs::mkdirat(&to, &name, Mode::RWXU)?;
                 own.pending.push(child);
@@ -371,6 +462,7 @@ impl<'a> Copying<'a> {
                 if !self.over {
                     rustix::fs::mknodat(&to, &name, FileType::CharacterDevice, Mode::empty(), 0)?;
                     whiteouts = true;
+                    own.filled.undecided = true;
                     own.filled.usage.add(&stat);
                 }
             } else if let Err(error) = self.file(&child, &name, (&stat, &xattrs), &from, &to, &mut own.filled)? {
@@ -380,14 +472,19 @@ impl<'a> Copying<'a> {
         if whiteouts && self.unpacked.is_some() {
             tree::mark_whiteouts(&to)?;
         }
-        own.filled.usage.add(&rustix::fs::fstat(&to)?);
+        if self.unpacked.is_none() {
+            own.filled.dirs.push((path.clone(), has_files));
+        }
         let mut metadata = Metadata::of(&from)?;
         if let Some(root) = self.unpacked.and_then(|unpacked| unpacked.root).filter(|_| path.is_root()) {
             metadata = metadata.like(root);
         }
         // Now nothing comes or goes in it any more, which would change its time.
         match metadata.lets_owner_through() {
-            true => metadata.apply(&to)?,
+            true => {
+                metadata.apply(&to)?;
+                own.filled.usage.add(&rustix::fs::fstat(&to)?);
+            }
             false => own.closed.push((path.clone(), metadata)),
         }
         Ok(Ok(()))
@@ -415,6 +512,7 @@ impl<'a> Copying<'a> {
             }
             return Ok(Ok(()));
         }
+        filled.undecided = true;
         // Others wait, who may have another name of it.
         let mut copied = (stat.st_nlink > 1).then(files);
         if let Some(first) = copied.as_ref().and_then(|files| files.copied.get(&stat.st_ino)) {

@@ -66,6 +66,7 @@ mod recover;
 mod refs;
 mod reserve;
 mod snapshots;
+mod stack;
 mod sync;
 mod sys;
 pub mod transfer;
@@ -103,6 +104,7 @@ pub use open::{BeforeRecovery, Clock, OpenError, OpenOptions, Warn};
 pub use snapshots::{
     ActiveInfo, ActiveOptions, Attach, MountOptions, Mounted, SnapshotError, SnapshotInfo, Snapshots, unmount_patiently,
 };
+pub use stack::Indexes;
 pub use transfer::{
     LayerBlob, LayerSource, OpenBlob, Origin, Packing, ReceivedLayer, Taken, Transfer, TransferError, parallel,
 };

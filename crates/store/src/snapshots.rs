@@ -36,8 +36,9 @@ use crate::idmap::IdMaps;
 use crate::layers::{self, LayerContents, LayerError, Stage};
 use crate::open::make_dir;
 use crate::recover::{self, RecoverError};
+use crate::stack::Merged;
 use crate::tree::{self, Material, MergeLayer};
-use crate::{ActiveId, LayerId, Lease, LeaseOptions, Resource, SnapshotId, Stamp, Store, Tx, packed};
+use crate::{ActiveId, Indexes, LayerId, Lease, LeaseOptions, Resource, SnapshotId, Stamp, Store, Tx, packed};
 
 /// Packed layers of a stack that stay mounted while it is judged: a descriptor each, of the usual 1,024. The layers of
 /// deeper stacks are mounted for each look.
@@ -764,28 +765,19 @@ impl<'a> Snapshots<'a> {
         self.store
     }
 
-    /// Makes an upper directory that no mount uses a canonical layer over others, in place. What has to be made to see those
-    /// as one tree is held by `lease`.
-    pub(crate) fn seal_over(
-        &self,
-        below: &[LayerId],
-        lease: &Lease,
-        upper: BorrowedFd<'_>,
-    ) -> Result<plies_archive::Sealed, SnapshotError> {
-        let list = without_repetitions(below);
-        if list.is_empty() {
-            return Ok(plies_archive::seal_upper(upper, None)?);
+    /// The tree of layers, to seal uppers over it; `None` if there are none.
+    pub(crate) fn merged<'s>(
+        &'s self,
+        layers: &[LayerId],
+        indexes: &'s Indexes,
+    ) -> Result<Option<Merged<'s>>, SnapshotError> {
+        let list = without_repetitions(layers);
+        let merged = Merged::new(self.store, indexes, &list);
+        if merged.may_need_base()? {
+            // For what it refuses.
+            drop(self.fix_up_of(&list)?);
         }
-        // Most stacks need neither a fix-up nor a squash, and then no row for this one look.
-        let lowers = match list.len() <= self.store.inner.driver.max_lowers() && self.fix_up_of(&list)?.is_none() {
-            true => list.into_iter().map(|id| Lower { id, dir: layers::layer_dir(self.store, id) }).collect(),
-            false => self.lowers(Some(self.ensure(&list, lease)?))?,
-        };
-        let scratch = self.scratch()?;
-        let below = self.store.inner.driver.view(&lowers, &scratch)?;
-        let sealed = plies_archive::seal_upper(upper, Some(below.root.as_fd()));
-        below.end(&scratch)?;
-        Ok(sealed?)
+        Ok((!list.is_empty()).then_some(merged))
     }
 
     /// The layers to mount for `base`: its own, its fix-up, and squashed at the bottom if they are

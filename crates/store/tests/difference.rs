@@ -1,4 +1,4 @@
-//! Differences of stacks: what two trees in, one layer out.
+//! What is found out of stacks without a mount: the layer between two of them, and what an upper directory changes of one.
 
 // The exemption for tests ends at helpers outside of test functions.
 #![allow(clippy::unwrap_used)]
@@ -7,6 +7,7 @@ mod common;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::os::fd::AsFd as _;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -17,8 +18,8 @@ use plies_archive::{ApplyStyle, Implied, Limits, diff_trees, unpack};
 use plies_oci::{Compression, ErrorKind};
 use plies_store::progress::Silent;
 use plies_store::{
-    Attach, Cancel, DifferenceError, DriverKind, FinishedStage, LayerContents, LayerId, Lease, SnapshotError, Store,
-    Transfer,
+    Attach, Cancel, DifferenceError, DriverKind, FinishedStage, ForeignTree, Indexes, LayerContents, LayerId, Lease,
+    SnapshotError, Store, Taking, Transfer,
 };
 use plies_testkit::tar::{Member, archive};
 use plies_testkit::tree::Tree;
@@ -1122,6 +1123,92 @@ proptest! {
         assert_healthy(&store);
         rig.assert_no_warnings();
     }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(60) })]
+
+    #[test]
+    fn privileged_an_upper_sealed_over_layers_is_that_sealed_over_their_mount(
+        below in proptest::collection::vec(lines(), 1..4),
+        upper in lines(),
+        linked in any::<bool>(),
+    ) {
+        if !privileged("an_upper_sealed_over_layers_is_that_sealed_over_their_mount") {
+            return Ok(());
+        }
+        let rig = Rig::with_driver(DriverKind::Overlay);
+        let store = rig.open();
+        let lease = process_lease(&store);
+        let staged = below.into_iter().chain([upper]).map(|lines| random_layer(&store, lines)).collect();
+        let all = store.layers().publish(&lease, staged).unwrap();
+        let (upper, below) = all.split_last().unwrap();
+        let open = |path: &Path| std::os::fd::OwnedFd::from(fs::File::open(path).unwrap());
+        let source = rig.root().join(format!("layers/{upper}/fs"));
+        let (indexes, taking) = (Indexes::default(), if linked { Taking::Link } else { Taking::Copy });
+        let staged = store.snapshots().stage_foreign(
+            (below, &indexes), &ForeignTree::Upper(store.layers().root(*upper).unwrap()), taking, &Cancel::new(), |_, known| Some(known),
+        );
+        let snapshot = match store.snapshots().ensure(below, &lease) {
+            Ok(snapshot) => snapshot,
+            Err(SnapshotError::NeedsBase { .. }) => {
+                prop_assert!(matches!(staged, Err(SnapshotError::NeedsBase { .. })), "{:?}", staged);
+                return Ok(());
+            }
+            Err(other) => panic!("{other}"),
+        };
+        let staged = staged.unwrap().unwrap();
+
+        let copy = rig.dir.path().join("copy");
+        let options = if linked { "-al" } else { "-a" };
+        let copied = std::process::Command::new("cp").arg(options).arg(&source).arg(&copy).status().unwrap();
+        prop_assert!(copied.success());
+        let view = store.snapshots().view(snapshot, Attach::Detached).unwrap();
+        let sealed = plies_archive::seal_upper(open(&copy).as_fd(), Some(view.root())).unwrap();
+        view.unmount().unwrap();
+        prop_assert_eq!(&staged.contents().index, &sealed.index);
+        prop_assert_eq!(staged.contents().usage, sealed.usage);
+        let made = store.layers().publish(&lease, vec![staged]).unwrap()[0];
+        let tree = |path: &Path| {
+            Tree::of(path).map(|_, node| {
+                node.links = 0;
+                // Made by the seals.
+                if node.device == Some((0, 0)) {
+                    node.mtime = Default::default();
+                }
+            })
+        };
+        prop_assert_eq!(tree(&path_of(&store.layers().root(made).unwrap())).diff(&tree(&copy)), "");
+    }
+}
+
+#[test]
+fn privileged_files_below_a_directory_that_is_mounted_on_itself_are_linked() {
+    if !privileged("files_below_a_directory_that_is_mounted_on_itself_are_linked") {
+        return;
+    }
+    let rig = Rig::with_driver(DriverKind::Overlay);
+    let store = rig.open();
+    let lease = process_lease(&store);
+    let source = rig.dir.path().join("source");
+    fs::create_dir_all(source.join("d")).unwrap();
+    fs::write(source.join("d/f"), "f").unwrap();
+    let mount =
+        |words: &[&str]| assert!(std::process::Command::new(words[0]).args(&words[1..]).status().unwrap().success());
+    let at = source.to_str().unwrap();
+    mount(&["mount", "--bind", at, at]);
+    let tree = ForeignTree::Upper(fs::File::open(&source).unwrap().into());
+    let staged =
+        store
+            .snapshots()
+            .stage_foreign((&[], &Indexes::default()), &tree, Taking::Link, &Cancel::new(), |_, known| Some(known));
+    let links = fs::metadata(source.join("d/f")).unwrap().nlink();
+    drop(tree);
+    mount(&["umount", at]);
+    assert_eq!(links, 2);
+    let layer = store.layers().publish(&lease, vec![staged.unwrap().unwrap()]).unwrap()[0];
+    assert_eq!(fs::read_to_string(path_of(&store.layers().root(layer).unwrap()).join("d/f")).unwrap(), "f");
+    assert_healthy(&store);
 }
 
 /// Prints what a difference of one file over ten common layers of 5,000 files costs, and what comparing two mounts of

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -174,6 +175,50 @@ fn a_storages_images_come_over_with_ids_names_trees_and_bytes() {
     let again = ply.json(args!["import", SOURCE, "--containers", &source]);
     state.assert_same(&State::of(&ply), "a second import");
     assert_eq!(ended(&again, "here"), ended(&report, "taken"));
+}
+
+/// podman keeps the root of a layer read-only on disk, whatever its tar lists, and its storage mounted on itself; and many
+/// directories are more threads' work.
+#[test]
+fn a_tree_with_a_listed_root_and_many_directories_is_linked_as_its_tar_says() {
+    let Some(ply) = store() else { return };
+    let Some(storage) = Storage::new(&ply) else { return };
+    let mut members = vec![Member::dir(".").mode(0o711).owner(3, 4).mtime(1_400_000_000, 0)];
+    for n in 0..50 {
+        members.push(Member::dir(format!("d{n}")).mode(0o700).mtime(1_400_000_000 + n, 0));
+        members.push(Member::file(format!("d{n}/f"), format!("{n}")).mode(0o640).owner(5, 6));
+        // podman gives a file the owner that its last name has in the tar.
+        members.push(Member::hard_link(format!("d{n}/g"), format!("d{}/f", n / 2)).mode(0o640).owner(5, 6));
+        members.push(Member::symlink(format!("d{n}/l"), "f"));
+    }
+    // A file with a hole, which some make sparse.
+    members.push(Member::file("hole", [&[7; 10][..], &[0; 1 << 20], b"end"].concat()));
+    let image = Image::new("localhost/wide:1").layer(&members, Packing::Gzip);
+    storage.load(&image);
+    let layer = text(&storage.list(LAYERS)[0], "id").to_owned();
+    let tree = storage.root().join("overlay").join(layer).join("diff");
+    let names = |file: &str| fs::metadata(tree.join(file)).unwrap().nlink();
+    let before = names("d49/f");
+    // As another unpacker might have left it: the same bytes on fewer blocks.
+    tools::run(Command::new("fallocate").args(["--dig-holes"]).arg(tree.join("hole")));
+    tools::run(Command::new("touch").args(["-d", "@1500000000"]).arg(tree.join("hole")));
+    let overlay = storage.root().join("overlay");
+    tools::run(Command::new("mount").arg("--bind").arg(&overlay).arg(&overlay));
+    let source = Tree::of(&storage.root());
+    ply.ok(args!["import", SOURCE, "--dry-run", storage.root()]);
+    import(&ply, &storage);
+    assert_eq!(names("d49/f"), 2 * before, "all names of a file are linked");
+    assert_eq!(names("hole"), 2);
+    without_links(Tree::of(&storage.root())).assert_same(&without_links(source), "the source");
+
+    let other = Ply::new(env!("CARGO_BIN_EXE_ply"));
+    load(&other, &image);
+    let ours = Tree::of(ply.mount("localhost/wide:1").path());
+    // What lies in both has a name there, too.
+    without_links(ours).assert_same(&without_links(Tree::of(other.mount("localhost/wide:1").path())), "the tree");
+    let usage = |ply: &Ply| ply.json(args!["layer", "ls"])[0]["diff_bytes"].as_u64().unwrap();
+    assert_eq!(usage(&ply), usage(&other));
+    ply.ok(args!["fsck", "--read-data"]);
 }
 
 #[test]

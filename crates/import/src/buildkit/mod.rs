@@ -38,7 +38,7 @@ use plies_cache::{
 };
 use plies_oci::{BlobDigest, DiffId, Family};
 use plies_store::progress::{self, Task};
-use plies_store::{GcMode, LayerBlob, LayerId, Lease, LeaseOptions, Stamp, TransferError};
+use plies_store::{GcMode, Indexes, LayerBlob, LayerId, Lease, LeaseOptions, Stamp, TransferError};
 
 use self::keys::Keys;
 use self::rows::{RawRows, Row};
@@ -351,7 +351,8 @@ impl Worker {
         let mut plans = std::mem::take(&mut self.plans);
         let blobs = self.take_blobs(&plans, import, report, lease)?;
         let trees = Trees { came: HashSet::new(), lazy: HashSet::new() };
-        let mut passage = Passage { import, lease, report, blobs, trees, told: BTreeMap::new() };
+        let (indexes, told) = (Indexes::default(), BTreeMap::new());
+        let mut passage = Passage { import, lease, report, blobs, trees, indexes, told };
         for level in self.levels() {
             let mut ready = Vec::new();
             for id in level {
@@ -497,7 +498,7 @@ impl Worker {
                 Err(why) => failed.push((id, why)),
             }
         }
-        let taken = import.take_layers(&wanted, lease)?;
+        let taken = import.take_layers(&wanted, &passage.indexes, lease)?;
         let mut layers: HashMap<&str, TakenLayer> = HashMap::new();
         let mut differ: BTreeSet<&str> = BTreeSet::new();
         for (id, taken) in whose.into_iter().zip(taken) {
@@ -633,6 +634,7 @@ struct Passage<'a> {
     report: &'a mut ImportReport,
     blobs: Blobs,
     trees: Trees,
+    indexes: Indexes,
     /// By their names, of which the report's order follows.
     told: BTreeMap<String, ImportedItem>,
 }
