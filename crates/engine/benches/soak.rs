@@ -25,6 +25,7 @@ use plies_engine::build::{BuildOutput, BuildRequest};
 use plies_engine::exec::Cancel;
 use plies_engine::progress::Silent;
 use plies_engine::{Engine, EngineOptions, FsckDepth, FsckRequest, GcMode, Input, Output, PruneOptions, SaveFormat};
+use plies_testkit::catalogue::Catalogue;
 use plies_testkit::image::{Image, Packing, busybox_members};
 use plies_testkit::scratch::Scratch;
 use plies_testkit::tar::Member;
@@ -35,7 +36,7 @@ const WORKERS: usize = 2;
 /// Rounds after which an image goes.
 const KEPT_ROUNDS: u64 = 8;
 /// What a prune leaves of the build cache.
-const CACHE_BYTES: u64 = 32 << 20;
+const CACHE_BYTES: u64 = 4 << 20;
 /// Files of a layer, and about how many bytes each has.
 const FILES: usize = 300;
 const FILE_BYTES: usize = 4_000;
@@ -210,6 +211,12 @@ fn main() {
     let report = engine.fsck(&request, &Silent, &Cancel::new()).unwrap();
     println!("  fsck: {} findings", report.findings.len());
     engine.close().unwrap();
+    let catalogue = Catalogue::open(&root);
+    let rows = |table: &String| (catalogue.rows(table).len(), table.clone());
+    let mut rows: Vec<(usize, String)> = catalogue.tables().iter().map(rows).collect();
+    rows.sort_unstable_by(|one, other| other.cmp(one));
+    let most: Vec<String> = rows.iter().take(8).map(|(count, table)| format!("{table} {count}")).collect();
+    println!("  rows: {}", most.join(", "));
     assert!(report.findings.is_empty(), "{:?}", report.findings);
     for at in COUNTS..FIGURES.len() {
         assert!(late[at] <= early[at] + SWING, "{} grew from {} to {}", FIGURES[at], early[at], late[at]);
