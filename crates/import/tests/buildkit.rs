@@ -3,6 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::os::fd::AsRawFd as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
@@ -268,5 +269,36 @@ fn records_that_stand_on_each_other_at_random_are_each_told_once() {
         assert_eq!(rig.here(&all), came, "graph {seed}");
         let again = rig.import(&dir.join("state"), NEVER).0.unwrap();
         assert_eq!((again.count(Outcome::Taken), again.count(Outcome::Here)), (0, came.len()), "graph {seed}");
+    }
+}
+
+/// More layers than are published together, while others are staged: each record gets its own.
+#[test]
+fn records_of_several_batches_each_get_their_own_layer() {
+    if !tools::privileged() {
+        return;
+    }
+    // Two whole batches of 2,048 and a part of a third.
+    const RECORDS: usize = 4_100;
+    let scratch = Scratch::new();
+    let mut worker = Worker::new(scratch.join("state/runc-overlayfs"), "overlayfs");
+    let all: BTreeSet<String> = (0..RECORDS).map(|number| format!("r{number}")).collect();
+    for name in &all {
+        worker.row(name, json!({"snapshot.committed": true, "cache.snapshot": name}));
+        fs::write(worker.snapshot(name, COMMITTED, None).join("f"), name).unwrap();
+    }
+    worker.write();
+    let rig = Rig::new(&scratch.join("store"));
+    let report = rig.import(&scratch.join("state"), NEVER).0.unwrap();
+    assert_eq!(report.count(Outcome::Taken), RECORDS);
+    assert_eq!(rig.here(&all), all);
+    let cache = rig.manager.accessor();
+    for name in &all {
+        let State::Sealed { layer: Some(layer) } = cache.row(buildkit::record_id(name)).unwrap().state else {
+            panic!("{name} has no layer");
+        };
+        let root = rig.store.layers().root(layer).unwrap();
+        let file = format!("/proc/self/fd/{}/f", root.as_raw_fd());
+        assert_eq!(fs::read_to_string(file).unwrap(), *name);
     }
 }
