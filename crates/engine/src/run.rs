@@ -432,17 +432,24 @@ impl Engine {
         // The path may have been mounted over, or its directory be gone: as named is good enough then.
         let dir = dir.canonicalize().unwrap_or_else(|_| dir.to_owned());
         let key = dir.as_os_str().as_bytes().to_vec();
+        let here = Place::here()?;
         let turn = self.mounts_turn();
         let row = self.store().read(|rows| rows.get(&MOUNTS, &key))?;
         let row = row.ok_or_else(|| RunError::NotMounted { dir: dir.clone() })?;
-        if is_over(&dir, &row, &Place::here()?) {
+        if is_over(&dir, &row, &here) {
             return self.forget_mount(&key);
         }
-        if row.place != Place::here()? {
+        if row.place != here {
             return Err(RunError::ElsewhereMounted { dir });
         }
-        unmount_patiently(&dir).map_err(|source| RunError::Unmount { dir, source })?;
-        self.forget_mount(&key)?;
+        // Nobody else waits for whoever still uses it.
+        drop(turn);
+        unmount_patiently(&dir).map_err(|source| RunError::Unmount { dir: dir.clone(), source })?;
+        let turn = self.mounts_turn();
+        // Somebody may have mounted something there again meanwhile, or have forgotten it already.
+        if self.store().read(|rows| rows.get(&MOUNTS, &key))?.is_some_and(|row| is_over(&dir, &row, &here)) {
+            self.forget_mount(&key)?;
+        }
         drop(turn);
         if let (Mount::Record(active), false) = (row.what, self.policy.rules().is_empty()) {
             // What was written through the mount is not counted yet; the rules are asked about sums.
