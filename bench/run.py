@@ -527,7 +527,6 @@ def bench_merge(options, results):
                 images.append(f"localhost/layer-{layer}:latest")
                 quiet(*ply, "build", "-t", images[-1], context)
             disk.sync()
-            linked = 0.0
             for turn in range(options.runs):
                 # Each merge is another one: the same would be found.
                 order = images[turn:] + images[:turn]
