@@ -2,8 +2,8 @@
 //!
 //! With `du` nothing but the sums is measured, so that a million records are no matter of an hour.
 //!
-//! Records are rows in chains of ten, each with a blob of its own that costs 100 bytes and is a row as well: nothing is
-//! unpacked, so what is measured is the catalogue. "du" is the sums by kind (with an empty file for each blob, since names
+//! Records are rows in chains of ten, each with a blob of its own that costs 100 bytes and is a row as well, with the two rows
+//! that say which tar it holds: nothing is unpacked, so what is measured is the catalogue. "du" is the sums by kind (with an empty file for each blob, since names
 //! are counted), "records" the list of all records. While it is pruned, two others write: one waits until it is durable, and
 //! so for the disk, the other does not: how long that one waits is how long anything is locked.
 #![allow(missing_docs, clippy::unwrap_used)]
@@ -17,13 +17,15 @@ use plies_cache::{
     BlobRow, Manager, ManagerOptions, Parents, PruneOptions, RecordId, RecordRow, RecordType, State, UsageOptions,
     UseRow,
 };
-use plies_oci::{BlobDigest, DiffId};
+use plies_oci::{BlobDigest, Compression, DiffId};
 use plies_store::{Cancel, CatalogueError, OpenOptions, Owner, Row, Stamp, Store, Table, WaitPolicy};
 
 const RECORDS: Table<RecordId, RecordRow> = Table::new("cache.records");
 const CHILDREN: Table<(RecordId, RecordId), ()> = Table::new("cache.children");
 const USES: Table<RecordId, UseRow> = Table::new("cache.uses");
 const BLOBS: Table<BlobDigest, StoredBlob> = Table::new("blobs");
+const BLOBS_OF_DIFF: Table<(DiffId, BlobDigest), StoredLayerBlob> = Table::new("image.blobs");
+const DIFF_OF_BLOB: Table<BlobDigest, StoredDiffId> = Table::new("image.diffs");
 const OTHERS: Table<u64, u64> = Table::new("bench.others");
 
 /// As the store keeps it.
@@ -34,6 +36,26 @@ struct StoredBlob {
 }
 
 impl Row for StoredBlob {
+    const VERSION: u8 = 1;
+}
+
+/// As the store keeps it.
+#[derive(serde::Serialize, serde::Deserialize)]
+struct StoredLayerBlob {
+    size_bytes: u64,
+    compression: Compression,
+    made_at_level: Option<i32>,
+}
+
+impl Row for StoredLayerBlob {
+    const VERSION: u8 = 2;
+}
+
+/// As the store keeps it.
+#[derive(serde::Serialize, serde::Deserialize)]
+struct StoredDiffId(DiffId);
+
+impl Row for StoredDiffId {
     const VERSION: u8 = 1;
 }
 
@@ -152,6 +174,10 @@ fn make(store: &Store, count: u64) {
             for n in from..(from + 5000).min(count) {
                 let digest = blob(n);
                 tx.put(&BLOBS, &digest, &StoredBlob { size_bytes: 100, created: now })?;
+                let diff_id = DiffId::from_bytes(*digest.as_bytes());
+                let known = StoredLayerBlob { size_bytes: 100, compression: Compression::Gzip, made_at_level: None };
+                tx.put(&BLOBS_OF_DIFF, &(diff_id, digest), &known)?;
+                tx.put(&DIFF_OF_BLOB, &digest, &StoredDiffId(diff_id))?;
                 let parents = if n % 10 == 0 { Parents::None } else { Parents::Layer(id(n - 1)) };
                 for parent in parents.ids() {
                     tx.put(&CHILDREN, &(parent, id(n)), &())?;
@@ -166,7 +192,7 @@ fn make(store: &Store, count: u64) {
                     created_at: now,
                     blob: Some(BlobRow {
                         digest: Some(digest),
-                        diff_id: DiffId::from_bytes(*digest.as_bytes()),
+                        diff_id,
                         media_type: "application/vnd.oci.image.layer.v1.tar+gzip".into(),
                         size_bytes: 100,
                         urls: Vec::new(),

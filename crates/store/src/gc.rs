@@ -12,6 +12,9 @@
 //! open. A blob may be published again in the meantime: each is looked up once more while publishers
 //! are kept out, and stays if it lives.
 //!
+//! What is remembered of a blob or a layer (`transfer/known.rs`) goes in the transaction that takes its row. What earlier
+//! versions left of it goes when a count tells that there is more of it than there can be.
+//!
 //! [`GcMode::Full`] trusts no count: it counts again and traces everything from the roots, in one
 //! transaction. Cost: one look at every hold, edge and row; some 150 bytes of memory per resource
 //! that is held, while it runs.
@@ -34,7 +37,7 @@ use crate::error::FileError;
 use crate::layers::layer_dir;
 use crate::open::sync_dir;
 use crate::refs::count_of;
-use crate::{IngestError, IngestStatus, LeaseId, Resource, Stamp, Store, tree};
+use crate::{IngestError, IngestStatus, LeaseId, Resource, Stamp, Store, transfer, tree};
 
 /// Rows that one step takes, with their edges: what a writer may have to wait for. Measured over a
 /// million rows: less than 2 ms. The last resource of a step may have more edges than are left of this.
@@ -301,6 +304,31 @@ fn end_leases(tx: &mut Tx<'_>) -> Result<Step, CatalogueError> {
     Ok(step)
 }
 
+/// Takes one resource, with what is remembered of it; the bytes that it frees.
+fn take(tx: &mut Tx<'_>, resource: Resource) -> Result<Option<u64>, CatalogueError> {
+    transfer::forget(tx, resource)?;
+    tx.discard(resource)
+}
+
+/// Forgets what is remembered of things that are gone.
+fn forget_gone(store: &Store) -> Result<(), CatalogueError> {
+    // What may be lost here is found again by the next collection.
+    store.write_lazily(transfer::trace_clamped)?;
+    let gone: Vec<Resource> = store.read(transfer::gone)?.into_iter().collect();
+    for some in gone.chunks(STEP_CHANGES) {
+        store.write_lazily(|tx| {
+            for resource in some {
+                // It may have come back meanwhile.
+                if !exists(tx, *resource)? {
+                    transfer::forget(tx, *resource)?;
+                }
+            }
+            Ok::<_, CatalogueError>(())
+        })?;
+    }
+    Ok(())
+}
+
 /// Takes what is loose, as far as one step goes.
 fn take_loose(tx: &mut Tx<'_>) -> Result<Step, CatalogueError> {
     let mut step = Step::default();
@@ -323,7 +351,7 @@ fn take_loose(tx: &mut Tx<'_>) -> Result<Step, CatalogueError> {
         }
         // Before it goes, since its edges go with it.
         changes += 1 + tx.prefixed(&EDGES, &resource)?.len();
-        if let Some(size_bytes) = tx.discard(resource)? {
+        if let Some(size_bytes) = take(tx, resource)? {
             step.collected.push(Collected { resource, size_bytes });
         }
     }
@@ -334,7 +362,13 @@ pub(crate) fn collect(store: &Store, mode: GcMode) -> Result<GcReport, GcError> 
     let _one_at_a_time = store.inner.collecting.lock().unwrap_or_else(PoisonError::into_inner);
     let mut report = match mode {
         GcMode::DryRun => store.read(|tx| foresee(tx, store.now()))?,
-        GcMode::Run => run(store, u64::MAX)?,
+        GcMode::Run => {
+            let report = run(store, u64::MAX)?;
+            if store.read(transfer::is_outgrown)? {
+                forget_gone(store)?;
+            }
+            report
+        }
         GcMode::Full => full(store)?,
     };
     report.collected.sort_unstable_by_key(|collected| match collected.resource {
@@ -405,12 +439,13 @@ fn full(store: &Store) -> Result<GcReport, GcError> {
         let report = GcReport { repaired_count, ..trace(tx, tx.now())? };
         report.leases.iter().try_for_each(|lease| tx.drop_lease(*lease))?;
         for collected in &report.collected {
-            tx.discard(collected.resource)?;
+            take(tx, collected.resource)?;
         }
         Ok::<_, CatalogueError>(report)
     })?;
     let bytes: Vec<Resource> = with_bytes(&report.collected).collect();
     remove_bytes(store, &bytes)?;
+    forget_gone(store)?;
     Ok(report)
 }
 

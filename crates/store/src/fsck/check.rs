@@ -273,7 +273,7 @@ impl Checker<'_> {
             self.snapshots(tx, &snapshots)?;
             self.meta(tx, &layers)?;
             self.references(tx)?;
-            transfer::check_blobs_of_layers(tx, &mut self.findings)?;
+            transfer::check_known(tx, &mut self.findings)?;
             Ok(())
         })
     }

@@ -33,12 +33,12 @@ use plies_archive::{
 };
 use plies_oci::{BlobDigest, ChainId, Compression, Descriptor, DiffId, ErrorKind, Family};
 
-pub(crate) use known::check_blobs_of_layers;
-use known::{CLAMPED, record_blob, remember_blob};
 pub use known::{blobs_of_diff_id, diff_id_of_blob};
+pub(crate) use known::{check_known, forget, gone, is_outgrown, trace_clamped};
+use known::{clamped, record_blob, remember_blob, remember_clamped};
 
 use crate::cancel::canceled_inside;
-use crate::catalogue::{CatalogueError, Rows as _};
+use crate::catalogue::CatalogueError;
 use crate::progress::{Outcome, Progress, Task, Watched};
 use crate::sync::{Mutex, thread};
 use crate::write_back::{SyncAhead, WrittenBack};
@@ -1022,8 +1022,7 @@ impl Transfer<'_> {
         below: &[LayerId],
         parent: Option<ChainId>,
     ) -> Result<LayerId, TransferError> {
-        let key = (layer, latest.cast_unsigned());
-        if let Some(known) = self.store().read(|rows| rows.get(&CLAMPED, &key))?
+        if let Some(known) = self.store().read(|rows| clamped(rows, layer, latest))?
             && self.lease.hold_if_present(known)?
         {
             return Ok(known);
@@ -1031,18 +1030,18 @@ impl Transfer<'_> {
         let layers = self.store().layers();
         let (root, index) = (layers.root(layer)?, layers.index(layer)?);
         let failed = |source| TransferError::Diff { layer, source };
-        let latest = tar::Timestamp { seconds: latest, nanos: 0 };
-        let clamped = if is_newer(root.as_fd(), &index, latest).map_err(failed)? {
+        let time = tar::Timestamp { seconds: latest, nanos: 0 };
+        let became = if is_newer(root.as_fd(), &index, time).map_err(failed)? {
             let write = |tar: &mut tar::Writer<_>| {
-                tar.set_latest(Some(latest));
+                tar.set_latest(Some(time));
                 layer_to_tar(root.as_fd(), &index, tar).map(drop)
             };
             self.receive_written(write, below, parent, failed)?.layer
         } else {
             layer
         };
-        self.store().write(|tx| tx.put(&CLAMPED, &key, &clamped))?;
-        Ok(clamped)
+        self.store().write(|tx| remember_clamped(tx, layer, latest, became))?;
+        Ok(became)
     }
 
     /// Unpacks a layer again, from one of its blobs or else from what its own tree and recording still give: a stage with the
