@@ -21,6 +21,10 @@ use plies_archive::Limits;
 use plies_cache::{Manager, ManagerOptions, RecordId, RecordOptions};
 use plies_store::{OpenOptions, Rows as _, Store, Table, WaitPolicy};
 
+/// As in `ply`.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 const RECORDS: Table<RecordId, plies_cache::RecordRow> = Table::new("cache.records");
 /// BuildKit's cache manager of 2026 as a library, overlayfs snapshotter, on the machine that the targets were set on; the
 /// same columns. It does not group commits, so 16 threads give what one gives. 100,000 is extrapolated from 30,000.

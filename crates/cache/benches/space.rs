@@ -20,6 +20,10 @@ use plies_cache::{
 use plies_oci::{BlobDigest, Compression, DiffId};
 use plies_store::{Cancel, CatalogueError, OpenOptions, Owner, Row, Stamp, Store, Table, WaitPolicy};
 
+/// As in `ply`.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 const RECORDS: Table<RecordId, RecordRow> = Table::new("cache.records");
 const CHILDREN: Table<(RecordId, RecordId), ()> = Table::new("cache.children");
 const USES: Table<RecordId, UseRow> = Table::new("cache.uses");

@@ -17,6 +17,10 @@ use std::process::ExitCode;
 
 use clap::Parser as _;
 
+/// The catalogue's work takes a quarter to a third less time with it than with the C library's (DECISIONS 130).
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// The exit code for wrong usage, clap's own.
 const WRONG_USAGE: u8 = 2;
 

@@ -31,6 +31,10 @@ use plies_testkit::scratch::Scratch;
 use plies_testkit::tar::Member;
 use plies_testkit::tools;
 
+/// As in `ply`.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Threads that work.
 const WORKERS: usize = 2;
 /// Rounds after which an image goes.

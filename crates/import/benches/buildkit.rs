@@ -28,6 +28,10 @@ use plies_testkit::scratch::Scratch;
 use plies_testkit::{sha256_hex, tools};
 use serde_json::json;
 
+/// As in `ply`.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Steps of a build.
 const CHAIN: usize = 10;
 /// Files in one directory.

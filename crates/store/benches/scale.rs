@@ -28,6 +28,10 @@ use plies_store::{
 };
 use serde::{Deserialize, Serialize};
 
+/// As in `ply`.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// As the store has it: rows are put past [`plies_store::Snapshots`], which would sync for each.
 #[derive(Serialize, Deserialize)]
 struct SnapshotRow {

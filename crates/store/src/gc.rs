@@ -21,6 +21,7 @@
 
 use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet};
+use std::convert::Infallible;
 use std::fs;
 use std::io;
 use std::ops::ControlFlow;
@@ -37,7 +38,8 @@ use crate::error::FileError;
 use crate::layers::layer_dir;
 use crate::open::sync_dir;
 use crate::refs::count_of;
-use crate::{IngestError, IngestStatus, LeaseId, Resource, Stamp, Store, transfer, tree};
+use crate::transfer::threads;
+use crate::{IngestError, IngestStatus, LeaseId, Resource, Stamp, Store, parallel, transfer, tree};
 
 /// Rows that one step takes, with their edges: what a writer may have to wait for. Measured over a
 /// million rows: less than 2 ms. The last resource of a step may have more edges than are left of this.
@@ -53,6 +55,8 @@ const ROUNDS_AT_OPEN: u64 = 4;
 
 /// Blobs unlinked while publishers are kept out. An unlink takes tens of microseconds.
 const UNLINK_BATCH: usize = 64;
+/// Threads that remove trees: beyond that they wait for the journal.
+const REMOVERS_MAX: usize = 4;
 
 /// Whether to do it, and how thoroughly.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -481,15 +485,25 @@ pub(crate) fn remove_bytes(store: &Store, trash: &[Resource]) -> Result<(), GcEr
             Ok::<_, CatalogueError>(())
         })?;
     }
-    for resource in trees {
-        // Ids are never reused, so nobody can have brought these back.
-        let path = match resource {
-            Resource::Layer(id) => layer_dir(store, *id),
-            Resource::Active(id) => store.inner.paths.active.join(id.to_string()),
-            Resource::Blob(_) | Resource::Snapshot(_) => continue,
-        };
-        match tree::remove(&path) {
-            Ok(()) => gone.push(*resource),
+    // The file system spends the time on the pages and blocks of large files, and on each name: two threads do it sooner.
+    let removed = parallel(
+        &trees,
+        threads().get().min(REMOVERS_MAX),
+        |_| 0,
+        |resource| {
+            // Ids are never reused, so nobody can have brought these back.
+            let path = match resource {
+                Resource::Layer(id) => layer_dir(store, *id),
+                Resource::Active(id) => store.inner.paths.active.join(id.to_string()),
+                Resource::Blob(_) | Resource::Snapshot(_) => return Ok(None),
+            };
+            // One that stays is no reason to leave the others.
+            Ok::<_, Infallible>(Some(tree::remove(&path).map(|()| **resource)))
+        },
+    );
+    for removed in removed.into_iter().flatten().flatten() {
+        match removed {
+            Ok(resource) => gone.push(resource),
             Err(error) => drop(first_error.get_or_insert(error)),
         }
     }

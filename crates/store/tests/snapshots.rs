@@ -5,7 +5,7 @@
 
 mod common;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::Path;
@@ -769,4 +769,34 @@ fn privileged_a_seal_that_fails_leaves_the_active_usable() {
             assert_healthy(&store);
         }
     });
+}
+
+#[test]
+fn privileged_a_layer_that_cannot_be_removed_keeps_no_other() {
+    if !privileged("cannot be removed") {
+        return;
+    }
+    let rig = Rig::new();
+    let store = rig.open();
+    let lease = process_lease(&store);
+    let ids: Vec<LayerId> =
+        ["1", "2", "3", "4", "5", "6"].map(|name| publish(&store, &lease, &[File(name, "text")])).to_vec();
+    let layers = rig.root().join("layers");
+    let left = || -> BTreeSet<String> {
+        let all = fs::read_dir(&layers).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        all.filter(|name| name != "stage").collect()
+    };
+    assert_eq!(left().len(), 6);
+    let busy = layers.join(ids[2].to_string()).join("fs/3");
+    rustix::mount::mount_bind(&busy, &busy).unwrap();
+    lease.release().unwrap();
+    let failed = store.gc(GcMode::Run);
+    rustix::mount::unmount(&busy, rustix::mount::UnmountFlags::empty()).unwrap();
+    let error = failed.expect_err("somebody's mount is on it").to_string();
+    assert!(error.contains(&ids[2].to_string()), "{error}");
+    assert_eq!(left(), BTreeSet::from([ids[2].to_string()]));
+    drop(store);
+    let store = rig.open();
+    assert_eq!(left(), BTreeSet::new(), "what could not go then goes with the next start");
+    assert_healthy(&store);
 }
