@@ -28,5 +28,5 @@ pub use diff::{At, DiffError, diff_trees, is_newer, layer_to_tar, same_file};
 pub use index::{DirIndex, Implied, IndexError, Usage};
 pub use limits::{LimitExceeded, Limits};
 pub use root::Root;
-pub use seal::{Lower, SealError, Sealed, same_directory, seal_alone, seal_over, seal_upper};
+pub use seal::{Lower, SealError, Sealed, same_directory, seal_over, seal_upper};
 pub use unpack::{Packed, Received, UnpackError, Unpacked, pack, receive, unpack};

@@ -31,7 +31,8 @@ mod tests;
 
 const REDIRECT: &[u8] = b"trusted.overlay.redirect";
 const METACOPY: &[u8] = b"trusted.overlay.metacopy";
-/// A whiteout made without a device node (Linux 6.7), in a directory whose opaque mark says `x`.
+/// What makes an empty file a whiteout (Linux 6.7). An opaque mark `x` on its directory only spares the kernel work where it
+/// lists one without such files: wherever it is, nobody can open it.
 const WHITEOUT: &[u8] = b"trusted.overlay.whiteout";
 
 /// What sealing found.
@@ -48,14 +49,22 @@ pub struct Sealed {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum SealError {
-    /// A directory or file whose content lies elsewhere in the lower tree. Mount with
-    /// `redirect_dir=off` and `metacopy=off`.
-    #[error("{path} carries {mark}, so the layer does not hold its content")]
+    /// A directory or file whose content lies elsewhere in the lower tree (mount with `redirect_dir=off` and
+    /// `metacopy=off`), or whose owner and mode are in an attribute.
+    #[error("{path} carries {mark}, so the layer alone does not say what it is")]
     NotSelfContained {
         /// Where.
         path: EntryPath,
         /// The attribute.
         mark: &'static str,
+    },
+    /// A name that one program takes for a mark and another for a file.
+    #[error("{path} {why}")]
+    Unclear {
+        /// Where.
+        path: EntryPath,
+        /// What it is.
+        why: &'static str,
     },
     /// The file system did not do its part.
     #[error("seal {path}")]
@@ -72,7 +81,7 @@ impl SealError {
     /// What a caller can do about it.
     pub fn kind(&self) -> ErrorKind {
         match self {
-            Self::NotSelfContained { .. } => ErrorKind::FailedPrecondition,
+            Self::NotSelfContained { .. } | Self::Unclear { .. } => ErrorKind::FailedPrecondition,
             Self::Io { .. } => ErrorKind::Unavailable,
         }
     }
@@ -146,8 +155,6 @@ impl Lower for Below {
 struct Frame {
     names: Names,
     stat: Stat,
-    /// Whiteouts in it may be files with an attribute.
-    xattr_whiteouts: bool,
     /// Names came or went, so its time has to be set back.
     changed: bool,
     /// Whiteouts stayed in it.
@@ -166,7 +173,7 @@ struct Frame {
 /// [`SealError`]. The directory is still a valid upper then, for another try or a mount.
 pub fn seal_upper(upper: BorrowedFd<'_>, lower: Option<BorrowedFd<'_>>) -> Result<Sealed, SealError> {
     let below = Below::new(lower).map_err(io_error(&EntryPath::root()))?;
-    seal(upper, (below, lower.is_some()), false)
+    seal(upper, (below, lower.is_some()))
 }
 
 /// As [`seal_upper`], over a tree that need not be mounted and has a root.
@@ -174,22 +181,11 @@ pub fn seal_upper(upper: BorrowedFd<'_>, lower: Option<BorrowedFd<'_>>) -> Resul
 /// # Errors
 /// [`SealError`], also with what `lower` says.
 pub fn seal_over(upper: BorrowedFd<'_>, lower: impl Lower) -> Result<Sealed, SealError> {
-    seal(upper, (lower, true), false)
+    seal(upper, (lower, true))
 }
 
-/// Makes `upper` a canonical layer whatever lies below it, as a tar unpacked to: only the marks go, and all directories are
-/// explicit.
-///
-/// # Errors
-/// [`SealError`], also for an opaque directory: which names it hides is known over a lower tree only.
-pub fn seal_alone(upper: BorrowedFd<'_>) -> Result<Sealed, SealError> {
-    let nothing = Below::new(None).map_err(io_error(&EntryPath::root()))?;
-    seal(upper, (nothing, false), true)
-}
-
-fn seal<L: Lower>(upper: BorrowedFd<'_>, (lower, has_root): (L, bool), alone: bool) -> Result<Sealed, SealError> {
+fn seal<L: Lower>(upper: BorrowedFd<'_>, (lower, has_root): (L, bool)) -> Result<Sealed, SealError> {
     let mut seal = Seal {
-        alone,
         upper: Descent::new(upper).map_err(io_error(&EntryPath::root()))?,
         lower,
         here: EntryPath::root(),
@@ -220,8 +216,6 @@ fn io_error<E: Into<io::Error>>(path: &EntryPath) -> impl FnOnce(E) -> SealError
 }
 
 struct Seal<L> {
-    /// What lies below is not known.
-    alone: bool,
     upper: Descent,
     lower: L,
     here: EntryPath,
@@ -240,9 +234,6 @@ impl<L: Lower> Seal<L> {
         let subject = Subject::Fd(self.upper.here());
         let opaque = self.clean(subject, &self.here)?;
         let here = self.here.clone();
-        if self.alone && opaque.is_some() {
-            return Err(SealError::NotSelfContained { path: here, mark: "trusted.overlay.opaque" });
-        }
         let mut look = || -> io::Result<_> {
             let upper = self.upper.here();
             let stat = rustix::fs::fstat(upper)?;
@@ -266,16 +257,7 @@ impl<L: Lower> Seal<L> {
             Ok((stat, implied, anew, hidden, names))
         };
         let (stat, implied, anew, hidden, names) = look().map_err(io_error(&here))?;
-        Ok(Frame {
-            names,
-            stat,
-            xattr_whiteouts: opaque.as_deref() == Some(b"x"),
-            changed: hidden,
-            whiteouts: false,
-            anew,
-            implied,
-            needed: !implied || here.is_root(),
-        })
+        Ok(Frame { names, stat, changed: hidden, whiteouts: false, anew, implied, needed: !implied || here.is_root() })
     }
 
     /// Finishes a directory and steps back up; says whether it stayed. One that changes nothing
@@ -324,12 +306,11 @@ impl<L: Lower> Seal<L> {
             return self.directory(has_lower, frame.anew).map(Some);
         }
         let subject = Subject::At(self.upper.here(), name);
-        let as_file = frame.xattr_whiteouts
-            && sys::kind(&stat) == FileType::RegularFile
+        let as_file = sys::kind(&stat) == FileType::RegularFile
             && stat.st_size == 0
             && subject.get(WHITEOUT).map_err(io_error(&path))?.is_some();
         if as_file || sys::is_whiteout(&stat) {
-            let hides = self.alone || self.lower.find(name).map_err(io_error(&path))?.is_some();
+            let hides = self.lower.find(name).map_err(io_error(&path))?.is_some();
             let upper = self.upper.here();
             if as_file || !hides {
                 frame.changed = true;

@@ -245,7 +245,7 @@ impl Import<'_> {
         match self.store.snapshots().fill_unpacked(stage, tree, taking, unpacked, self.cancel) {
             Ok(usage) => Ok(usage.zip(comparison.finish())),
             // Its tar says what is meant.
-            Err(SnapshotError::Seal(SealError::NotSelfContained { .. })) => Ok(None),
+            Err(SnapshotError::Seal(SealError::NotSelfContained { .. } | SealError::Unclear { .. })) => Ok(None),
             Err(other) => Err(other),
         }
     }

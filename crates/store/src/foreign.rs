@@ -4,13 +4,15 @@
 //! directories are made anew, and what carries marks of overlayfs, which have to go, is copied.
 
 use std::collections::{HashMap, HashSet};
-use std::ffi::CStr;
+use std::ffi::{CStr, CString};
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Condvar, Mutex, PoisonError};
 
 use plies_archive::tar::{Entry, EntryPath};
+use plies_archive::whiteout::{self, Mark, Meaning};
+use plies_archive::xattr;
 use plies_archive::{DirIndex, Implied, SealError, Sealed, Usage};
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags, Stat, StatxFlags, XattrFlags, openat2};
 use rustix::io::Errno;
@@ -21,7 +23,7 @@ use crate::error::At as _;
 use crate::layers::Stage;
 use crate::open::make_dir;
 use crate::snapshots::{SnapshotError, Snapshots};
-use crate::stack::Merged;
+use crate::stack::{Merged, c_name};
 use crate::transfer::threads;
 use crate::tree::{self, Material, Metadata};
 use crate::{Cancel, FinishedStage, Indexes, LayerContents, LayerId};
@@ -108,18 +110,28 @@ impl std::fmt::Debug for Unpacked<'_> {
     }
 }
 
-/// What overlayfs says of a file whose content is not in this layer.
-const NEEDS_LOWER: [(&[u8], &str); 4] = [
-    (b"trusted.overlay.redirect", "trusted.overlay.redirect"),
-    (b"trusted.overlay.metacopy", "trusted.overlay.metacopy"),
-    (b"user.overlay.redirect", "user.overlay.redirect"),
-    (b"user.overlay.metacopy", "user.overlay.metacopy"),
+/// What begins so is no content but a mark: of overlayfs, of its mounts with `userxattr` (kernel, `overlayfs.rst`), and of
+/// fuse-overlayfs (its `main.c` and `utils.h`). Marks of an overlay inside this one (`trusted.overlay.overlay.…`) begin so, too; here
+/// they mean nothing, and no layer keeps them.
+const MARKS: [&str; 4] = ["trusted.overlay.", "user.overlay.", "user.fuseoverlayfs.", "security.fuseoverlayfs."];
+/// Owner and mode that a file is to have, where fuse-overlayfs or containers/storage could not give it them.
+const OVERRIDE_STAT: &str = "user.containers.override_stat";
+/// What is said of a file whose content, owner or mode is not in this layer.
+const NEEDS_MORE: [&str; 7] = [
+    "trusted.overlay.redirect",
+    "trusted.overlay.metacopy",
+    "user.overlay.redirect",
+    "user.overlay.metacopy",
+    "user.fuseoverlayfs.override_stat",
+    "security.fuseoverlayfs.override_stat",
+    OVERRIDE_STAT,
 ];
 const OPAQUE: &CStr = c"trusted.overlay.opaque";
-/// As [`OPAQUE`], where somebody else than root mounted.
-const USER_OPAQUE: &[u8] = b"user.overlay.opaque";
-/// Marks of a mount by somebody else: a copy has them, too.
-const USER_OVERLAY: &[u8] = b"user.overlay.";
+/// Any of them makes a directory opaque.
+const OPAQUES: [&[u8]; 3] = [OPAQUE.to_bytes(), b"user.overlay.opaque", b"user.fuseoverlayfs.opaque"];
+/// What makes an empty file a whiteout (Linux 6.7). That its directory be marked with an opaque `x` spares the kernel work
+/// where it lists a directory; it opens no such file anywhere.
+const WHITEOUTS: [&[u8]; 2] = [b"trusted.overlay.whiteout", b"user.overlay.whiteout"];
 
 /// Directories that wait to be taken before other threads are started to help with them.
 const SHARED_FROM: usize = 16;
@@ -202,7 +214,6 @@ impl Snapshots<'_> {
         let filled = Copying { unpacked: Some(unpacked), ..copying }.run()?;
         Ok(match filled.refused {
             true => None,
-            false if filled.marked => Some(plies_archive::seal_alone(stage.root())?.usage),
             false => Some(filled.usage),
         })
     }
@@ -212,7 +223,8 @@ impl Snapshots<'_> {
     /// # Errors
     /// [`SnapshotError::File`].
     pub fn copy_foreign(&self, from: &OwnedFd, to: BorrowedFd<'_>, cancel: &Cancel) -> Result<(), SnapshotError> {
-        Copying::new(from, to, Material::Copy, cancel).run().map(drop)
+        let copying = Copying::new(from, to, Material::Copy, cancel);
+        Copying { plain: true, ..copying }.run().map(drop)
     }
 
     /// Does to a mounted tree what an overlay has written to its upper directory `from`: copies what is there, removes what
@@ -273,7 +285,7 @@ fn decide(
     below: Option<&mut Merged<'_>>,
     root: BorrowedFd<'_>,
 ) -> Result<Option<Sealed>, SnapshotError> {
-    if filled.marked || filled.undecided {
+    if filled.undecided {
         return Ok(None);
     }
     let mut index = DirIndex::default();
@@ -304,6 +316,8 @@ struct Copying<'a> {
     material: Material,
     /// The target is a tree in use, not an upper directory: what marks say is done to it.
     over: bool,
+    /// It is no upper directory, and nothing in it is a mark.
+    plain: bool,
     /// It is what a tar was unpacked to.
     unpacked: Option<Unpacked<'a>>,
     cancel: &'a Cancel,
@@ -335,8 +349,6 @@ struct Filling {
 #[derive(Default)]
 struct Filled {
     usage: Usage,
-    /// Marks of overlayfs may have come along.
-    marked: bool,
     /// Something is not what it should be; the rest was left.
     refused: bool,
     /// Something hides what lies below, or was copied and may be as it was there.
@@ -347,7 +359,7 @@ struct Filled {
 
 impl<'a> Copying<'a> {
     fn new(from: &'a OwnedFd, to: BorrowedFd<'a>, material: Material, cancel: &'a Cancel) -> Self {
-        Self { from, to, material, over: false, unpacked: None, cancel, files: Mutex::default() }
+        Self { from, to, material, over: false, plain: false, unpacked: None, cancel, files: Mutex::default() }
     }
 
     fn run(&self) -> Result<Filled, SnapshotError> {
@@ -374,7 +386,6 @@ impl<'a> Copying<'a> {
                 now.pending.append(&mut own.pending);
                 now.closed.append(&mut own.closed);
                 now.filled.usage += own.filled.usage;
-                now.filled.marked |= own.filled.marked;
                 now.filled.refused |= own.filled.refused;
                 now.filled.undecided |= own.filled.undecided;
                 now.filled.dirs.append(&mut own.filled.dirs);
@@ -408,16 +419,18 @@ impl<'a> Copying<'a> {
     /// Fills one directory, which is there, and makes those in it.
     fn directory(&self, path: &EntryPath, own: &mut Filling) -> io::Result<Result<(), SnapshotError>> {
         let (from, to) = (tree::open_dir(self.from, path)?, tree::open_dir(self.to, path)?);
-        let marks = marks_in(&list_of(|list| rustix::fs::flistxattr(&from, list))?);
-        own.filled.marked |= marks.iter().any(|mark| mark.starts_with(USER_OVERLAY));
+        let marks = self.marks_in(&list_of(|list| rustix::fs::flistxattr(&from, list))?);
         if let Err(error) = self_contained(path, &marks) {
             return Ok(Err(error));
         }
-        let has = |mark: &[u8]| marks.iter().any(|found| found == mark);
-        let mut value = [0; 1];
-        let user_opaque =
-            has(USER_OPAQUE) && rustix::fs::fgetxattr(&from, USER_OPAQUE, &mut value).is_ok() && value == *b"y";
-        let opaque = user_opaque || (has(OPAQUE.to_bytes()) && tree::is_opaque(&from)?);
+        let names = tree::list(&from)?;
+        let opaque_file = Mark::Opaque.file_name();
+        let mut opaque = !self.plain && names.iter().any(|name| name.to_bytes() == opaque_file);
+        for mark in marks.iter().filter(|mark| OPAQUES.contains(&mark.as_slice())) {
+            // Anything longer is another value.
+            let mut value = [0; 1];
+            opaque |= rustix::fs::fgetxattr(&from, mark.as_slice(), &mut value).is_ok() && value == *b"y";
+        }
         if opaque && !path.is_root() {
             match (self.over, &self.unpacked) {
                 (true, _) => tree::clear_dir(&to)?,
@@ -426,9 +439,9 @@ impl<'a> Copying<'a> {
                 (false, None) => rustix::fs::fsetxattr(&to, OPAQUE, b"y", XattrFlags::empty())?,
             }
         }
-        own.filled.undecided |= has(OPAQUE.to_bytes()) || user_opaque;
+        own.filled.undecided |= opaque;
         let (mut whiteouts, mut has_files) = (false, false);
-        for name in tree::list(&from)? {
+        for mut name in names {
             let Some(stat) = tree::stat(&from, &name)? else { continue };
             let child = path.join(name.to_bytes());
             let is_dir = tree::file_type(&stat) == FileType::Directory;
@@ -445,6 +458,30 @@ impl<'a> Copying<'a> {
                     return Ok(Ok(()));
                 }
             }
+            let says = match self.plain {
+                true if tree::is_whiteout(&stat) => Says::Whiteout(name.clone()),
+                true => Says::Itself,
+                false => match says(&child, &name, &stat, &xattrs) {
+                    Ok(says) => says,
+                    Err(error) => return Ok(Err(error)),
+                },
+            };
+            let is_whiteout = matches!(says, Says::Whiteout(_));
+            match says {
+                Says::Opaque => continue,
+                // The tar says what is meant.
+                Says::Whiteout(_) if self.unpacked.is_some() && !tree::is_whiteout(&stat) => {
+                    own.filled.refused = true;
+                    return Ok(Ok(()));
+                }
+                Says::Whiteout(hidden) if hidden != name => {
+                    if tree::stat(&from, &hidden)?.is_some() {
+                        return Ok(Err(unclear(&child, "is a whiteout of a name that is there")));
+                    }
+                    name = hidden;
+                }
+                Says::Whiteout(_) | Says::Itself => {}
+            }
             if self.over
                 && let Some(below) = tree::stat(&to, &name)?
             {
@@ -458,7 +495,7 @@ impl<'a> Copying<'a> {
             if is_dir {
                 rustix::fs::mkdirat(&to, &name, Mode::RWXU)?;
                 own.pending.push(child);
-            } else if tree::is_whiteout(&stat) {
+            } else if is_whiteout {
                 if !self.over {
                     rustix::fs::mknodat(&to, &name, FileType::CharacterDevice, Mode::empty(), 0)?;
                     whiteouts = true;
@@ -475,7 +512,7 @@ impl<'a> Copying<'a> {
         if self.unpacked.is_none() {
             own.filled.dirs.push((path.clone(), has_files));
         }
-        let mut metadata = Metadata::of(&from)?;
+        let mut metadata = Metadata::of(&from)?.without(&marks);
         if let Some(root) = self.unpacked.and_then(|unpacked| unpacked.root).filter(|_| path.is_root()) {
             metadata = metadata.like(root);
         }
@@ -500,8 +537,7 @@ impl<'a> Copying<'a> {
         to: &OwnedFd,
         filled: &mut Filled,
     ) -> io::Result<Result<(), SnapshotError>> {
-        let marks = marks_in(xattrs);
-        filled.marked |= marks.iter().any(|mark| mark.starts_with(USER_OVERLAY));
+        let marks = self.marks_in(xattrs);
         if let Err(error) = self_contained(path, &marks) {
             return Ok(Err(error));
         }
@@ -521,14 +557,51 @@ impl<'a> Copying<'a> {
             rustix::fs::linkat(dir, first, to, name, AtFlags::empty())?;
             return Ok(Ok(()));
         }
-        // Marks of somebody else's mount come along, and go when the copy is sealed.
         tree::copy(from, name, stat, to)?;
+        // Those of root's overlays did not come along.
+        for mark in marks.iter().filter(|mark| !mark.starts_with(b"trusted.")) {
+            rustix::fs::lremovexattr(path_of(to.as_fd(), name.to_bytes()), mark.as_slice())?;
+        }
         if let Some(files) = &mut copied {
             files.copied.insert(stat.st_ino, path.clone());
         }
         filled.usage.add(&rustix::fs::statat(to, name, AtFlags::SYMLINK_NOFOLLOW)?);
         Ok(Ok(()))
     }
+
+    /// The marks among the names of attributes.
+    fn marks_in(&self, names: &[u8]) -> Vec<Vec<u8>> {
+        let is_mark = |name: &&[u8]| {
+            *name == OVERRIDE_STAT.as_bytes() || MARKS.iter().any(|prefix| name.starts_with(prefix.as_bytes()))
+        };
+        xattr::names(names).filter(|name| !self.plain && is_mark(name)).map(<[u8]>::to_vec).collect()
+    }
+}
+
+/// What a name of an upper directory means.
+#[derive(Debug, PartialEq, Eq)]
+enum Says {
+    Itself,
+    /// That there is nothing of this name.
+    Whiteout(CString),
+    /// That its directory is opaque.
+    Opaque,
+}
+
+/// What a name of an upper directory means, whoever wrote that. fuse-overlayfs writes files that are named as the marks of an archive
+/// where it can make no devices, as does containers/storage for it. To the kernel these are files like others, but no archive can
+/// hold such a name otherwise.
+fn says(path: &EntryPath, name: &CStr, stat: &Stat, xattrs: &[u8]) -> Result<Says, SnapshotError> {
+    let is_empty = tree::file_type(stat) == FileType::RegularFile && stat.st_size == 0;
+    Ok(match whiteout::meaning(path) {
+        Ok(Meaning::Plain) => {
+            let by_attribute = is_empty && xattr::names(xattrs).any(|name| WHITEOUTS.contains(&name));
+            if by_attribute || tree::is_whiteout(stat) { Says::Whiteout(name.to_owned()) } else { Says::Itself }
+        }
+        Ok(Meaning::Mark(Mark::Whiteout(hidden))) if is_empty => Says::Whiteout(c_name(hidden)),
+        Ok(Meaning::Mark(Mark::Opaque)) if is_empty => Says::Opaque,
+        _ => return Err(unclear(path, "is named like a whiteout, and is none")),
+    })
 }
 
 fn path_of(dir: BorrowedFd<'_>, name: &[u8]) -> Vec<u8> {
@@ -544,19 +617,17 @@ fn list_of(list: impl Fn(&mut [u8]) -> rustix::io::Result<usize>) -> io::Result<
     }
 }
 
-/// Overlay's own among the names of attributes.
-fn marks_in(names: &[u8]) -> Vec<Vec<u8>> {
-    let is_mark = |name: &&[u8]| name.starts_with(b"trusted.overlay.") || name.starts_with(USER_OVERLAY);
-    names.split(|byte| *byte == 0).filter(is_mark).map(<[u8]>::to_vec).collect()
-}
-
 fn self_contained(path: &EntryPath, marks: &[Vec<u8>]) -> Result<(), SnapshotError> {
-    match NEEDS_LOWER.iter().find(|(mark, _)| marks.iter().any(|found| found == mark)) {
-        Some((_, mark)) => Err(not_self_contained(path, mark)),
+    match NEEDS_MORE.into_iter().find(|mark| marks.iter().any(|found| found == mark.as_bytes())) {
+        Some(mark) => Err(not_self_contained(path, mark)),
         None => Ok(()),
     }
 }
 
 fn not_self_contained(path: &EntryPath, mark: &'static str) -> SnapshotError {
     SealError::NotSelfContained { path: path.clone(), mark }.into()
+}
+
+fn unclear(path: &EntryPath, why: &'static str) -> SnapshotError {
+    SealError::Unclear { path: path.clone(), why }.into()
 }

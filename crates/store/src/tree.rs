@@ -305,6 +305,12 @@ impl Metadata {
         Self { mode: *mode, uid: *uid, gid: *gid, mtime: (mtime.seconds, mtime.nanos.into()), ..self }
     }
 
+    /// The same, without these attributes.
+    pub(crate) fn without(mut self, names: &[Vec<u8>]) -> Self {
+        self.xattrs.retain(|name, _| !names.iter().any(|without| without == name.to_bytes()));
+        self
+    }
+
     /// Whether its owner may list it and reach what lies below.
     pub(crate) fn lets_owner_through(&self) -> bool {
         self.mode & 0o500 == 0o500

@@ -510,6 +510,80 @@ fn whole_trees_of_the_native_snapshotter_become_layers() {
     assert!(sizes[1] < sizes[0], "what is the same is not in the second layer: {sizes:?}");
 }
 
+/// Marks of root's overlays, and of those that anybody may mount: the kernel reads the layers, and so do we.
+#[test]
+fn what_is_hidden_in_a_snapshot_is_what_the_kernel_hides() {
+    for (namespace, option) in [("trusted", "ro"), ("user", "ro,userxattr")] {
+        let Some(ply) = store() else { return };
+        let mut made = Worker::new(ply.scratch().dir("state/runc-overlayfs"), "overlayfs");
+        let below = made.snapshot("below", COMMITTED, None);
+        for dir in ["empty", "opaque", "remade/inner", "plain"] {
+            fs::create_dir_all(below.join(dir)).unwrap();
+            for name in ["a", "b", "c"] {
+                fs::write(below.join(dir).join(name), "below").unwrap();
+            }
+        }
+        let above = made.snapshot("above", COMMITTED, Some("below"));
+        let mark = |path: &str, name: &str, value: &str| {
+            let mut set = Command::new("setfattr");
+            tools::run(set.args(["-n", &format!("{namespace}.overlay.{name}"), "-v", value]).arg(above.join(path)));
+        };
+        // All names of one directory, some of another, and one that is not there; an empty file is none.
+        for path in ["empty/a", "empty/b", "empty/c", "plain/a", "plain/never", "remade/inner/b"] {
+            fs::create_dir_all(above.join(path).parent().unwrap()).unwrap();
+            fs::write(above.join(path), "").unwrap();
+            mark(path, "whiteout", "");
+        }
+        fs::write(above.join("plain/b"), "").unwrap();
+        tools::run(Command::new("mknod").arg(above.join("plain/c")).args(["c", "0", "0"]));
+        for dir in ["empty", "plain", "remade/inner"] {
+            mark(dir, "opaque", "x");
+        }
+        fs::create_dir(above.join("opaque")).unwrap();
+        fs::write(above.join("opaque/b"), "again").unwrap();
+        mark("opaque", "opaque", "y");
+        // For an overlay in this one.
+        fs::create_dir(above.join("nested")).unwrap();
+        mark("nested", "overlay.opaque", "x");
+        fs::write(above.join("nested/f"), "").unwrap();
+        mark("nested/f", "overlay.whiteout", "");
+        // What the kernel cannot show without the layer below.
+        let moved = made.snapshot("moved", COMMITTED, Some("below"));
+        fs::create_dir(moved.join("d")).unwrap();
+        let mut set = Command::new("setfattr");
+        tools::run(set.args(["-n", &format!("{namespace}.overlay.redirect"), "-v", "/plain"]).arg(moved.join("d")));
+        let committed = |parent: &str| json!({"snapshot.committed": true, "cache.parent": parent});
+        made.row("below", json!({"snapshot.committed": true}));
+        made.row("above", committed("below")).row("moved", committed("below"));
+        made.write();
+
+        let ran = ply.run(args!["import", "buildkit", "--json", ply.scratch().join("state")]);
+        assert_eq!(ran.status.code(), Some(1), "{ran}");
+        let report: Value = serde_json::from_str(&ran.stdout).unwrap();
+        assert_eq!(names(&report, "failed"), BTreeSet::from(["moved".to_owned()]), "{report:#}");
+        let why = items(&report, "failed")["moved"]["why"].as_str().unwrap().to_owned();
+        assert!(why.contains(&format!("d carries {namespace}.overlay.redirect")), "{why}");
+        ply.ok(args!["fsck", "--read-data"]);
+        let kernel = ply.scratch().dir("kernel");
+        let lower = format!("{option},lowerdir={}:{}", above.display(), below.display());
+        tools::run(Command::new("mount").args(["-t", "overlay", "-o", &lower, "none"]).arg(&kernel));
+        let mounted = ply.mount(items(&report, "taken")["above"]["id"].as_str().unwrap());
+        let plain = |path: &Path| {
+            let tree = Tree::of(path).without_root();
+            tree.map(|_, node| {
+                node.links = 0;
+                // What an overlay shows to one inside it is no content of a layer.
+                node.xattrs.retain(|name, _| !name.starts_with(&format!("{namespace}.overlay.")));
+            })
+        };
+        let seen = plain(&kernel);
+        let files: Vec<&str> = seen.names().filter(|name| name.contains('/')).collect();
+        let shown = ["nested/f", "opaque/b", "plain/b", "remade/inner", "remade/inner/a", "remade/inner/c"];
+        assert_eq!(files, shown, "what the kernel makes of it");
+        plain(mounted.path()).assert_same(&seen, namespace);
+    }
+}
+
 #[test]
 fn odd_rows_are_judged_one_by_one() {
     let Some(ply) = store() else { return };
