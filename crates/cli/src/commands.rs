@@ -348,6 +348,13 @@ fn run_import(
     let options = ImportOptions { dry_run: from.dry_run, copy: from.copy, verify: from.verify };
     let progress = style.renderer();
     let report = engine.import(&source, &from.path, options, &*progress, cancel)?;
+    if let count @ 1.. = report.files_not_linked_count {
+        eprintln!(
+            "ply: warning: files that were copied and take space of their own: {count}. No hard link leads to them: they may not be \
+             linked (lsattr), or a mount lies between (findmnt -T {})",
+            format::safe(&from.path.display().to_string())
+        );
+    }
     let failed = report.count(ImportOutcome::Failed);
     let code = if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE };
     for item in report.items.iter().filter(|item| item.outcome == ImportOutcome::Failed) {

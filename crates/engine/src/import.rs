@@ -5,6 +5,7 @@ use std::path::Path;
 use plies_import::containerd::ContainerdOptions;
 use plies_import::{Containers, Import, ImportError, ImportOptions, ImportReport};
 use plies_import::{buildkit, containerd, containers_storage, docker};
+use plies_store::NotLinked;
 
 use crate::Engine;
 use crate::exec::Cancel;
@@ -36,7 +37,7 @@ impl Engine {
         progress: &dyn Progress,
         cancel: &Cancel,
     ) -> Result<ImportReport, ImportError> {
-        let cache = self.cache();
+        let (cache, not_linked) = (self.cache(), NotLinked::default());
         let import = Import {
             store: self.store(),
             cache: &cache,
@@ -45,6 +46,7 @@ impl Engine {
             options,
             progress,
             cancel,
+            not_linked: &not_linked,
         };
         let imported = match source {
             ImportSource::Buildkit => buildkit::import(&import, path),
@@ -52,6 +54,7 @@ impl Engine {
             ImportSource::ContainersStorage(containers) => containers_storage::import(&import, path, *containers),
             ImportSource::Containerd(options) => containerd::import(&import, path, options),
         };
+        let imported = imported.map(|report| ImportReport { files_not_linked_count: not_linked.count(), ..report });
         self.keep_policy_after(imported, cancel)
     }
 }

@@ -22,7 +22,7 @@ use plies_archive::Limits;
 use plies_cache::{Manager, ManagerOptions};
 use plies_import::{Import, ImportOptions, ImportReport, Outcome, buildkit};
 use plies_oci::DocumentLimits;
-use plies_store::{Cancel, OpenOptions, Store, WaitPolicy, progress};
+use plies_store::{Cancel, NotLinked, OpenOptions, Store, WaitPolicy, progress};
 use plies_testkit::buildkit::{COMMITTED, Worker, bucket, bytes, write};
 use plies_testkit::scratch::Scratch;
 use plies_testkit::{sha256_hex, tools};
@@ -113,6 +113,7 @@ fn import(root: &Path, state: &Path) -> ImportReport {
         options,
         progress,
         cancel: &cancel,
+        not_linked: &NotLinked::default(),
     };
     buildkit::import(&import, state).unwrap()
 }

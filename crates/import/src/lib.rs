@@ -35,7 +35,7 @@ use plies_cache::{Accessor, CacheError};
 use plies_image::{ImageError, LayerStoreError};
 use plies_oci::{DocumentLimits, ErrorKind};
 use plies_store::progress::Progress;
-use plies_store::{Cancel, Canceled, CatalogueError, LayerError, SnapshotError, Store, TransferError};
+use plies_store::{Cancel, Canceled, CatalogueError, LayerError, NotLinked, SnapshotError, Store, TransferError};
 use serde::Serialize;
 
 /// How to import.
@@ -67,6 +67,8 @@ pub struct Import<'a> {
     pub progress: &'a dyn Progress,
     /// Asked whether to go on.
     pub cancel: &'a Cancel,
+    /// Where files are counted that no hard link can be made to.
+    pub not_linked: &'a NotLinked,
 }
 
 impl std::fmt::Debug for Import<'_> {
@@ -207,6 +209,8 @@ pub struct ImportReport {
     pub blobs_count: usize,
     /// Results of steps that builds will find.
     pub keys_count: usize,
+    /// Files that were to be linked and were copied: they take space of their own.
+    pub files_not_linked_count: u64,
 }
 
 impl ImportReport {

@@ -199,7 +199,7 @@ impl Import<'_> {
         {
             return Ok(Staged::Here(layer));
         }
-        let taking = if self.options.copy || wanted.may_change { Taking::Copy } else { Taking::Link };
+        let taking = if self.options.copy || wanted.may_change { Taking::Copy } else { Taking::Link(self.not_linked) };
         let tree = open_dir(&wanted.snapshot.dir)?;
         match &wanted.tar {
             Some((diff_id, Tar::Unpacked(blob))) => {
@@ -237,7 +237,7 @@ impl Import<'_> {
         &self,
         stage: &Stage,
         tree: &OwnedFd,
-        taking: Taking,
+        taking: Taking<'_>,
         listing: &Listing,
     ) -> Result<Option<(Usage, Agreed)>, SnapshotError> {
         let comparison = listing.compare();
@@ -257,7 +257,7 @@ impl Import<'_> {
         tree: &OwnedFd,
         diff_id: DiffId,
         recording: &Path,
-        taking: Taking,
+        taking: Taking<'_>,
     ) -> Result<Staged, SnapshotError> {
         let mut stage = self.store.layers().stage()?;
         let filled = match self.recorded(recording) {

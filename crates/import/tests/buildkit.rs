@@ -15,7 +15,7 @@ use plies_cache::{Manager, ManagerOptions, State};
 use plies_import::{Import, ImportError, ImportOptions, ImportReport, Outcome, buildkit};
 use plies_oci::{DocumentLimits, ErrorKind};
 use plies_store::progress::{Event, Progress, TaskId};
-use plies_store::{Cancel, OpenOptions, Store, WaitPolicy};
+use plies_store::{Cancel, NotLinked, OpenOptions, Store, WaitPolicy};
 use plies_testkit::buildkit::{ACTIVE, COMMITTED, Worker};
 use plies_testkit::scratch::Scratch;
 use plies_testkit::tools;
@@ -82,6 +82,7 @@ impl Rig {
             options,
             progress: &progress,
             cancel: &cancel,
+            not_linked: &NotLinked::default(),
         };
         let done = buildkit::import(&import, source);
         (done, progress.left.into_inner())

@@ -8,6 +8,7 @@ use std::ffi::{CStr, CString};
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, PoisonError};
 
 use plies_archive::tar::{Entry, EntryPath};
@@ -29,12 +30,25 @@ use crate::tree::{self, Material, Metadata};
 use crate::{Cancel, FinishedStage, Indexes, LayerContents, LayerId};
 
 /// How files come over.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Taking {
-    /// By hard link where the file system allows it, else by reflink or copy. Only for what nobody will write to any more.
-    Link,
+#[derive(Debug, Clone, Copy)]
+pub enum Taking<'a> {
+    /// By hard link where the file system allows it, else by reflink or copy, and counted. Only for what nobody will write to
+    /// any more.
+    Link(&'a NotLinked),
     /// By reflink or copy.
     Copy,
+}
+
+/// Files that were to be linked and were copied: a mount lies between, they may not be linked, or have all the names that they
+/// can have.
+#[derive(Debug, Default)]
+pub struct NotLinked(AtomicU64);
+
+impl NotLinked {
+    /// How many there were up to now.
+    pub fn count(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
 }
 
 /// A directory of another program.
@@ -151,19 +165,19 @@ impl Snapshots<'_> {
         &self,
         (below, indexes): (&[LayerId], &Indexes),
         tree: &ForeignTree,
-        taking: Taking,
+        taking: Taking<'_>,
         cancel: &Cancel,
         judge: impl FnOnce(&mut Stage, LayerContents) -> Option<LayerContents>,
     ) -> Result<Option<FinishedStage>, SnapshotError> {
         let mut stage = Stage::new(self.store())?;
-        let (path, material) = (stage.tree(), Material::from(taking));
+        let path = stage.tree();
         let mut merged = self.merged(below, indexes)?;
         let mut decided = None;
         match tree {
             ForeignTree::Upper(upper) => {
                 let near = linkable(upper, stage.root(), taking);
                 let (from, to) = near.as_ref().map_or((upper, stage.root()), |(from, to)| (from, to.as_fd()));
-                let filled = Copying::new(from, to, material, cancel).run()?;
+                let filled = Copying::new(from, to, taking, cancel).run()?;
                 decided = decide(filled, merged.as_mut(), stage.root())?;
             }
             ForeignTree::Whole { before, after } => {
@@ -178,7 +192,7 @@ impl Snapshots<'_> {
                 };
                 let target = stage.root().try_clone_to_owned().at("open", &path)?;
                 let after = after.try_clone().at("open", &path)?;
-                let compare = Compare { before, after, target, prepared: NOTHING_IS_CERTAIN, material };
+                let compare = Compare { before, after, target, prepared: NOTHING_IS_CERTAIN, material: taking.into() };
                 compare.run().at("compare", &path)?;
             }
         }
@@ -204,13 +218,13 @@ impl Snapshots<'_> {
         &self,
         stage: &Stage,
         tree: &OwnedFd,
-        taking: Taking,
+        taking: Taking<'_>,
         unpacked: Unpacked<'_>,
         cancel: &Cancel,
     ) -> Result<Option<Usage>, SnapshotError> {
         let near = linkable(tree, stage.root(), taking);
         let (from, to) = near.as_ref().map_or((tree, stage.root()), |(from, to)| (from, to.as_fd()));
-        let copying = Copying::new(from, to, taking.into(), cancel);
+        let copying = Copying::new(from, to, taking, cancel);
         let filled = Copying { unpacked: Some(unpacked), ..copying }.run()?;
         Ok(match filled.refused {
             true => None,
@@ -223,7 +237,7 @@ impl Snapshots<'_> {
     /// # Errors
     /// [`SnapshotError::File`].
     pub fn copy_foreign(&self, from: &OwnedFd, to: BorrowedFd<'_>, cancel: &Cancel) -> Result<(), SnapshotError> {
-        let copying = Copying::new(from, to, Material::Copy, cancel);
+        let copying = Copying::new(from, to, Taking::Copy, cancel);
         Copying { plain: true, ..copying }.run().map(drop)
     }
 
@@ -233,15 +247,15 @@ impl Snapshots<'_> {
     /// # Errors
     /// [`SnapshotError::Seal`] for an upper whose files lie elsewhere in part; [`SnapshotError::File`].
     pub fn copy_changes(&self, from: &OwnedFd, to: BorrowedFd<'_>, cancel: &Cancel) -> Result<(), SnapshotError> {
-        let copying = Copying::new(from, to, Material::Copy, cancel);
+        let copying = Copying::new(from, to, Taking::Copy, cancel);
         Copying { over: true, ..copying }.run().map(drop)
     }
 }
 
-impl From<Taking> for Material {
-    fn from(taking: Taking) -> Self {
+impl From<Taking<'_>> for Material {
+    fn from(taking: Taking<'_>) -> Self {
         match taking {
-            Taking::Link => Self::Link,
+            Taking::Link(_) => Self::Link,
             Taking::Copy => Self::Copy,
         }
     }
@@ -250,7 +264,7 @@ impl From<Taking> for Material {
 /// A tree and a stage, opened once more so that links lead from one to the other, if they are directories of one file system that
 /// were reached through different mounts: no link leads out of a mount, not even of one that shows a directory at its own place,
 /// as podman leaves its storage. Both are reached through a private copy of the mount that lies below.
-fn linkable(from: &OwnedFd, to: BorrowedFd<'_>, taking: Taking) -> Option<(OwnedFd, OwnedFd)> {
+fn linkable(from: &OwnedFd, to: BorrowedFd<'_>, taking: Taking<'_>) -> Option<(OwnedFd, OwnedFd)> {
     let place = |dir: BorrowedFd<'_>| {
         let fields = StatxFlags::INO | StatxFlags::MNT_ID;
         let stat = rustix::fs::statx(dir, c"", AtFlags::EMPTY_PATH, fields).ok()?;
@@ -258,7 +272,7 @@ fn linkable(from: &OwnedFd, to: BorrowedFd<'_>, taking: Taking) -> Option<(Owned
     };
     let ((from_mount, from_place), (to_mount, to_place)) = (place(from.as_fd())?, place(to)?);
     let is_one_device = (from_place.0, from_place.1) == (to_place.0, to_place.1);
-    if taking == Taking::Copy || from_mount == to_mount || !is_one_device {
+    if matches!(taking, Taking::Copy) || from_mount == to_mount || !is_one_device {
         return None;
     }
     let path = |dir: BorrowedFd<'_>| std::fs::read_link(format!("/proc/self/fd/{}", dir.as_raw_fd())).ok();
@@ -313,7 +327,7 @@ fn decide(
 struct Copying<'a> {
     from: &'a OwnedFd,
     to: BorrowedFd<'a>,
-    material: Material,
+    taking: Taking<'a>,
     /// The target is a tree in use, not an upper directory: what marks say is done to it.
     over: bool,
     /// It is no upper directory, and nothing in it is a mark.
@@ -358,8 +372,8 @@ struct Filled {
 }
 
 impl<'a> Copying<'a> {
-    fn new(from: &'a OwnedFd, to: BorrowedFd<'a>, material: Material, cancel: &'a Cancel) -> Self {
-        Self { from, to, material, over: false, plain: false, unpacked: None, cancel, files: Mutex::default() }
+    fn new(from: &'a OwnedFd, to: BorrowedFd<'a>, taking: Taking<'a>, cancel: &'a Cancel) -> Self {
+        Self { from, to, taking, over: false, plain: false, unpacked: None, cancel, files: Mutex::default() }
     }
 
     fn run(&self) -> Result<Filled, SnapshotError> {
@@ -542,11 +556,16 @@ impl<'a> Copying<'a> {
             return Ok(Err(error));
         }
         let files = || self.files.lock().unwrap_or_else(PoisonError::into_inner);
-        if self.material == Material::Link && marks.is_empty() && tree::link(from, name, to, name)? {
-            if stat.st_nlink == 1 || files().counted.insert(stat.st_ino) {
-                filled.usage.add(stat);
+        if let Taking::Link(not_linked) = self.taking
+            && marks.is_empty()
+        {
+            if tree::link(from, name, to, name)? {
+                if stat.st_nlink == 1 || files().counted.insert(stat.st_ino) {
+                    filled.usage.add(stat);
+                }
+                return Ok(Ok(()));
             }
-            return Ok(Ok(()));
+            not_linked.0.fetch_add(1, Ordering::Relaxed);
         }
         filled.undecided = true;
         // Others wait, who may have another name of it.

@@ -90,7 +90,7 @@ pub use content::{
 pub use difference::DifferenceError;
 pub use driver::{DriverKind, OverlayMethod};
 pub use error::FileError;
-pub use foreign::{ForeignName, ForeignTree, Taking, Unpacked};
+pub use foreign::{ForeignName, ForeignTree, NotLinked, Taking, Unpacked};
 pub use fsck::{CheckError, CheckOptions, Depth, Finding, Findings};
 pub use gc::{Collected, GcError, GcMode, GcReport};
 pub use id::{ActiveId, IdError, LayerId, LeaseId, Owner, Resource, SnapshotId, Stamp};

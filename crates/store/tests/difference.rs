@@ -19,7 +19,7 @@ use plies_oci::{Compression, ErrorKind};
 use plies_store::progress::Silent;
 use plies_store::{
     Attach, Cancel, DifferenceError, DriverKind, FinishedStage, ForeignTree, Indexes, LayerContents, LayerId, Lease,
-    SnapshotError, Store, Taking, Transfer,
+    NotLinked, SnapshotError, Store, Taking, Transfer,
 };
 use plies_testkit::tar::{Member, archive};
 use plies_testkit::tree::Tree;
@@ -1145,7 +1145,8 @@ proptest! {
         let (upper, below) = all.split_last().unwrap();
         let open = |path: &Path| std::os::fd::OwnedFd::from(fs::File::open(path).unwrap());
         let source = rig.root().join(format!("layers/{upper}/fs"));
-        let (indexes, taking) = (Indexes::default(), if linked { Taking::Link } else { Taking::Copy });
+        let (indexes, not_linked) = (Indexes::default(), NotLinked::default());
+        let taking = if linked { Taking::Link(&not_linked) } else { Taking::Copy };
         let staged = store.snapshots().stage_foreign(
             (below, &indexes), &ForeignTree::Upper(store.layers().root(*upper).unwrap()), taking, &Cancel::new(), |_, known| Some(known),
         );
@@ -1198,10 +1199,13 @@ fn privileged_files_below_a_directory_that_is_mounted_on_itself_are_linked() {
     let at = source.to_str().unwrap();
     mount(&["mount", "--bind", at, at]);
     let tree = ForeignTree::Upper(fs::File::open(&source).unwrap().into());
-    let staged =
-        store
-            .snapshots()
-            .stage_foreign((&[], &Indexes::default()), &tree, Taking::Link, &Cancel::new(), |_, known| Some(known));
+    let staged = store.snapshots().stage_foreign(
+        (&[], &Indexes::default()),
+        &tree,
+        Taking::Link(&NotLinked::default()),
+        &Cancel::new(),
+        |_, known| Some(known),
+    );
     let links = fs::metadata(source.join("d/f")).unwrap().nlink();
     drop(tree);
     mount(&["umount", at]);

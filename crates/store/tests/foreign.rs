@@ -11,8 +11,8 @@ use std::path::{Path, PathBuf};
 
 use plies_archive::SealError;
 use plies_store::{
-    ActiveOptions, Attach, Cancel, DriverKind, ForeignTree, Indexes, LayerId, Lease, SnapshotError, Store, Taking,
-    Unpacked,
+    ActiveOptions, Attach, Cancel, DriverKind, ForeignTree, Indexes, LayerId, Lease, NotLinked, SnapshotError, Store,
+    Taking, Unpacked,
 };
 use rustix::fs::{CWD, FileType, Mode, OFlags, XattrFlags};
 
@@ -56,7 +56,7 @@ impl Upper {
         rustix::fs::open(&self.at, OFlags::RDONLY | OFlags::DIRECTORY, Mode::empty()).unwrap()
     }
 
-    fn take(&self, taking: Taking) -> Result<LayerId, SnapshotError> {
+    fn take(&self, taking: Taking<'_>) -> Result<LayerId, SnapshotError> {
         let tree = ForeignTree::Upper(self.open());
         let over = (&[self.below][..], &Indexes::default());
         let judge = |_: &mut _, known| Some(known);
@@ -68,7 +68,7 @@ impl Upper {
     /// that are as below are left out.
     fn shows(&self) -> Vec<String> {
         let snapshots = self.store.snapshots();
-        let [linked, copied] = [Taking::Link, Taking::Copy].map(|taking| {
+        let [linked, copied] = [Taking::Link(&NotLinked::default()), Taking::Copy].map(|taking| {
             let layer = self.take(taking).unwrap();
             assert_unmarked(&path_of(&self.store.layers().root(layer).unwrap()));
             let stack = snapshots.ensure(&[self.below, layer], &self.lease).unwrap();
@@ -104,7 +104,7 @@ impl Upper {
             count
         };
         let before = layers();
-        let errors = [Taking::Link, Taking::Copy].map(|taking| match self.take(taking) {
+        let errors = [Taking::Link(&NotLinked::default()), Taking::Copy].map(|taking| match self.take(taking) {
             Err(SnapshotError::Seal(error)) => error,
             other => panic!("{other:?}"),
         });
@@ -293,7 +293,7 @@ fn privileged_of_an_unpacked_tree_the_tar_says_what_is_meant() {
         }),
     ];
     for (said, mark) in marks {
-        for taking in [Taking::Link, Taking::Copy] {
+        for taking in [Taking::Link(&NotLinked::default()), Taking::Copy] {
             let upper = Upper::new();
             mark(upper.file("d/f", ""));
             let stage = upper.store.layers().stage().unwrap();

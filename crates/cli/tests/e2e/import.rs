@@ -511,6 +511,51 @@ fn whole_trees_of_the_native_snapshotter_become_layers() {
 }
 
 /// Marks of root's overlays, and of those that anybody may mount: the kernel reads the layers, and so do we.
+/// A file that not even root may link, until it is dropped; none where the file system knows no such files.
+struct Immutable(PathBuf);
+
+impl Immutable {
+    fn new(path: PathBuf) -> Option<Self> {
+        let made = tools::output_of(Command::new("chattr").arg("+i").arg(&path)).status.success();
+        made.then_some(Self(path))
+    }
+}
+
+impl Drop for Immutable {
+    fn drop(&mut self) {
+        tools::run(Command::new("chattr").arg("-i").arg(&self.0));
+    }
+}
+
+#[test]
+fn files_that_take_no_link_are_copied_and_that_is_said() {
+    let Some(ply) = store() else { return };
+    let mut made = Worker::new(ply.scratch().dir("state/runc-overlayfs"), "overlayfs");
+    let snapshot = made.snapshot("one", COMMITTED, None);
+    for name in ["a", "b", "c"] {
+        fs::write(snapshot.join(name), name).unwrap();
+    }
+    made.row("one", json!({"snapshot.committed": true}));
+    made.write();
+    let state = ply.scratch().join("state");
+    let Some(immutable) = Immutable::new(snapshot.join("b")) else {
+        eprintln!("SKIPPED files_that_take_no_link: no immutable files here");
+        return;
+    };
+    let ran = ply.run(args!["import", "buildkit", "--json", state]);
+    drop(immutable);
+    assert!(ran.status.success(), "{ran}");
+    assert!(ran.stderr.contains("copied and take space of their own: 1."), "{ran}");
+    let report: Value = serde_json::from_str(&ran.stdout).unwrap();
+    assert_eq!(report["files_not_linked_count"], 1);
+    let mounted = ply.mount(items(&report, "taken")["one"]["id"].as_str().unwrap());
+    let shared = |name: &str| fs::metadata(snapshot.join(name)).unwrap().nlink() == 2;
+    assert_eq!(["a", "b", "c"].map(shared), [true, false, true]);
+    assert_eq!(fs::read_to_string(mounted.path().join("b")).unwrap(), "b");
+    let again = ply.run(args!["import", "buildkit", state]);
+    assert!(again.status.success() && !again.stderr.contains("copied"), "{again}");
+}
+
 #[test]
 fn what_is_hidden_in_a_snapshot_is_what_the_kernel_hides() {
     for (namespace, option) in [("trusted", "ro"), ("user", "ro,userxattr")] {
