@@ -30,18 +30,20 @@ mod v1;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::thread::{Scope, ScopedJoinHandle};
 
 pub use keys::key;
 use plies_bolt::Bolt;
 use plies_cache::{
-    Adopted, BlobRow, CacheKey, Link, Parents, RecordId, RecordOptions, RecordRow, State, UseRow, Value,
+    Accessor, Adopted, BlobRow, CacheError, CacheKey, Link, Parents, RecordId, RecordOptions, RecordRow, State, UseRow,
+    Value,
 };
 use plies_oci::{BlobDigest, DiffId, Family};
 use plies_store::progress::{self, Task};
 use plies_store::{GcMode, Indexes, LayerBlob, LayerId, Lease, LeaseOptions, Stamp, TransferError};
 
 use self::keys::Keys;
-use self::rows::{RawRows, Row};
+use self::rows::Row;
 use crate::containerd::{Namespace, SnapshotInfo, SnapshotKind};
 use crate::take::{TakenLayer, Tar, TookLayer, WantedBlob, WantedLayer, measure};
 use crate::{Import, ImportError, ImportReport, ImportedItem, Outcome, chain};
@@ -100,20 +102,26 @@ pub fn import(import: &Import<'_>, path: &Path) -> Result<ImportReport, ImportEr
     for dir in dirs {
         import.check_file_system(&dir)?;
         let near = [dir.parent(), Some(dir.as_path())].into_iter().flatten().map(|dir| dir.join(SOLVER));
-        if let Some(solver) = near.into_iter().find(|solver| solver.is_file())
-            && !solvers.contains_key(&solver)
-            && let Some(bolt) = open(&solver, &mut report)?
-        {
-            let (keys, failed) = Keys::read(&bolt);
-            failed
-                .into_iter()
-                .for_each(|error| report.problem("database", solver.display().to_string(), chain(&error)));
-            solvers.insert(solver, (keys, bolt));
+        let solver = near.into_iter().find(|solver| solver.is_file()).filter(|solver| !solvers.contains_key(solver));
+        let bolt = match &solver {
+            Some(solver) => open(solver, &mut report)?,
+            None => None,
+        };
+        let (keys, worker) = std::thread::scope(|scope| {
+            let keys = bolt.map(|bolt| scope.spawn(|| (Keys::read(&bolt), bolt)));
+            let worker = Worker::open(dir.clone(), &mut report);
+            (keys.map(|keys| keys.join().expect("because it does not panic")), worker)
+        });
+        if let Some((((keys, failed), bolt), path)) = keys.zip(solver) {
+            failed.into_iter().for_each(|error| report.problem("database", path.display().to_string(), chain(&error)));
+            solvers.insert(path, (keys, bolt));
         }
-        let results: HashSet<String> =
-            solvers.values().flat_map(|(keys, _)| &keys.results).map(|(_, _, record)| record.clone()).collect();
-        match Worker::open(dir.clone(), &results, import, &mut report) {
-            Ok(worker) => workers.push(worker),
+        match worker {
+            Ok(mut worker) => {
+                let results = solvers.values().flat_map(|(keys, _)| &keys.results);
+                worker.plan(results.map(|(_, _, record)| record.as_str()).collect(), import)?;
+                workers.push(worker);
+            }
             // One worker's trouble is not the others'; that somebody uses it is everybody's.
             Err(ImportError::Bolt(error)) if !matches!(error, plies_bolt::BoltError::InUse { .. }) => {
                 report.problem("worker", dir.display().to_string(), chain(&error));
@@ -174,58 +182,42 @@ fn open(path: &Path, report: &mut ImportReport) -> Result<Option<Bolt>, ImportEr
 }
 
 impl Worker {
-    fn open(
-        dir: PathBuf,
-        results: &HashSet<String>,
-        import: &Import<'_>,
-        report: &mut ImportReport,
-    ) -> Result<Self, ImportError> {
-        let mut problem = |path: &Path, error: plies_bolt::BoltError| {
-            report.problem("database", path.display().to_string(), chain(&error));
-        };
+    /// Reads a worker's databases; of a row that cannot be read, why.
+    fn open(dir: PathBuf, report: &mut ImportReport) -> Result<Self, ImportError> {
         let is_v2 = dir.join(V2).is_file();
         let metadata_path = dir.join(if is_v2 { V2 } else { V1 });
         // Without its records a worker is nothing.
         let metadata = Bolt::open(&metadata_path)?;
-        let (raw, failed) = rows::read(&metadata);
-        failed.into_iter().for_each(|error| problem(&metadata_path, error));
         let (meta_path, own_path) = (dir.join("containerdmeta.db"), dir.join("snapshots/metadata.db"));
         let (meta, own) = (open(&meta_path, report)?, open(&own_path, report)?);
-        let (namespace, failed) = match &meta {
-            Some(meta) => Namespace::read(meta, own.as_ref(), NAMESPACE, &dir.join("snapshots")),
-            None => Default::default(),
-        };
-        failed.iter().for_each(|error| report.problem("database", meta_path.display().to_string(), chain(error)));
+        let (((raw, failed_rows), metadata), (namespace, failed)) = std::thread::scope(|scope| {
+            let rows = scope.spawn(|| (rows::read(&metadata), metadata));
+            let read = |meta| Namespace::read(meta, own.as_ref(), NAMESPACE, &dir.join("snapshots"));
+            let namespace = meta.as_ref().map(read).unwrap_or_default();
+            (rows.join().expect("because it does not panic"), namespace)
+        });
+        let mut problem = |path: &Path, error| report.problem("database", path.display().to_string(), chain(error));
+        failed_rows.iter().for_each(|error| problem(&metadata_path, error));
+        failed.iter().for_each(|error| problem(&meta_path, error));
         let (raw, failed) = if is_v2 { (raw, BTreeMap::new()) } else { v1::migrate(raw, &namespace) };
         let id = fs::read_to_string(dir.join("workerid")).ok().map(|id| id.trim().to_owned());
         let locks = [Some(metadata), meta, own].into_iter().flatten().collect();
         let mut worker = Self { dir, id, rows: BTreeMap::new(), plans: BTreeMap::new(), namespace, _locks: locks };
-        worker.plan(&raw, failed, results, import)?;
+        let parsed = raw.into_iter().map(|(id, raw)| (id, Row::parse(&raw)));
+        for (id, row) in failed.into_iter().map(|(id, why)| (id, Err(why))).chain(parsed) {
+            if let Err(why) = &row {
+                worker.plans.insert(id.clone(), Plan::Failed(why.clone()));
+            }
+            worker.rows.insert(id, row.unwrap_or_default());
+        }
         Ok(worker)
     }
 
-    fn plan(
-        &mut self,
-        raw: &RawRows,
-        failed: BTreeMap<String, String>,
-        results: &HashSet<String>,
-        import: &Import<'_>,
-    ) -> Result<(), ImportError> {
-        for (id, why) in failed {
-            self.rows.insert(id.clone(), Row::default());
-            self.plans.insert(id, Plan::Failed(why));
-        }
-        for (id, raw) in raw {
-            let (row, plan) = match Row::parse(raw) {
-                Ok(row) => (row, None),
-                Err(why) => (Row::default(), Some(Plan::Failed(why))),
-            };
-            self.rows.insert(id.clone(), row);
-            self.plans.extend(plan.map(|plan| (id.clone(), plan)));
-        }
+    /// Decides what is to become of each record, of which solvers have some as `results`.
+    fn plan(&mut self, results: HashSet<&str>, import: &Import<'_>) -> Result<(), ImportError> {
         // Whose own files somebody needs, beside those who have them.
-        let mut needed: HashSet<String> = self.rows.values().flat_map(Row::parents).cloned().collect();
-        needed.extend(results.iter().cloned());
+        let mut needed: HashSet<&str> = self.rows.values().flat_map(Row::parents).map(String::as_str).collect();
+        needed.extend(results);
         let shared_by: HashMap<String, String> =
             self.rows.iter().filter_map(|(id, row)| Some((row.equal_mutable.clone()?, id.clone()))).collect();
         let here = import.cache.known(self.rows.keys().map(|id| record_id(id)))?;
@@ -235,7 +227,7 @@ impl Worker {
             }
             let plan = match here.contains(&record_id(id)) {
                 true => Plan::Here,
-                false => self.plan_of(id, row, needed.contains(id), shared_by.get(id)),
+                false => self.plan_of(id, row, needed.contains(id.as_str()), shared_by.get(id)),
             };
             self.plans.insert(id.clone(), plan);
         }
@@ -350,9 +342,28 @@ impl Worker {
     ) -> Result<HashSet<String>, ImportError> {
         let mut plans = std::mem::take(&mut self.plans);
         let blobs = self.take_blobs(&plans, import, report, lease)?;
-        let trees = Trees { came: HashSet::new(), lazy: HashSet::new() };
-        let (indexes, told) = (Indexes::default(), BTreeMap::new());
-        let mut passage = Passage { import, lease, report, blobs, trees, indexes, told };
+        std::thread::scope(|scope| {
+            let adopting = Adopting { cache: import.cache, scope, running: None };
+            let (indexes, told, trees) = (Indexes::default(), BTreeMap::new(), Trees::default());
+            let mut passage = Passage { import, lease, report, blobs, trees, adopting, indexes, told };
+            self.take_levels(&mut plans, &mut passage)?;
+            for id in plans.keys() {
+                let why = "the records that it stands on stand on each other in a circle".to_owned();
+                passage.tell(id, &self.rows[id], Outcome::Failed, 0, Some(why));
+            }
+            passage.adopting.wait()?;
+            let Passage { report, trees, told, .. } = passage;
+            report.items.extend(told.into_values());
+            Ok(trees.came)
+        })
+    }
+
+    fn take_levels(
+        &self,
+        plans: &mut BTreeMap<String, Plan>,
+        passage: &mut Passage<'_, '_, '_>,
+    ) -> Result<(), ImportError> {
+        let import = passage.import;
         for level in self.levels() {
             let mut ready = Vec::new();
             for id in level {
@@ -376,21 +387,15 @@ impl Worker {
                 }
             }
             match import.options.dry_run {
-                true => self.tell_level(&ready, &mut passage),
-                false => self.take_level(&ready, &mut passage)?,
+                true => self.tell_level(&ready, passage),
+                false => self.take_level(&ready, passage)?,
             }
         }
-        for id in plans.keys() {
-            let why = "the records that it stands on stand on each other in a circle".to_owned();
-            passage.tell(id, &self.rows[id], Outcome::Failed, 0, Some(why));
-        }
-        let Passage { report, trees, told, .. } = passage;
-        report.items.extend(told.into_values());
-        Ok(trees.came)
+        Ok(())
     }
 
     /// Says of records what would come over.
-    fn tell_level(&self, ready: &[(&str, Plan)], passage: &mut Passage<'_>) {
+    fn tell_level(&self, ready: &[(&str, Plan)], passage: &mut Passage<'_, '_, '_>) {
         for (id, plan) in ready {
             let row = &self.rows[*id];
             let size_bytes = match plan {
@@ -467,7 +472,7 @@ impl Worker {
     }
 
     /// Takes over records that all stand on what is here by now.
-    fn take_level(&self, ready: &[(&str, Plan)], passage: &mut Passage<'_>) -> Result<(), ImportError> {
+    fn take_level(&self, ready: &[(&str, Plan)], passage: &mut Passage<'_, '_, '_>) -> Result<(), ImportError> {
         let (import, lease) = (passage.import, passage.lease);
         let mut failed: Vec<(&str, String)> = Vec::new();
         // Layers first, all that can be made at the same time.
@@ -481,7 +486,7 @@ impl Worker {
                 Some(parent) => match stacks.get(parent.as_str()) {
                     Some(known) => known.clone(),
                     None => {
-                        let stack = passage.trees.stack(parent, import)?;
+                        let stack = passage.stack(parent, &self.rows)?;
                         stacks.insert(parent, stack.clone());
                         stack
                     }
@@ -549,11 +554,10 @@ impl Worker {
         for (id, why) in failed {
             passage.tell(id, &self.rows[id], Outcome::Failed, 0, Some(why));
         }
-        for rows in adopted.chunks(ROWS_MAX) {
-            import.cache.adopt(rows)?;
-        }
+        passage.trees.own.extend(layers.into_iter().map(|(id, layer)| (id.to_owned(), layer.id)));
+        passage.adopting.start(adopted)?;
         for id in differ {
-            match passage.trees.stack(id, import)? {
+            match passage.stack(id, &self.rows)? {
                 Ok(layers) => {
                     let own = layers.last().map(|layer| import.store.layers().info(*layer)).transpose()?;
                     let size_bytes = own.map_or(0, |own| own.usage.size_bytes);
@@ -628,18 +632,38 @@ impl Worker {
 }
 
 /// One worker's records on their way.
-struct Passage<'a> {
+struct Passage<'a, 'scope, 'env> {
     import: &'a Import<'a>,
     lease: &'a Lease,
     report: &'a mut ImportReport,
     blobs: Blobs,
     trees: Trees,
+    adopting: Adopting<'scope, 'env>,
     indexes: Indexes,
     /// By their names, of which the report's order follows.
     told: BTreeMap<String, ImportedItem>,
 }
 
-impl Passage<'_> {
+impl Passage<'_, '_, '_> {
+    /// The layers of a record's tree, which is unpacked if need be; or why there are none.
+    fn stack(&mut self, id: &str, rows: &BTreeMap<String, Row>) -> Result<Result<Vec<LayerId>, String>, ImportError> {
+        if let Some(layers) = self.trees.layers(id, rows) {
+            return Ok(Ok(layers));
+        }
+        // The store is asked, which has to have the record.
+        self.adopting.wait()?;
+        let Import { cache, cancel, .. } = *self.import;
+        if !self.trees.lazy.contains(id) {
+            return Ok(Ok(cache.known_layers(record_id(id))?));
+        }
+        let options = RecordOptions { keep_last_used: true, ..RecordOptions::by("import") };
+        let layers = cache.get(record_id(id), &options).and_then(|record| record.layers(cancel));
+        if cancel.is_canceled() {
+            return Err(plies_store::Canceled.into());
+        }
+        Ok(layers.map_err(|error| format!("the tree of {id}, which it stands on, cannot be made: {}", chain(&error))))
+    }
+
     fn tell(&mut self, id: &str, row: &Row, outcome: Outcome, size_bytes: u64, why: Option<String>) {
         let is_here = matches!(outcome, Outcome::Taken | Outcome::Here);
         let item = ImportedItem {
@@ -661,11 +685,36 @@ struct Blobs {
     taken: HashMap<BlobDigest, LayerBlob>,
 }
 
+/// Records that are written down while the layers of the next ones are taken in, a level after the other.
+struct Adopting<'scope, 'env> {
+    cache: &'env Accessor,
+    scope: &'scope Scope<'scope, 'env>,
+    running: Option<ScopedJoinHandle<'scope, Result<(), CacheError>>>,
+}
+
+impl Adopting<'_, '_> {
+    /// Until all that was started is in the store.
+    fn wait(&mut self) -> Result<(), CacheError> {
+        let ended = self.running.take().map(|running| running.join().expect("because it does not panic"));
+        ended.unwrap_or(Ok(()))
+    }
+
+    fn start(&mut self, rows: Vec<Adopted>) -> Result<(), CacheError> {
+        self.wait()?;
+        let cache = self.cache;
+        self.running = Some(self.scope.spawn(move || rows.chunks(ROWS_MAX).try_for_each(|rows| cache.adopt(rows))));
+        Ok(())
+    }
+}
+
 /// What is known of records that came over.
+#[derive(Default)]
 struct Trees {
     came: HashSet<String>,
     /// Those whose trees are not all layers yet.
     lazy: HashSet<String>,
+    /// The layers of those that were taken in as one.
+    own: HashMap<String, LayerId>,
 }
 
 impl Trees {
@@ -676,17 +725,16 @@ impl Trees {
         self.came.insert(id.to_owned());
     }
 
-    /// The layers of a record's tree, which is unpacked if need be; or why there are none.
-    fn stack(&self, id: &str, import: &Import<'_>) -> Result<Result<Vec<LayerId>, String>, ImportError> {
-        if !self.lazy.contains(id) {
-            return Ok(Ok(import.cache.known_layers(record_id(id))?));
+    /// The layers of a record's tree, bottom first, if all of them were taken in now.
+    fn layers(&self, id: &str, rows: &BTreeMap<String, Row>) -> Option<Vec<LayerId>> {
+        let mut layers = vec![*self.own.get(id)?];
+        let mut row = rows.get(id)?;
+        while let Some(parent) = &row.parent {
+            layers.push(*self.own.get(parent)?);
+            row = rows.get(parent)?;
         }
-        let options = RecordOptions { keep_last_used: true, ..RecordOptions::by("import") };
-        let layers = import.cache.get(record_id(id), &options).and_then(|record| record.layers(import.cancel));
-        if import.cancel.is_canceled() {
-            return Err(plies_store::Canceled.into());
-        }
-        Ok(layers.map_err(|error| format!("the tree of {id}, which it stands on, cannot be made: {}", chain(&error))))
+        layers.reverse();
+        Some(layers)
     }
 }
 
