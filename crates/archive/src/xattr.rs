@@ -56,7 +56,7 @@ pub(crate) fn read(subject: Subject<'_>) -> Result<Xattrs> {
     Ok(found)
 }
 
-/// The names in what [`Subject::list`] gave.
+/// The names in what listxattr(2) gives.
 pub fn names(list: &[u8]) -> impl Iterator<Item = &[u8]> {
     list.split(|byte| *byte == 0).filter(|name| !name.is_empty())
 }
