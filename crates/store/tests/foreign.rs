@@ -1,6 +1,6 @@
 //! Upper directories of other programs, made by hand: each form in which overlayfs and fuse-overlayfs say that something is not
 //! there.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used)] // the exemption for tests does not see their helpers
 
 mod common;
 
