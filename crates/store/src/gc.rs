@@ -22,8 +22,6 @@
 use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet};
 use std::convert::Infallible;
-use std::fs;
-use std::io;
 use std::ops::ControlFlow;
 use std::sync::PoisonError;
 
@@ -55,7 +53,7 @@ const ROUNDS_AT_OPEN: u64 = 4;
 
 /// Blobs unlinked while publishers are kept out. An unlink takes tens of microseconds.
 const UNLINK_BATCH: usize = 64;
-/// Threads that remove trees: beyond that they wait for the journal.
+/// Threads that remove files and trees: beyond that they wait for the journal.
 const REMOVERS_MAX: usize = 4;
 
 /// Whether to do it, and how thoroughly.
@@ -460,53 +458,24 @@ fn with_bytes(collected: &[Collected]) -> impl Iterator<Item = Resource> + '_ {
 
 /// Removes the bytes of what lies in the trash, and its trash rows.
 pub(crate) fn remove_bytes(store: &Store, trash: &[Resource]) -> Result<(), GcError> {
-    let mut first_error = None;
-    let mut gone = Vec::with_capacity(trash.len());
-    let (blobs, trees): (Vec<&Resource>, Vec<&Resource>) =
+    let mut removed = Removed::default();
+    let (blobs, trees): (Vec<Resource>, Vec<Resource>) =
         trash.iter().partition(|resource| matches!(resource, Resource::Blob(_)));
     for batch in blobs.chunks(UNLINK_BATCH) {
         // Publishers are out: what has no row now will not get one before its file is gone.
         let _unlinking = store.inner.publishing.write().unwrap_or_else(PoisonError::into_inner);
+        let mut dead = Vec::with_capacity(batch.len());
         store.read(|tx| {
-            for resource in batch {
-                let Resource::Blob(digest) = **resource else { continue };
-                if !exists(tx, **resource)? {
-                    let path = blob_path(store, digest);
-                    match fs::remove_file(&path) {
-                        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                            first_error.get_or_insert(FileError::new("remove", path, error));
-                            continue;
-                        }
-                        _ => {}
-                    }
-                }
-                gone.push(**resource);
+            for blob in batch {
+                if exists(tx, *blob)? { removed.gone.push(*blob) } else { dead.push(*blob) }
             }
             Ok::<_, CatalogueError>(())
         })?;
+        removed.remove(store, &dead);
     }
-    // The file system spends the time on the pages and blocks of large files, and on each name: two threads do it sooner.
-    let removed = parallel(
-        &trees,
-        threads().get().min(REMOVERS_MAX),
-        |_| 0,
-        |resource| {
-            // Ids are never reused, so nobody can have brought these back.
-            let path = match resource {
-                Resource::Layer(id) => layer_dir(store, *id),
-                Resource::Active(id) => store.inner.paths.active.join(id.to_string()),
-                Resource::Blob(_) | Resource::Snapshot(_) => return Ok(None),
-            };
-            // One that stays is no reason to leave the others.
-            Ok::<_, Infallible>(Some(tree::remove(&path).map(|()| **resource)))
-        },
-    );
-    for removed in removed.into_iter().flatten().flatten() {
-        match removed {
-            Ok(resource) => gone.push(resource),
-            Err(error) => drop(first_error.get_or_insert(error)),
-        }
-    }
+    // Ids are never reused, so nobody can have brought these back.
+    removed.remove(store, &trees);
+    let Removed { gone, first_error } = removed;
     // Gone for good before the rows go: else a power cut could bring back bytes that no row tells of. A directory that has
     // gone from the one that it lay in has gone with all that was in it.
     let paths = &store.inner.paths;
@@ -524,6 +493,40 @@ pub(crate) fn remove_bytes(store: &Store, trash: &[Resource]) -> Result<(), GcEr
         store.write_lazily(|tx| batch.iter().try_for_each(|resource| tx.empty_trash(*resource)))?;
     }
     first_error.map_or(Ok(()), |error| Err(error.into()))
+}
+
+#[derive(Default)]
+struct Removed {
+    /// What has no bytes any longer that the trash would have to tell of.
+    gone: Vec<Resource>,
+    first_error: Option<FileError>,
+}
+
+impl Removed {
+    /// The file system spends the time on the pages and blocks of large files, and on each name: two threads do it sooner.
+    fn remove(&mut self, store: &Store, resources: &[Resource]) {
+        let results = parallel(
+            resources,
+            threads().get().min(REMOVERS_MAX),
+            |_| 0,
+            |resource| {
+                let path = match resource {
+                    Resource::Blob(digest) => blob_path(store, *digest),
+                    Resource::Layer(id) => layer_dir(store, *id),
+                    Resource::Active(id) => store.inner.paths.active.join(id.to_string()),
+                    Resource::Snapshot(_) => return Ok(None),
+                };
+                // One that stays is no reason to leave the others.
+                Ok::<_, Infallible>(Some(tree::remove(&path).map(|()| *resource)))
+            },
+        );
+        for result in results.into_iter().flatten().flatten() {
+            match result {
+                Ok(resource) => self.gone.push(resource),
+                Err(error) => drop(self.first_error.get_or_insert(error)),
+            }
+        }
+    }
 }
 
 fn collect_ingests(store: &Store, mode: GcMode, report: &mut GcReport) -> Result<(), GcError> {
@@ -552,6 +555,7 @@ fn collect_ingests(store: &Store, mode: GcMode, report: &mut GcReport) -> Result
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;
+    use std::fs;
     use std::sync::Arc;
     use std::sync::atomic::{AtomicU64, Ordering};
     use std::time::{Duration, UNIX_EPOCH};

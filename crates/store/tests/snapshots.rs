@@ -12,7 +12,7 @@ use std::path::Path;
 
 use common::Item::{Dir, File, HardLink, Opaque, Symlink, Whiteout};
 use common::{
-    Rig, assert_healthy, listing, listing_at, owner, path_of, privileged, process_lease, publish, stage_layer,
+    Rig, assert_healthy, listing, listing_at, owner, path_of, privileged, process_lease, publish, put_blob, stage_layer,
 };
 use plies_oci::{ChainId, DiffId, ErrorKind};
 use plies_store::{
@@ -772,29 +772,35 @@ fn privileged_a_seal_that_fails_leaves_the_active_usable() {
 }
 
 #[test]
-fn privileged_a_layer_that_cannot_be_removed_keeps_no_other() {
+fn privileged_bytes_that_cannot_be_removed_keep_no_others() {
     if !privileged("cannot be removed") {
         return;
     }
     let rig = Rig::new();
     let store = rig.open();
     let lease = process_lease(&store);
-    let ids: Vec<LayerId> =
-        ["1", "2", "3", "4", "5", "6"].map(|name| publish(&store, &lease, &[File(name, "text")])).to_vec();
-    let layers = rig.root().join("layers");
+    let names = ["1", "2", "3", "4", "5", "6"];
+    let blobs = names.map(|name| put_blob(&store, name.as_bytes(), &lease));
+    let layers = names.map(|name| publish(&store, &lease, &[File(name, "text")]));
+    let (blob_dir, layer_dir) = (rig.root().join("content/blobs/sha256"), rig.root().join("layers"));
     let left = || -> BTreeSet<String> {
-        let all = fs::read_dir(&layers).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
-        all.filter(|name| name != "stage").collect()
+        let all = [&blob_dir, &layer_dir].into_iter().flat_map(|dir| fs::read_dir(dir).unwrap());
+        all.map(|entry| entry.unwrap().file_name().into_string().unwrap()).filter(|name| name != "stage").collect()
     };
-    assert_eq!(left().len(), 6);
-    let busy = layers.join(ids[2].to_string()).join("fs/3");
-    rustix::mount::mount_bind(&busy, &busy).unwrap();
+    assert_eq!(left().len(), 12);
+    let (blob, layer) = (blobs[1].hex().to_string(), layers[2].to_string());
+    let busy = [blob_dir.join(&blob), layer_dir.join(&layer).join("fs/3")];
+    for path in &busy {
+        rustix::mount::mount_bind(path, path).unwrap();
+    }
     lease.release().unwrap();
     let failed = store.gc(GcMode::Run);
-    rustix::mount::unmount(&busy, rustix::mount::UnmountFlags::empty()).unwrap();
-    let error = failed.expect_err("somebody's mount is on it").to_string();
-    assert!(error.contains(&ids[2].to_string()), "{error}");
-    assert_eq!(left(), BTreeSet::from([ids[2].to_string()]));
+    for path in &busy {
+        rustix::mount::unmount(path, rustix::mount::UnmountFlags::empty()).unwrap();
+    }
+    let error = failed.expect_err("somebody's mounts are on them").to_string();
+    assert!(error.contains(&blob), "{error}");
+    assert_eq!(left(), BTreeSet::from([blob, layer]));
     drop(store);
     let store = rig.open();
     assert_eq!(left(), BTreeSet::new(), "what could not go then goes with the next start");
