@@ -573,6 +573,11 @@ impl Ingest {
         self.offset_bytes
     }
 
+    /// Nobody is going to read it soon, so the page cache need not keep it: see [`WriteBack::leave_the_cache`].
+    pub(crate) fn leave_the_cache(&mut self) {
+        self.write_back.leave_the_cache();
+    }
+
     /// The bytes so far, from the first on.
     pub(crate) fn read_back(&self) -> io::Result<impl Read + Send + use<>> {
         Ok(FromStart { file: self.file.try_clone()?, offset: 0 })
@@ -740,6 +745,8 @@ fn sync(store: &Store, ingests: &mut [(Ingest, Expected)]) -> Result<(), FileErr
                 store.inner.warn(&error);
             }
         }
+    } else {
+        ingests.iter().for_each(|(ingest, _)| ingest.write_back.synced(&ingest.file));
     }
     result
 }

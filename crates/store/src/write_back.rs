@@ -5,8 +5,11 @@
 
 use std::fs::File;
 use std::io::{self, Read, Write};
+use std::num::NonZero;
 use std::os::fd::AsFd;
 use std::path::Path;
+
+use rustix::fs::Advice;
 
 use crate::error::{At as _, FileError};
 use crate::sync::atomic::{AtomicU64, Ordering};
@@ -20,15 +23,39 @@ const STEP_BYTES: u64 = 8 << 20;
 #[derive(Debug, Default)]
 pub(crate) struct WriteBack {
     begun_bytes: u64,
+    /// See [`WriteBack::leave_the_cache`].
+    leaves: bool,
 }
 
+/// What of a file the disk is given time for before it leaves the cache.
+const UNDER_WAY_BYTES: u64 = 2 * STEP_BYTES;
+
 impl WriteBack {
+    /// What has reached the disk leaves the page cache: nobody is going to read it soon. Its pages take in what is written next,
+    /// where otherwise others would have to be found and what is in them given up. Files of less than [`STEP_BYTES`] stay.
+    pub(crate) fn leave_the_cache(&mut self) {
+        self.leaves = true;
+    }
+
     /// The file has so many bytes by now.
     pub(crate) fn grown_to(&mut self, file: &File, bytes: u64) {
         let new = bytes.saturating_sub(self.begun_bytes);
         if new >= STEP_BYTES {
             sys::begin_write_back(file, self.begun_bytes, new);
+            self.drop_pages(file, self.begun_bytes.saturating_sub(UNDER_WAY_BYTES));
             self.begun_bytes = bytes;
+        }
+    }
+
+    /// All of the file is on the disk.
+    pub(crate) fn synced(&self, file: &File) {
+        self.drop_pages(file, self.begun_bytes);
+    }
+
+    /// From the first byte on: what was still on its way the last time may be there now.
+    fn drop_pages(&self, file: &File, bytes: u64) {
+        if let (true, Some(bytes)) = (self.leaves, NonZero::new(bytes)) {
+            let _advice_only = rustix::fs::fadvise(file, 0, Some(bytes), Advice::DontNeed);
         }
     }
 }
@@ -122,6 +149,8 @@ impl<R: Read> Read for Counted<'_, R> {
 
 #[cfg(test)]
 mod tests {
+    use std::process::Command;
+
     use rustix::fs::{Mode, OFlags};
 
     use super::*;
@@ -145,5 +174,38 @@ mod tests {
     #[test]
     fn little_is_left_to_the_sync_at_the_end() {
         assert_eq!(with_bytes(SYNC_STEP_BYTES - 1).unwrap(), SYNC_STEP_BYTES - 1);
+    }
+
+    /// How many steps of a file are in the page cache, out of 12: when all but the last were on the disk as that one was begun, and
+    /// when all are.
+    fn cached_steps(leaves: bool) -> [u64; 2] {
+        // Not where files may be in memory anyway.
+        let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+        let path = dir.path().join("file");
+        let mut file = File::create(&path).unwrap();
+        let cached = || {
+            let mut fincore = Command::new("fincore");
+            let said = fincore.args(["--bytes", "--noheadings", "--output", "RES"]).arg(&path).output().unwrap().stdout;
+            String::from_utf8(said).unwrap().trim().parse::<u64>().unwrap().div_ceil(STEP_BYTES)
+        };
+        let mut write_back = WriteBack { leaves, ..WriteBack::default() };
+        for step in 1..=12 {
+            file.write_all(&vec![1; STEP_BYTES as usize]).unwrap();
+            if step == 12 {
+                file.sync_data().unwrap();
+            }
+            write_back.grown_to(&file, step * STEP_BYTES);
+        }
+        let before = cached();
+        file.sync_data().unwrap();
+        write_back.synced(&file);
+        [before, cached()]
+    }
+
+    #[test]
+    fn what_nobody_reads_soon_leaves_the_cache() {
+        assert_eq!(cached_steps(false), [12, 12]);
+        // The step that has just begun, and those before it that may be under way.
+        assert_eq!(cached_steps(true), [3, 0]);
     }
 }

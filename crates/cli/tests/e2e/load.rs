@@ -1,6 +1,9 @@
 //! `load` and `save`: what goes in comes out, byte for byte.
 
-use std::{fs, process::Stdio};
+use std::{
+    fs,
+    process::{Command, Stdio},
+};
 
 use plies_testkit::{
     args,
@@ -41,6 +44,28 @@ fn oci_archive_and_directory_come_out_byte_for_byte() {
             ply.ok(args!["rmi", image.tag()]);
         }
     }
+}
+
+/// Nobody reads a blob after it was unpacked, so it does not push anything out of memory; what it became is likely to be read.
+#[test]
+fn large_blobs_leave_the_page_cache_and_their_layers_stay() {
+    let Some(ply) = store() else { return };
+    let kind = Command::new("stat").args(["-f", "-c", "%T"]).arg(ply.scratch().path()).output().unwrap();
+    if kind.stdout == b"tmpfs\n" {
+        eprintln!("SKIPPED: files are in memory here anyway");
+        return;
+    }
+    let image = Image::new("localhost/large:1").layer(&[Member::file("large", vec![b'x'; 24 << 20])], Packing::Plain);
+    ply.ok(args!["load", "-i", image.write_oci_tar(&ply.scratch().join("in.tar"))]);
+    let cached_bytes = |dir: &str| -> u64 {
+        let files = format!("find {dir} -type f -size +20M -exec fincore --bytes --noheadings --output RES {{}} +");
+        let said = Command::new("sh").args(["-c", &files]).current_dir(ply.root()).output().unwrap();
+        let said = String::from_utf8(said.stdout).unwrap();
+        assert_eq!(said.lines().count(), 1, "{said}");
+        said.trim().parse().unwrap()
+    };
+    assert!(cached_bytes("content/blobs") < 8 << 20);
+    assert!(cached_bytes("layers") > 20 << 20);
 }
 
 #[test]

@@ -573,6 +573,8 @@ impl Transfer<'_> {
         if ingest.offset_bytes() > offer.size_bytes {
             ingest.restart()?;
         }
+        // It is unpacked as it comes in, and read again only if it is to go elsewhere.
+        ingest.leave_the_cache();
         let kept = ingest.offset_bytes();
         let failed = |source| read_error(offer, source);
         // One byte too many tells that it is too long; more would only fill the disk.
