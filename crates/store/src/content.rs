@@ -593,7 +593,7 @@ impl Ingest {
         self.file.rewind().at("seek", path())?;
         self.hasher = Sha256Hasher::default();
         self.offset_bytes = 0;
-        self.write_back = WriteBack::default();
+        self.write_back.restart();
         Ok(())
     }
 

@@ -51,7 +51,7 @@ const SYNC_STEPS: usize = 4;
 /// Rounds of [`SYNC_STEPS`] that an open makes after an unclean stop: some thousand rows, 0.1 s.
 const ROUNDS_AT_OPEN: u64 = 4;
 
-/// Blobs unlinked while publishers are kept out. An unlink takes tens of microseconds.
+/// Blobs unlinked while publishers are kept out. An unlink takes tens of microseconds, of a large blob that is in the page cache a millisecond.
 const UNLINK_BATCH: usize = 64;
 /// Threads that remove files and trees: beyond that they wait for the journal.
 const REMOVERS_MAX: usize = 4;

@@ -1,7 +1,8 @@
 //! What is written goes to the disk while more is written.
 //!
 //! By itself the kernel keeps what is written until a tenth of its memory is full of it, and the disk idles until the sync at the
-//! end. What is begun here is on its way by then: a large file by its parts, many files with their file system.
+//! end. What is begun here is on its way by then: a large file by its parts, many files with their file system. And it keeps the pages of
+//! what was written until it needs them; those of a file that nobody will read soon can be given back as they reach the disk.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -19,6 +20,9 @@ use crate::sys;
 /// What is begun at once: large enough for any disk to be at its best with, and small files are left to the sync.
 const STEP_BYTES: u64 = 8 << 20;
 
+/// What of a file the disk is given time for before it leaves the cache.
+const UNDER_WAY_BYTES: u64 = 2 * STEP_BYTES;
+
 /// How far a file that grows at its end is on its way to the disk.
 #[derive(Debug, Default)]
 pub(crate) struct WriteBack {
@@ -26,9 +30,6 @@ pub(crate) struct WriteBack {
     /// See [`WriteBack::leave_the_cache`].
     leaves: bool,
 }
-
-/// What of a file the disk is given time for before it leaves the cache.
-const UNDER_WAY_BYTES: u64 = 2 * STEP_BYTES;
 
 impl WriteBack {
     /// What has reached the disk leaves the page cache: nobody is going to read it soon. Its pages take in what is written next,
@@ -45,6 +46,11 @@ impl WriteBack {
             self.drop_pages(file, self.begun_bytes.saturating_sub(UNDER_WAY_BYTES));
             self.begun_bytes = bytes;
         }
+    }
+
+    /// The file is written anew, from its first byte on.
+    pub(crate) fn restart(&mut self) {
+        self.begun_bytes = 0;
     }
 
     /// All of the file is on the disk.
